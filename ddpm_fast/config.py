@@ -1,0 +1,159 @@
+"""Everything that a sampler's table depends on, validated once."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ddpm_fast.schedules import BETA_SCHEDULES, Array, betas_from_list, rescale_zero_terminal_snr
+from ddpm_fast.timesteps import TIMESTEP_SPACINGS, Timesteps, check_range, explicit
+from ddpm_fast.validate import known_names, one_of, whole, within
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+SAMPLERS = ("ddpm", "ddim")
+DDIM_DIRECTIONS = ("x0", "output")
+PREVIOUS_TIMESTEPS = ("spacing", "stride")
+NOISE_FREE = ("last_step", "t_zero")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """What was trained, and how to walk back through it; the names are diffusers'.
+
+    Attributes:
+        num_inference_steps: steps of the walk, 1 … num_train_timesteps. None: all of them.
+        num_train_timesteps: T, the timesteps that the network was trained on.
+        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid" (betas, as in diffusers) or
+            "sigmoid_alpha_bar" (lucidrains' default).
+        beta_start, beta_end: end points of linear, scaled_linear and sigmoid, each in (0, 1).
+        trained_betas: T betas, instead of a schedule.
+        rescale_betas_zero_snr: make the last timestep pure noise (Lin et al. 2023); not with "epsilon".
+        prediction_type: what the network's output is: "epsilon", "sample" (x_0) or "v_prediction".
+        variance_type: "fixed_small" (beta_tilde), "fixed_large" (beta), each also as "…_log" (same law); "learned"
+            (second half of the channels is log sigma^2) or "learned_range" (it interpolates between log beta_tilde at
+            -1 and log beta at +1; Nichol & Dhariwal 2021, eq. 15). Under "ddim" sigma comes from eta, and a second
+            half of the channels is discarded.
+        sampler: "ddpm" (Ho et al. 2020, algorithm 2) or "ddim" (Song et al. 2021).
+        eta: DDIM's noise: 0 is deterministic, 1 adds beta_tilde. In [0, 1].
+        ddim_direction: DDIM's way to x_t, computed from the network's raw "output" (diffusers' default) or from the
+            clipped "x0" (diffusers' use_clipped_model_output; with eta = 1 that is DDPM).
+        set_alpha_to_one: whether the walk ends at alpha_bar = 1 or at alpha_bar_0.
+        timestep_spacing: "leading", "trailing" or "linspace".
+        steps_offset: added to the timesteps of "leading".
+        timesteps: an explicit list instead, strictly descending.
+        previous_timestep: a step goes to the next timestep of the "spacing", or always a "stride" of T // N down
+            (diffusers' DDIM).
+        noise_free: sigma is zero in the "last_step", or where "t_zero" and only there (diffusers' DDPM).
+        clip_sample: clip the x_0 estimate to [-clip_sample_range, clip_sample_range]. Not for latents.
+        clip_sample_range: > 0.
+        thresholding: dynamic thresholding instead of the fixed clip (Saharia et al. 2022).
+        dynamic_thresholding_ratio: quantile of |x_0| that becomes the bound, in (0, 1].
+        sample_max_value: largest bound, >= 1.
+        temperature: scales the noise of every step, not x_T. 1 is the model's law, 0 follows the mean alone.
+    """
+
+    num_inference_steps: int | None = None
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    trained_betas: Sequence[float] | None = None
+    rescale_betas_zero_snr: bool = False
+    prediction_type: str = "epsilon"
+    variance_type: str = "fixed_small"
+    sampler: str = "ddpm"
+    eta: float = 0.0
+    ddim_direction: str = "output"
+    set_alpha_to_one: bool = True
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    timesteps: Sequence[int] | None = None
+    previous_timestep: str = "spacing"
+    noise_free: str = "last_step"
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        whole("num_train_timesteps", self.num_train_timesteps, 1)
+        one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        one_of("variance_type", self.variance_type, VARIANCE_TYPES)
+        one_of("sampler", self.sampler, SAMPLERS)
+        one_of("ddim_direction", self.ddim_direction, DDIM_DIRECTIONS)
+        one_of("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        one_of("previous_timestep", self.previous_timestep, PREVIOUS_TIMESTEPS)
+        one_of("noise_free", self.noise_free, NOISE_FREE)
+        for name in ("rescale_betas_zero_snr", "set_alpha_to_one", "clip_sample", "thresholding"):
+            one_of(name, getattr(self, name), (True, False))
+        within("beta_start", self.beta_start, np.nextafter(0, 1), np.nextafter(1, 0))
+        within("beta_end", self.beta_end, np.nextafter(0, 1), np.nextafter(1, 0))
+        within("eta", self.eta, 0.0, 1.0)
+        within("temperature", self.temperature, 0.0, float("inf"))
+        within("clip_sample_range", self.clip_sample_range, np.nextafter(0, 1), float("inf"))
+        within("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio, np.nextafter(0, 1), 1.0)
+        within("sample_max_value", self.sample_max_value, 1.0, float("inf"))
+        if self.sampler == "ddpm" and self.eta:
+            raise ValueError(f"eta belongs to sampler='ddim', got eta={self.eta} with sampler='ddpm'")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "rescale_betas_zero_snr leaves no signal at the last timestep, where an 'epsilon' prediction says "
+                "nothing of x_0: use a network with prediction_type 'v_prediction' or 'sample'"
+            )
+        if self.trained_betas is not None:
+            object.__setattr__(self, "trained_betas", tuple(float(beta) for beta in self.trained_betas))
+        if self.timesteps is not None:
+            object.__setattr__(self, "timesteps", tuple(self.timesteps))
+            if self.num_inference_steps not in (None, len(self.timesteps)):
+                raise ValueError(
+                    f"num_inference_steps={self.num_inference_steps} contradicts {len(self.timesteps)} explicit timesteps"
+                )
+        elif self.num_inference_steps is not None:
+            whole("num_inference_steps", self.num_inference_steps, 1)
+            if self.num_inference_steps > self.num_train_timesteps:
+                raise ValueError(
+                    f"num_inference_steps={self.num_inference_steps} is more than the schedule has: "
+                    f"num_train_timesteps={self.num_train_timesteps}"
+                )
+        self.betas()
+        self.inference_timesteps()
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], base: "SamplerConfig | None" = None) -> "SamplerConfig":
+        """Build from keyword arguments, on top of `base`; an unknown name raises TypeError and lists the allowed."""
+        known_names("option", options, (field.name for field in dataclasses.fields(cls)))
+        return dataclasses.replace(base or cls(), **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values; `SamplerConfig(**fields)` is its inverse."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    def betas(self) -> Array:
+        """beta_t: float64 [num_train_timesteps]."""
+        if self.trained_betas is not None:
+            betas = betas_from_list(self.trained_betas, self.num_train_timesteps)
+        else:
+            schedule = BETA_SCHEDULES[self.beta_schedule]
+            betas = schedule(self.num_train_timesteps, self.beta_start, self.beta_end)
+        return rescale_zero_terminal_snr(betas) if self.rescale_betas_zero_snr else betas
+
+    def alphas_cumprod(self) -> Array:
+        """alpha_bar_t: float64 [num_train_timesteps]."""
+        return np.cumprod(1 - self.betas())
+
+    def inference_timesteps(self) -> Timesteps:
+        """The timesteps of the walk, descending: int64 [num_inference_steps]."""
+        if self.timesteps is not None:
+            return explicit(self.timesteps, self.num_train_timesteps)
+        steps = self.num_train_timesteps if self.num_inference_steps is None else self.num_inference_steps
+        spacing = TIMESTEP_SPACINGS[self.timestep_spacing](self.num_train_timesteps, steps)
+        if self.timestep_spacing == "leading":
+            spacing = spacing + self.steps_offset
+        check_range(spacing, self.num_train_timesteps)
+        return spacing

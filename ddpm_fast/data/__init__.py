@@ -1,0 +1,1 @@
+"""Data sets that ship with the package: procedural, so nothing is downloaded."""

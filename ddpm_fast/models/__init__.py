@@ -1,0 +1,1 @@
+"""Networks that ship with the package, and the checkpoint format that carries them."""

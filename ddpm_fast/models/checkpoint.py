@@ -1,0 +1,112 @@
+"""A model on disk: a folder with `config.json` and `model.safetensors`."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ddpm_fast.config import SamplerConfig
+from ddpm_fast.files import whole_file, write_json
+from ddpm_fast.models.unet import UNet, UNetConfig
+from ddpm_fast.validate import known_names
+
+FORMAT = "ddpm_fast.checkpoint.v1"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+EMBEDDED = Path(__file__).parent.parent / "weights" / "moons32"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, truncated, or not one of ours."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network with the diffusion that it was trained for.
+
+    Attributes:
+        model: the network, in eval mode, float32.
+        diffusion: what it was trained on: schedule, prediction type; the defaults of sampling from it.
+        shape: shape of one sample, (C, H, W).
+        about: anything else that config.json says (data set, training).
+    """
+
+    model: UNet
+    diffusion: SamplerConfig
+    shape: tuple[int, ...]
+    about: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: str | os.PathLike,
+    model: UNet,
+    diffusion: SamplerConfig,
+    about: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write `model` to `folder`, its weights rounded to `dtype`; each file whole or not at all."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}
+    with whole_file(path / WEIGHTS_FILE) as part:
+        save_file(weights, part, metadata={"format": "pt"})
+    config = {"format": FORMAT, "network": model.config.to_dict(), "diffusion": diffusion.to_dict(), **(about or {})}
+    write_json(path / CONFIG_FILE, config)
+
+
+def load_checkpoint(folder: str | os.PathLike = EMBEDDED, device: str | torch.device = "cpu") -> Checkpoint:
+    """Load a checkpoint folder; without one, the moon model that ships with the package.
+
+    Raises:
+        CheckpointError: in one sentence, what is missing or broken.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint folder at {path}")
+    config = _read_config(path / CONFIG_FILE)
+    network, diffusion = config.pop("network"), config.pop("diffusion")
+    try:
+        known_names("network field", network, UNetConfig.__dataclass_fields__)
+        unet_config = UNetConfig(**network)
+        sampler_config = SamplerConfig.from_options(diffusion)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / CONFIG_FILE}: {error}") from error
+    model = UNet(unet_config)
+    weights = read_safetensors(path / WEIGHTS_FILE)
+    try:
+        model.load_state_dict({name: value.float() for name, value in weights.items()})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path / WEIGHTS_FILE} does not fit its config.json: {reason}") from error
+    shape = (unet_config.channels, unet_config.image_size, unet_config.image_size)
+    return Checkpoint(model.eval().requires_grad_(False).to(device), sampler_config, shape, config)
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file, or say in one sentence why it cannot be read."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: not a checkpoint folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path} is not a ddpm_fast checkpoint (no format {FORMAT!r})")
+    missing = [name for name in ("network", "diffusion") if not isinstance(config.get(name), dict)]
+    if missing:
+        raise CheckpointError(f"{path} lacks the section {missing[0]!r}")
+    return config

@@ -1,0 +1,153 @@
+"""A small U-Net for 2-D images (Ho et al. 2020, appendix B; scale-shift norm of Dhariwal & Nichol 2021)."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a `UNet`.
+
+    Attributes:
+        channels: channels of the image.
+        image_size: side of the (square) image in pixels, divisible by 2^(levels - 1).
+        widths: channels of each resolution level, finest first.
+        attention: for each level, whether its blocks attend over all positions.
+        embedding: width of the timestep embedding.
+        heads: attention heads.
+        groups: groups of every GroupNorm.
+    """
+
+    channels: int = 1
+    image_size: int = 32
+    widths: tuple[int, ...] = (32, 64, 96, 96)
+    attention: tuple[bool, ...] = (False, False, True, True)
+    embedding: int = 128
+    heads: int = 4
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        object.__setattr__(self, "attention", tuple(self.attention))
+        if len(self.widths) != len(self.attention):
+            raise ValueError(f"widths and attention must be equally long, got {self.widths} and {self.attention}")
+        if self.image_size % 2 ** (len(self.widths) - 1):
+            raise ValueError(f"image_size must be divisible by 2^(levels - 1), got {self.image_size}")
+        if any(width % self.groups or width % self.heads for width in self.widths):
+            raise ValueError(
+                f"every width must be divisible by groups and heads, got {self.widths}, {self.groups}, {self.heads}"
+            )
+
+    def to_dict(self) -> dict:
+        """Return the fields as JSON-ready values."""
+        return {**asdict(self), "widths": list(self.widths), "attention": list(self.attention)}
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoidal embedding of timesteps [B] to float32 [B, width] (Vaswani et al. 2017, as used by Ho et al. 2020)."""
+    half = width // 2
+    frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    phase = t.float()[:, None] * frequency
+    return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions; the timestep scales and shifts between them."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(config.embedding, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(config.groups, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = rearrange(self.time(embedding), "b (two c) -> two b c 1 1", two=2)
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(torch.addcmul(shift, self.norm2(hidden), 1 + scale)))
+        return hidden + self.skip(x)
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions of the image."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.norm = nn.GroupNorm(config.groups, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n h c) y x -> n b h (y x) c", n=3, h=self.heads)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = rearrange(mixed, "b h (y x) c -> b (h c) y x", y=x.shape[2])
+        return x + self.out(mixed)
+
+
+class Stage(nn.Module):
+    """A residual block and, where the level has it, attention."""
+
+    def __init__(self, in_channels: int, out_channels: int, attend: bool, config: UNetConfig) -> None:
+        super().__init__()
+        self.block = ResidualBlock(in_channels, out_channels, config)
+        self.attend = Attention(out_channels, config) if attend else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.attend(self.block(x, embedding))
+
+
+class UNet(nn.Module):
+    """Noise-prediction network: model(x, t) with x [B, C, H, W] and t [B] (integers or floats) gives [B, C, H, W]."""
+
+    def __init__(self, config: UNetConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or UNetConfig()
+        widths = config.widths
+        self.embed = nn.Sequential(
+            nn.Linear(widths[0], config.embedding), nn.SiLU(), nn.Linear(config.embedding, config.embedding), nn.SiLU()
+        )
+        self.enter = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        self.shrink = nn.ModuleList()
+        self.up = nn.ModuleList()
+        for level, width in enumerate(widths):
+            below = widths[max(level - 1, 0)]
+            above = widths[min(level + 1, len(widths) - 1)]
+            self.down.append(Stage(below, width, config.attention[level], config))
+            self.up.append(Stage(above + width, width, config.attention[level], config))
+            if level < len(widths) - 1:
+                self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+        self.middle = Stage(widths[-1], widths[-1], True, config)
+        self.leave = nn.Sequential(
+            nn.GroupNorm(config.groups, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], config.channels, 3, padding=1)
+        )
+        nn.init.zeros_(self.leave[-1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.leave[-1].bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        embedding = self.embed(timestep_embedding(t, self.config.widths[0]).to(self.enter.weight.dtype))
+        x = self.enter(x)
+        skips = []
+        for level, stage in enumerate(self.down):
+            x = stage(x, embedding)
+            skips.append(x)
+            if level < len(self.shrink):
+                x = self.shrink[level](x)
+        x = self.middle(x, embedding)
+        for level in reversed(range(len(self.up))):
+            x = self.up[level](torch.cat([x, skips[level]], dim=1), embedding)
+            if level:
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.leave(x)

@@ -1,0 +1,90 @@
+"""Where a walk's noise comes from: Philox, keyed by each sample's seed, or torch generators in torch's own order."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.kernels.normal import normal
+from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.seeding import seed_tensor
+from ddpm_fast.table import StepTable
+
+AHEAD = 1 << 16  # normals made at a time on the PyTorch path: one call serves several steps
+
+
+class PhiloxNoise:
+    """Noise that depends on (seed, timestep, element) alone (kernels/philox.py).
+
+    Args:
+        seeds: one a sample.
+        shape: (B, C, ...).
+        in_kernel: the step kernel makes the noise itself; then `z` gives None.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], shape: tuple[int, ...], table: StepTable, device: torch.device, in_kernel: bool
+    ) -> None:
+        self.seeds = seed_tensor(seeds).to(device)
+        self.shape = shape
+        self.in_kernel = in_kernel
+        self._ids = torch.from_numpy(table.noise_id).to(device)
+        self._noisy = (table.sigma != 0).tolist()
+        self._first = 0
+        self._block: Tensor | None = None
+
+    def x_T(self) -> Tensor:
+        """The start of the walk: [B, C, ...]."""
+        return normal(self.seeds, torch.zeros_like(self.seeds), Stream.X_T, self.shape[1:])
+
+    def z(self, step: int) -> Tensor | None:
+        """The noise of step number `step`, or None where there is none or the kernel makes it."""
+        if self.in_kernel or not self._noisy[step]:
+            return None
+        if self._block is None or not 0 <= step - self._first < len(self._block):
+            batch = self.shape[0]
+            ids = self._ids[step : step + max(1, AHEAD // (batch * self.shape[1:].numel()))]
+            flat = normal(self.seeds.repeat(len(ids)), ids.repeat_interleave(batch), Stream.STEP, self.shape[1:])
+            self._first, self._block = step, flat.unflatten(0, (len(ids), batch))
+        return self._block[step - self._first]
+
+
+class GeneratorNoise:
+    """torch.randn in the order of a plain sampling loop: x_T first, then one draw a step where sigma is not 0.
+
+    Args:
+        generator: one for the batch, or a list with one a sample; each draws on its own device.
+    """
+
+    in_kernel = False
+    seeds = None
+
+    def __init__(
+        self,
+        generator: torch.Generator | Sequence[torch.Generator],
+        shape: tuple[int, ...],
+        table: StepTable,
+        device: torch.device,
+    ) -> None:
+        if not isinstance(generator, torch.Generator):
+            generator = list(generator)
+            if len(generator) != shape[0]:
+                raise ValueError(f"generators must be one a sample: {shape[0]} samples, got {len(generator)}")
+        self.generator = generator
+        self.shape = shape
+        self.device = device
+        self._noisy = (table.sigma != 0).tolist()
+
+    def x_T(self) -> Tensor:
+        """The start of the walk: [B, C, ...]."""
+        return self._draw()
+
+    def z(self, step: int) -> Tensor | None:
+        """The noise of step number `step`, or None where sigma is 0."""
+        return self._draw() if self._noisy[step] else None
+
+    def _draw(self) -> Tensor:
+        if isinstance(self.generator, torch.Generator):
+            return torch.randn(self.shape, generator=self.generator, device=self.generator.device).to(self.device)
+        rows = [torch.randn((1, *self.shape[1:]), generator=g, device=g.device) for g in self.generator]
+        return torch.cat([row.to(self.device) for row in rows])

@@ -1,0 +1,76 @@
+"""Noise schedules: beta_t for t = 0 … T-1, in float64.
+
+beta_t is the variance that the forward step q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) adds
+(Ho et al. 2020, eq. 2), and alpha_bar_t = prod_{s<=t} (1 - beta_s). The names are diffusers'.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def linear(steps: int, beta_start: float, beta_end: float) -> Array:
+    """beta rises linearly (Ho et al. 2020)."""
+    return np.linspace(beta_start, beta_end, steps)
+
+
+def scaled_linear(steps: int, beta_start: float, beta_end: float) -> Array:
+    """sqrt(beta) rises linearly (latent diffusion, Rombach et al. 2022)."""
+    return np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
+
+
+def squaredcos_cap_v2(steps: int, beta_start: float, beta_end: float) -> Array:
+    """alpha_bar is a squared cosine, beta capped at 0.999 (Nichol & Dhariwal 2021, eq. 17); the end points are unused."""
+    t = np.arange(steps + 1) / steps
+    alpha_bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def sigmoid(steps: int, beta_start: float, beta_end: float) -> Array:
+    """beta is a sigmoid over [-6, 6] between the end points (GeoDiff, Xu et al. 2022; diffusers' "sigmoid")."""
+    return _sigmoid(np.linspace(-6, 6, steps)) * (beta_end - beta_start) + beta_start
+
+
+def sigmoid_alpha_bar(steps: int, beta_start: float, beta_end: float) -> Array:
+    """alpha_bar is a sigmoid over [-3, 3], beta capped at 0.999 (Jabri et al. 2022; lucidrains' default).
+
+    The end points are unused.
+    """
+    start, end = -3.0, 3.0
+    t = np.arange(steps + 1) / steps
+    low, high = _sigmoid(np.array([start, end]))
+    alpha_bar = (high - _sigmoid(start + t * (end - start))) / (high - low)
+    return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
+
+
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], Array]] = {
+    schedule.__name__: schedule for schedule in (linear, scaled_linear, squaredcos_cap_v2, sigmoid, sigmoid_alpha_bar)
+}
+
+
+def betas_from_list(betas: Sequence[float], steps: int) -> Array:
+    """Check betas that the caller brings: `steps` of them, each in (0, 1); the very last may be 1."""
+    values = np.asarray(betas, dtype=np.float64)
+    if values.shape != (steps,):
+        raise ValueError(
+            f"trained_betas must be num_train_timesteps = {steps} numbers in one dimension, got shape {values.shape}"
+        )
+    bad = np.flatnonzero(~((values > 0) & (values < 1)))
+    if bad.size and not (bad.tolist() == [steps - 1] and values[-1] == 1):
+        raise ValueError(f"trained_betas must lie between 0 and 1, got {values[bad[0]]} at timestep {bad[0]}")
+    return values
+
+
+def rescale_zero_terminal_snr(betas: Array) -> Array:
+    """Shift and scale sqrt(alpha_bar) so that the last one is 0 and the first is kept (Lin et al. 2023, algorithm 1)."""
+    root = np.sqrt(np.cumprod(1 - betas))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root**2
+    return 1 - np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))

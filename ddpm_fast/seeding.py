@@ -1,0 +1,52 @@
+"""Seeds: torch generators keyed by integers, and the seeds of a batch of samples."""
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Seeds = int | Sequence[int] | None
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on the given non-negative integers alone; different keys are independent."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+def resolve_seeds(seeds: Seeds, batch: int) -> list[int]:
+    """One 64-bit seed a sample.
+
+    Args:
+        seeds: an int s for s, s + 1, … s + batch - 1; a range, list, tuple or tensor of `batch` ints; None for fresh
+            entropy: a random s, so that one number reproduces the batch.
+
+    Raises:
+        ValueError: another number of seeds than samples; a seed outside [0, 2^64).
+        TypeError: something that is no integer.
+    """
+    if seeds is None:
+        seeds = secrets.randbits(48)
+    if isinstance(seeds, (Tensor, np.ndarray)):
+        seeds = seeds.tolist()
+    if isinstance(seeds, (int, np.integer)) and not isinstance(seeds, bool):
+        values = list(range(int(seeds), int(seeds) + batch))
+    elif isinstance(seeds, Sequence) and not isinstance(seeds, (str, bytes)):
+        values = list(seeds)
+    else:
+        raise TypeError(f"seeds must be an int, a range or sequence of ints, or None, got {seeds!r}")
+    if len(values) != batch:
+        raise ValueError(f"seeds must be one a sample: {batch} samples, got {len(values)} seeds")
+    for value in values:
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise TypeError(f"seeds must be integers, got {value!r}")
+        if not 0 <= value < 2**64:
+            raise ValueError(f"seeds must lie in [0, 2^64), got {value}")
+    return [int(value) for value in values]
+
+
+def seed_tensor(seeds: Sequence[int]) -> Tensor:
+    """The 64 bits of every seed as int64 [len(seeds)]: what the kernels take."""
+    return torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64))

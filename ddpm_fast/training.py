@@ -1,0 +1,216 @@
+"""Training a noise-prediction network: Ho et al. 2020, algorithm 1, with an average of the weights (EMA)."""
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddpm_fast.config import SamplerConfig
+from ddpm_fast.data import moons
+from ddpm_fast.files import whole_file
+from ddpm_fast.models.checkpoint import CheckpointError, read_safetensors, save_checkpoint
+from ddpm_fast.models.unet import UNet, UNetConfig
+from ddpm_fast.seeding import keyed_generator
+from ddpm_fast.validate import whole, within
+
+NOISE_STREAM = 2
+STATE_FILE = "state.safetensors"
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch_size: images a step.
+        learning_rate: its peak; linear warm-up over `warmup` steps, then a cosine down to zero at `steps`.
+        warmup: steps.
+        ema_decay: the average of the weights forgets at this rate; it starts as a plain mean: min(decay, (1+i)/(10+i)).
+        seed: of weights, data, timesteps and noise.
+        save_every: steps between two saves of everything that a resumption needs.
+        bf16: run the network under bfloat16 autocast.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    ema_decay: float = 0.999
+    seed: int = 0
+    save_every: int = 250
+    bf16: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every"):
+            whole(name, getattr(self, name), 1)
+        whole("warmup", self.warmup, 0)
+        whole("seed", self.seed, 0)
+        within("learning_rate", self.learning_rate, 1e-12, 1.0)
+        within("ema_decay", self.ema_decay, 0.0, 1.0)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of optimiser step `step` (0-based)."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Trainer:
+    """Trains a `UNet` on batches from `data(batch_size, seed, step)` and keeps everything in `folder`.
+
+    Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted run
+    that resumes follows the very trajectory of one that was not interrupted. `folder` then holds a
+    checkpoint of the averaged weights, `state.safetensors` for resuming, and `metrics.jsonl`.
+
+    Raises:
+        CheckpointError: `folder` holds a run with another configuration, or a broken one.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        config: TrainingConfig | None = None,
+        network: UNetConfig | None = None,
+        diffusion: SamplerConfig | None = None,
+        data: Callable[[int, int, int], Tensor] = moons.batch,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.folder = Path(folder)
+        self.config = config or TrainingConfig()
+        self.network = network or UNetConfig()
+        self.diffusion = diffusion or SamplerConfig()
+        if self.diffusion.prediction_type != "epsilon":
+            raise ValueError(f"the loss is for prediction_type='epsilon', got {self.diffusion.prediction_type!r}")
+        self.data = data
+        self.device = torch.device(device)
+        torch.manual_seed(self.config.seed)
+        self.model = UNet(self.network).to(self.device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate)
+        self.alpha_bar = torch.from_numpy(self.diffusion.alphas_cumprod()).to(self.device)
+        self.step = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / STATE_FILE).exists():
+            self._resume()
+
+    def run(self, progress: bool = True) -> None:
+        """Train to the configured number of steps. An interruption costs the steps since the last save, no more."""
+        self._drop_metrics_after(self.step)
+        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not progress)
+        losses: list[float] = []
+        began = time.perf_counter()
+        try:
+            while self.step < self.config.steps:
+                losses.append(self._train_step())
+                bar.update()
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                    self._log(sum(losses) / len(losses), (time.perf_counter() - began) / len(losses))
+                    bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
+                    self.save()
+                    losses, began = [], time.perf_counter()
+        finally:
+            bar.close()
+
+    def save(self) -> None:
+        """Write the checkpoint of the averaged weights and the state for resuming."""
+        save_checkpoint(self.folder, self.ema, self.diffusion, about=self._about)
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        metadata = {"step": str(self.step), "run": json.dumps(self._identity())}
+        with whole_file(self.folder / STATE_FILE) as part:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+
+    def _train_step(self) -> float:
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(self.step)
+        x0 = self.data(config.batch_size, config.seed, self.step).to(self.device)
+        generator = keyed_generator(NOISE_STREAM, config.seed, self.step)
+        t = torch.randint(len(self.alpha_bar), (len(x0),), generator=generator).to(self.device)
+        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
+        x_t = alpha_bar.sqrt().float() * x0 + (1 - alpha_bar).sqrt().float() * noise
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+            prediction = self.model(x_t, t)
+        loss = F.mse_loss(prediction.float(), noise)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss became {value} at step {self.step}; {self.folder} keeps the last save")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        return value
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        return {"training": asdict(self.config), "data": {"name": self.data.__module__.rpartition(".")[2]}}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"network": self.network.to_dict(), "diffusion": self.diffusion.to_dict(), **self._about}
+
+    def _log(self, loss: float, seconds: float) -> None:
+        row = {"step": self.step, "loss": loss, "learning_rate": self.config.learning_rate_at(self.step - 1)}
+        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "seconds_per_step": round(seconds, 4)}) + "\n")
+
+    def _drop_metrics_after(self, step: int) -> None:
+        path = self.folder / METRICS_FILE
+        if path.exists():
+            rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            with whole_file(path) as part:
+                part.write_text("".join(row for row in rows if json.loads(row)["step"] <= step), encoding="utf-8")
+
+    def _resume(self) -> None:
+        path = self.folder / STATE_FILE
+        tensors = read_safetensors(path)
+        metadata = _read_metadata(path)
+        theirs, ours = json.loads(metadata["run"]), json.loads(json.dumps(self._identity()))
+        if theirs != ours:
+            raise CheckpointError(f"{self.folder} holds another run: {_first_difference(theirs, ours)}")
+        for prefix, module in (("model.", self.model), ("ema.", self.ema)):
+            own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            module.load_state_dict(own)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, moment = name.split(".")
+                state.setdefault(int(index), {})[moment] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.step = int(metadata["step"])
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)).get("__metadata__", {})
+
+
+def _first_difference(theirs: dict, ours: dict, at: str = "") -> str:
+    for key in sorted(theirs.keys() | ours.keys()):
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            return _first_difference(a, b, f"{at}{key}.")
+        if a != b:
+            return f"{at}{key} is {a!r} there and {b!r} here"
+    return "no difference"

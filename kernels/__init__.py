@@ -1,0 +1,12 @@
+"""The operations of the engine, each on Triton and on PyTorch.
+
+`<op>.py` holds the operation's contract, the PyTorch twin and the choice between the two; `<op>_triton.py` holds
+the kernel and its launch, and is imported only when a kernel runs. Nothing here imports the rest of the package.
+"""
+
+from ddpm_fast.kernels.normal import normal
+from ddpm_fast.kernels.q_sample import q_sample
+from ddpm_fast.kernels.step import step
+from ddpm_fast.kernels.to_uint8 import to_uint8
+
+__all__ = ["normal", "q_sample", "step", "to_uint8"]

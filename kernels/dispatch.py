@@ -1,0 +1,52 @@
+"""Which implementation runs: Triton on a GPU, PyTorch everywhere else."""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+logger = logging.getLogger("ddpm_fast")
+
+BACKENDS = ("triton", "torch")
+
+
+def choose_backend(device: torch.device, backend: str | None = None) -> str:
+    """Return "triton" or "torch" for tensors on `device`; `backend` forces one of them.
+
+    Raises:
+        ValueError: an unknown backend, or Triton asked for where it cannot run.
+    """
+    if backend is None:
+        if device.type == "cuda" and has_triton():
+            return "triton"
+        _say_once(device.type)
+        return "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
+    if backend == "triton":
+        if not has_triton():
+            raise ValueError("backend='triton' needs the package triton, which is not installed")
+        if device.type != "cuda" and not interpreting():
+            raise ValueError(f"backend='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got one on {device}")
+    return backend
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; it is not imported to find out."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _say_once(device_type: str) -> None:
+    if device_type == "cuda":
+        logger.warning("triton is not installed: the kernels run as plain PyTorch, several times slower")
+    else:
+        logger.info("no CUDA GPU in use (device %s): the kernels run as plain PyTorch", device_type)

@@ -1,0 +1,208 @@
+"""The step from x_t to x_{t-1}: any row of any sampler's table, in one pass over memory."""
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.kernels import philox
+from ddpm_fast.kernels.checks import FLOATS, check_contiguous, check_seeds, check_tensor
+from ddpm_fast.kernels.dispatch import choose_backend
+
+COLUMNS = ("a", "b", "c_x0", "c_x", "c_out", "sigma", "log_min", "log_max")
+
+
+def step(
+    x: Tensor,
+    output: Tensor,
+    coefficients: Tensor,
+    ids: Tensor,
+    base: Tensor,
+    offset: int = 0,
+    *,
+    seeds: Tensor | None = None,
+    z: Tensor | None = None,
+    visit: int = 0,
+    clip: float | None = None,
+    bound: Tensor | None = None,
+    guidance: Tensor | None = None,
+    learned: bool = False,
+    use_output: bool = True,
+    x_new: Tensor | None = None,
+    x0_new: Tensor | None = None,
+    model_input: Tensor | None = None,
+    timestep: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Take one step of every sample, each in its own row base[i] + offset of the table, and return x_{t-1}.
+
+        out  = output                        or, guided, uncond + guidance (cond - uncond)
+        x0   = a x + b out                   clipped to [-clip, clip], or to [-bound, bound] and divided by bound
+        x'   = c_x0 x0 + c_x x + c_out out + sigma z
+
+    With `learned`, sigma is multiplied by exp(log_variance / 2), log_variance = f log_max + (1 - f) log_min and
+    f = (v + 1) / 2 for v in the second half of the output's channels (Nichol & Dhariwal 2021, eq. 15). A sample
+    whose row lies outside the table is left as it is.
+
+    Args:
+        x: float32 [B, C, ...], contiguous.
+        output: any float dtype, [B, C, ...] (2C channels are allowed: the second half is read only with
+            `learned`); with `guidance` [2B, ...], the conditional half first.
+        coefficients: float32 [S, 8], the columns of `COLUMNS`.
+        ids: int32 [S, 2]: timestep and noise id of every row.
+        base: int32 [B].
+        offset: added to `base`.
+        seeds: int64 [B]: noise from `philox.Stream.STEP`. Or
+        z: float32, the shape of x: noise that is brought along. With neither there is none.
+        visit: fourth word of the noise's counter.
+        clip: largest |x0|, or None.
+        bound: float32 [B]: per-sample bound of dynamic thresholding, instead of `clip`.
+        guidance: float32 [B]: classifier-free guidance scale.
+        learned: see above.
+        use_output: False promises that c_out is 0 in every row.
+        x_new: where to write; may be x itself. None makes a new tensor.
+        x0_new: also write the (clipped) origin estimate here; float32, the shape of x, contiguous.
+        model_input: also write x' here, in its dtype: the shape of x, or with `guidance` twice that batch.
+        timestep: int64 [len(model_input) or B]: also write the timestep of each sample's next row, if there is one.
+        backend: "triton" or "torch"; None chooses by device.
+
+    Raises:
+        ValueError: a tensor of the wrong shape, dtype, device or layout; contradicting options.
+    """
+    _check(x, output, coefficients, ids, base, seeds, z, clip, bound, guidance, learned, x_new, x0_new,
+           model_input, timestep)  # fmt: skip
+    x_new = torch.empty_like(x) if x_new is None else x_new
+    if choose_backend(x.device, backend) == "torch":
+        launch = step_torch
+    else:
+        from ddpm_fast.kernels.step_triton import step_triton as launch
+    return launch(
+        x, output, coefficients, ids, base, offset, seeds=seeds, z=z, visit=visit, clip=clip, bound=bound,
+        guidance=guidance, learned=learned, use_output=use_output, x_new=x_new, x0_new=x0_new,
+        model_input=model_input, timestep=timestep,
+    )  # fmt: skip
+
+
+def step_torch(
+    x: Tensor,
+    output: Tensor,
+    coefficients: Tensor,
+    ids: Tensor,
+    base: Tensor,
+    offset: int = 0,
+    *,
+    seeds: Tensor | None = None,
+    z: Tensor | None = None,
+    visit: int = 0,
+    clip: float | None = None,
+    bound: Tensor | None = None,
+    guidance: Tensor | None = None,
+    learned: bool = False,
+    use_output: bool = True,
+    x_new: Tensor,
+    x0_new: Tensor | None = None,
+    model_input: Tensor | None = None,
+    timestep: Tensor | None = None,
+) -> Tensor:
+    """The PyTorch twin of `step`; computes in the dtype of x, float64 included (coefficients in that dtype too)."""
+    batch = len(x)
+    row, active = rows_of(base, offset, len(coefficients))
+    per_sample = (batch,) + (1,) * (x.dim() - 1)
+    chosen = coefficients[row].view(batch, len(COLUMNS), *per_sample[1:])
+    a, b, c_x0, c_x, c_out, sigma, log_min, log_max = chosen.unbind(1)
+
+    out, variance = split_output(x, output, guidance)
+    x0 = (a * x).addcmul_(b, out)
+    if bound is not None:
+        limit = bound.view(per_sample).to(x.dtype)
+        x0 = x0.clamp_(-limit, limit).div_(limit)
+    elif clip is not None:
+        x0.clamp_(-clip, clip)
+    if x0_new is not None:
+        torch.where(active.view(per_sample), x0, x0_new, out=x0_new)
+    new = (c_x * x).addcmul_(c_x0, x0)
+    if use_output:
+        new.addcmul_(c_out, out)
+    if seeds is not None:
+        n = x[0].numel()
+        z = philox.normals(seeds, ids[row, 1], philox.Stream.STEP, n, visit, x.dtype).view_as(x)
+    if z is not None:
+        if learned:
+            sigma = sigma * torch.lerp(log_min, log_max, variance.add(1).mul_(0.5)).mul_(0.5).exp_()
+        new.addcmul_(sigma, z)
+
+    torch.where(active.view(per_sample), new, x, out=x_new)
+    if model_input is not None:
+        for half in model_input.split(batch):
+            half.copy_(x_new)
+    if timestep is not None:
+        following = ids[(row + 1).clamp_(max=len(ids) - 1), 0].long()
+        for half in timestep.split(batch):
+            torch.where(active, following, half, out=half)
+    return x_new
+
+
+def rows_of(base: Tensor, offset: int, steps: int) -> tuple[Tensor, Tensor]:
+    """The row of every sample, clamped into the table, and whether it was inside."""
+    row = base.long() + offset
+    return row.clamp(0, steps - 1), (row >= 0) & (row < steps)
+
+
+def split_output(x: Tensor, output: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The (guided) prediction and the second half of the channels, in the dtype of x."""
+    batch, channels = x.shape[:2]
+    output = output.to(x.dtype)
+    if guidance is None:
+        return output[:, :channels], output[:, channels:]
+    conditional, unconditional = output.split(batch)
+    scale = guidance.to(x.dtype).view(batch, *(1,) * (x.dim() - 1))
+    # Only the mean is guided; the variance is the conditional half's.
+    return torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale), conditional[:, channels:]
+
+
+def _check(
+    x: Tensor,
+    output: Tensor,
+    coefficients: Tensor,
+    ids: Tensor,
+    base: Tensor,
+    seeds: Tensor | None,
+    z: Tensor | None,
+    clip: float | None,
+    bound: Tensor | None,
+    guidance: Tensor | None,
+    learned: bool,
+    x_new: Tensor | None,
+    x0_new: Tensor | None,
+    model_input: Tensor | None,
+    timestep: Tensor | None,
+) -> None:
+    shape, device = tuple(x.shape), x.device
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(f"x must be a non-empty [B, C, ...] tensor, got shape {shape}")
+    check_tensor("x", x, shape, (torch.float32,), device)
+    check_contiguous("x", x)
+    batch, channels = shape[:2]
+    halves = 1 if guidance is None else 2
+    widths = (2 * channels,) if learned else (channels, 2 * channels)
+    width = output.shape[1] if output.dim() > 1 and output.shape[1] in widths else widths[0]
+    check_tensor("output", output, (halves * batch, width, *shape[2:]), FLOATS, device)
+    check_tensor("coefficients", coefficients, (len(coefficients), len(COLUMNS)), (torch.float32,), device)
+    check_tensor("ids", ids, (len(coefficients), 2), (torch.int32,), device)
+    check_tensor("base", base, (batch,), (torch.int32,), device)
+    if seeds is not None:
+        check_seeds(seeds, batch, device)
+        if z is not None:
+            raise ValueError("noise comes from seeds or from z, not from both")
+    for name, tensor in (("z", z), ("x_new", x_new), ("x0_new", x0_new)):
+        if tensor is not None:
+            check_tensor(name, tensor, shape, (torch.float32,), device)
+            check_contiguous(name, tensor)
+    for name, tensor in (("bound", bound), ("guidance", guidance)):
+        if tensor is not None:
+            check_tensor(name, tensor, (batch,), (torch.float32,), device)
+    if clip is not None and bound is not None:
+        raise ValueError("x0 is limited by clip or by bound, not by both")
+    if model_input is not None:
+        check_tensor("model_input", model_input, (halves * batch, *shape[1:]), FLOATS, device)
+        check_contiguous("model_input", model_input)
+    if timestep is not None:
+        check_tensor("timestep", timestep, (halves * batch,), (torch.int64,), device)
