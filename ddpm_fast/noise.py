@@ -1,5 +1,6 @@
 """Where a walk's noise comes from: Philox, keyed by each sample's seed, or torch generators in torch's own order."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,9 @@ class PhiloxNoise:
         self._first = 0
         self._block: Tensor | None = None
 
+    def restart(self) -> None:
+        """Go back to the first draw: nothing to do, no draw depends on another."""
+
     def x_T(self) -> Tensor:
         """The start of the walk: [B, C, ...]."""
         return normal(self.seeds, torch.zeros_like(self.seeds), Stream.X_T, self.shape[1:])
@@ -43,7 +47,7 @@ class PhiloxNoise:
             return None
         if self._block is None or not 0 <= step - self._first < len(self._block):
             batch = self.shape[0]
-            ids = self._ids[step : step + max(1, AHEAD // (batch * self.shape[1:].numel()))]
+            ids = self._ids[step : step + max(1, AHEAD // math.prod(self.shape))]
             flat = normal(self.seeds.repeat(len(ids)), ids.repeat_interleave(batch), Stream.STEP, self.shape[1:])
             self._first, self._block = step, flat.unflatten(0, (len(ids), batch))
         return self._block[step - self._first]
@@ -74,6 +78,12 @@ class GeneratorNoise:
         self.shape = shape
         self.device = device
         self._noisy = (table.sigma != 0).tolist()
+        self._states = [g.get_state() for g in self._generators()]
+
+    def restart(self) -> None:
+        """Go back to the first draw."""
+        for g, state in zip(self._generators(), self._states, strict=True):
+            g.set_state(state)
 
     def x_T(self) -> Tensor:
         """The start of the walk: [B, C, ...]."""
@@ -82,6 +92,9 @@ class GeneratorNoise:
     def z(self, step: int) -> Tensor | None:
         """The noise of step number `step`, or None where sigma is 0."""
         return self._draw() if self._noisy[step] else None
+
+    def _generators(self) -> list[torch.Generator]:
+        return [self.generator] if isinstance(self.generator, torch.Generator) else self.generator
 
     def _draw(self) -> Tensor:
         if isinstance(self.generator, torch.Generator):
