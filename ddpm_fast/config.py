@@ -112,7 +112,7 @@ class SamplerConfig:
             object.__setattr__(self, "timesteps", tuple(self.timesteps))
             if self.num_inference_steps not in (None, len(self.timesteps)):
                 raise ValueError(
-                    f"num_inference_steps={self.num_inference_steps} contradicts {len(self.timesteps)} explicit timesteps"
+                    f"num_inference_steps={self.num_inference_steps} contradicts the {len(self.timesteps)} timesteps given"
                 )
         elif self.num_inference_steps is not None:
             whole("num_inference_steps", self.num_inference_steps, 1)
@@ -145,7 +145,7 @@ class SamplerConfig:
 
     def alphas_cumprod(self) -> Array:
         """alpha_bar_t: float64 [num_train_timesteps]."""
-        return np.cumprod(1 - self.betas())
+        return np.cumprod(1 - self.betas(), dtype=np.float64)
 
     def inference_timesteps(self) -> Timesteps:
         """The timesteps of the walk, descending: int64 [num_inference_steps]."""

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +138,7 @@ class Sampler:
         output: str = "sample",
         output_steps: Sequence[int] | None = None,
         callback: Callback | None = None,
-        progress: bool | None = None,
+        progress: bool | str | None = None,
     ) -> Any:
         """Walk from noise to data.
 
@@ -150,7 +151,7 @@ class Sampler:
             output: "sample", "x0" (estimates of x_0 on the way) or "trajectory" (states on the way).
             output_steps: step numbers, 0 … steps - 1, after which to keep a frame; default ten, evenly spread.
             callback: called as callback(step, timestep, x) after every step, x a copy of the state.
-            progress: a bar on stderr; None shows it on terminals only.
+            progress: a bar on stderr, with a label if it is a text; None shows it on terminals only.
 
         Returns:
             x_0, float32 [B, C, ...] (or what `decode` made of it); a `SampleResult` unless output is "sample".
@@ -191,7 +192,7 @@ class Sampler:
         x_T: Tensor | None,
         previews: bool,
         watch: Callable[[int], None] | None,
-        progress: bool | None,
+        progress: bool | str | None,
     ) -> None:
         """All steps, from x_T to x_0."""
         kind = "none" if not self._noisy else "philox" if noise.in_kernel else "tensor"
@@ -353,15 +354,16 @@ class Sampler:
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-    if len(sizes) < 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        sizes = ()
+    if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"shape must be (batch, channels, ...) with positive sizes, got {shape!r}")
     return sizes
 
 
-def _per_sample(
-    name: str, value: float | Sequence[float] | None, batch: int, device: torch.device
-) -> Tensor | None:
+def _per_sample(name: str, value: float | Sequence[float] | None, batch: int, device: torch.device) -> Tensor | None:
     if value is None:
         return None
     tensor = torch.as_tensor(value, dtype=torch.float32, device=device)

@@ -60,6 +60,7 @@ class Network:
         self.kwargs = self._static_kwargs(dict(model_kwargs or {}), uncond_kwargs)
 
     def __call__(self) -> Tensor:
+        """The model's output for the buffers as they are, its shape checked: [B or 2B, out_channels, ...]."""
         output = self.model(self.input, self.timestep, **self.kwargs)
         if not isinstance(output, Tensor):
             output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)

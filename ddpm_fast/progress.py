@@ -11,13 +11,13 @@ class Progress:
 
     Args:
         total: steps.
-        show: True, False, or None for a bar on terminals only.
+        show: True or a label, False, or None for a bar on terminals only.
         every: on CUDA, steps between two events.
     """
 
-    def __init__(self, total: int, device: torch.device, show: bool | None, every: int = 10) -> None:
-        hidden = None if show is None else not show
-        self._bar = tqdm(total=total, unit="step", disable=hidden)
+    def __init__(self, total: int, device: torch.device, show: bool | str | None, every: int = 10) -> None:
+        label = show if isinstance(show, str) else None
+        self._bar = tqdm(total=total, unit="step", desc=label, disable=None if show is None else not show)
         self._events: deque[torch.cuda.Event] | None = None
         if device.type == "cuda" and not self._bar.disable:
             self._events = deque()

@@ -23,7 +23,7 @@ def scaled_linear(steps: int, beta_start: float, beta_end: float) -> Array:
 
 
 def squaredcos_cap_v2(steps: int, beta_start: float, beta_end: float) -> Array:
-    """alpha_bar is a squared cosine, beta capped at 0.999 (Nichol & Dhariwal 2021, eq. 17); the end points are unused."""
+    """alpha_bar is a squared cosine, beta capped at 0.999 (Nichol & Dhariwal 2021, eq. 17); end points unused."""
     t = np.arange(steps + 1) / steps
     alpha_bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
@@ -65,7 +65,7 @@ def betas_from_list(betas: Sequence[float], steps: int) -> Array:
 
 
 def rescale_zero_terminal_snr(betas: Array) -> Array:
-    """Shift and scale sqrt(alpha_bar) so that the last one is 0 and the first is kept (Lin et al. 2023, algorithm 1)."""
+    """Shift and scale sqrt(alpha_bar): the last one becomes 0, the first is kept (Lin et al. 2023, algorithm 1)."""
     root = np.sqrt(np.cumprod(1 - betas))
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2

@@ -1,7 +1,7 @@
 """Seeds: torch generators keyed by integers, and the seeds of a batch of samples."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -50,3 +50,20 @@ def resolve_seeds(seeds: Seeds, batch: int) -> list[int]:
 def seed_tensor(seeds: Sequence[int]) -> Tensor:
     """The 64 bits of every seed as int64 [len(seeds)]: what the kernels take."""
     return torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds as people write them: "7", "0-15", "1,4,9-12"."""
+    return [seed for part in text.split(",") for seed in _parse_range(part, text)]
+
+
+def _parse_range(part: str, text: str) -> Iterable[int]:
+    first, dash, last = part.strip().partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise ValueError(f"seeds look like 7, 0-15 or 1,4,9-12, got {text!r}")
+    low, high = int(first), int(last or first)
+    if high < low:
+        raise ValueError(f"the seeds {part.strip()!r} run backwards")
+    if high - low >= 10_000_000:
+        raise ValueError(f"the seeds {part.strip()!r} are more than ten million")
+    return range(low, high + 1)

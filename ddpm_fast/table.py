@@ -141,9 +141,7 @@ def posterior_deviation(variance_type: str, alpha_bar: Array, alpha_bar_s: Array
     return np.sqrt(beta_tilde if variance_type.startswith("fixed_small") else 1 - alpha_bar / alpha_bar_s)
 
 
-def variance_bounds(
-    variance_type: str, alpha_bar: Array, alpha_bar_s: Array, beta_tilde: Array
-) -> tuple[Array, Array]:
+def variance_bounds(variance_type: str, alpha_bar: Array, alpha_bar_s: Array, beta_tilde: Array) -> tuple[Array, Array]:
     """(log_min, log_max) with log sigma^2 = f log_max + (1 - f) log_min, f = (v + 1) / 2.
 
     learned_range: log beta_tilde and log beta (Nichol & Dhariwal 2021, eq. 15). learned: -1 and 1, which makes
@@ -155,9 +153,7 @@ def variance_bounds(
     return -np.ones_like(beta_tilde), np.ones_like(beta_tilde)
 
 
-def ddim_mean(
-    config: SamplerConfig, alpha_bar: Array, alpha_bar_s: Array, sigma: Array
-) -> tuple[Array, Array, Array]:
+def ddim_mean(config: SamplerConfig, alpha_bar: Array, alpha_bar_s: Array, sigma: Array) -> tuple[Array, Array, Array]:
     """(c_x0, c_x, c_out) of DDIM's step sqrt(alpha_bar_s) x0 + d epsilon (Song et al. 2021, eq. 12).
 
     d = sqrt(1 - alpha_bar_s - sigma^2), and epsilon is what x_t holds besides the clipped x0, or what the raw

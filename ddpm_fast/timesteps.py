@@ -1,4 +1,4 @@
-"""Which of the T training timesteps a sampler visits, in descending order (Lin et al. 2023, table 2; diffusers' names)."""
+"""Which of the T training timesteps a sampler visits, descending (Lin et al. 2023, table 2; diffusers' names)."""
 
 from collections.abc import Callable, Sequence
 

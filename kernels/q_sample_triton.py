@@ -1,6 +1,5 @@
 """The kernel behind `q_sample`."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

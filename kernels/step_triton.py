@@ -1,6 +1,5 @@
 """The kernel behind `step`."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -133,6 +132,7 @@ def step_triton(
         x_new, x0_new, model_input, timestep,
         float(clip or 0.0), offset, len(coefficients), visit, batch, n, q, output.stride(0),
         NOISE=noise, CLIP=limit, USE_OUTPUT=use_output, LEARNED=learned, GUIDED=guidance is not None,
-        WRITE_X0=x0_new is not None, WRITE_INPUT=model_input is not None, WRITE_TIMESTEP=timestep is not None, BLOCK=BLOCK,
+        WRITE_X0=x0_new is not None, WRITE_INPUT=model_input is not None,
+        WRITE_TIMESTEP=timestep is not None, BLOCK=BLOCK,
     )  # fmt: skip
     return x_new

@@ -71,6 +71,7 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[B, in_channels, H, W] and [B, embedding] to [B, out_channels, H, W]."""
         scale, shift = rearrange(self.time(embedding), "b (two c) -> two b c 1 1", two=2)
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(torch.addcmul(shift, self.norm2(hidden), 1 + scale)))
@@ -90,6 +91,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] to the same shape."""
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (n h c) y x -> n b h (y x) c", n=3, h=self.heads)
         mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = rearrange(mixed, "b h (y x) c -> b (h c) y x", y=x.shape[2])
@@ -105,6 +107,7 @@ class Stage(nn.Module):
         self.attend = Attention(out_channels, config) if attend else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[B, in_channels, H, W] and [B, embedding] to [B, out_channels, H, W]."""
         return self.attend(self.block(x, embedding))
 
 
@@ -137,6 +140,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave[-1].bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise in x [B, C, H, W] at timesteps t [B]."""
         embedding = self.embed(timestep_embedding(t, self.config.widths[0]).to(self.enter.weight.dtype))
         x = self.enter(x)
         skips = []

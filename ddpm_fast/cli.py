@@ -1,0 +1,180 @@
+"""The command line: `ddpm-fast sample | train | info`, also as `python -m ddpm_fast`."""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ddpm_fast
+from ddpm_fast import images
+from ddpm_fast.config import SAMPLERS, SamplerConfig
+from ddpm_fast.engine import Sampler
+from ddpm_fast.info import describe, path_taken
+from ddpm_fast.kernels import to_uint8
+from ddpm_fast.models.checkpoint import EMBEDDED, Checkpoint, load_checkpoint
+from ddpm_fast.network import resolve_device
+from ddpm_fast.seeding import parse_seeds, resolve_seeds
+from ddpm_fast.training import Trainer, TrainingConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+SAMPLE_HELP = """\
+Draw samples and write them as a picture grid, a folder of pictures or an array.
+
+  ddpm-fast sample --seeds 0-15 --out samples.png       a grid; the moon model that ships with the package
+  ddpm-fast sample --seeds 0-49999 --out moons.npz      uint8 [N, H, W, C] in arr_0, as FID scripts read it
+  ddpm-fast sample --seeds 7 --out folder               folder/000007.png
+  ddpm-fast sample --sampler ddim --steps 50 …          fifty deterministic steps instead of a thousand
+
+Image k depends on seed k alone: any batch size, any order and any split over machines gives the same images."""
+
+TRAIN_HELP = """\
+Train the moon model from nothing, or resume where an interrupted training stopped.
+
+  ddpm-fast train --out runs/moons                      about an hour on two CPU cores
+  ddpm-fast sample --model runs/moons --out moons.png   at any time: the folder always holds a whole checkpoint
+
+Repeat the same command to resume: the result is the one of a training that was never interrupted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    logging.basicConfig(format="ddpm-fast: %(message)s", level=logging.WARNING)
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted; no half-written file was left", INTERRUPTED)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(error, BAD_INPUT)
+    except (RuntimeError, FloatingPointError, MemoryError) as error:
+        return _fail(error, FAILED)
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"ddpm-fast: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ddpm-fast", description="Exact DDPM samples, fast.", epilog="ddpm-fast COMMAND --help says more."
+    )
+    parser.add_argument("--version", action="version", version=f"ddpm-fast {ddpm_fast.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    sample = _command(commands, "sample", "draw samples", SAMPLE_HELP, _sample)
+    sample.add_argument("--out", default="samples.png", help=".png, .npz or a folder (default: %(default)s)")
+    sample.add_argument("--seeds", help="one sample a seed: 7, 0-15 or 1,4,9-12 (default: 16 fresh ones, printed)")
+    sample.add_argument("--model", default=EMBEDDED, metavar="FOLDER", help="checkpoint (default: the embedded moons)")
+    sample.add_argument("--steps", type=int, help="steps of the walk (default: all that the model was trained on)")
+    sample.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: %(default)s")
+    sample.add_argument("--eta", type=float, help="noise of ddim, 0 … 1 (default: 0)")
+    sample.add_argument("--temperature", type=float, help="scales the noise of every step (default: 1)")
+    sample.add_argument("--batch", type=int, default=64, help="samples at a time (default: %(default)s)")
+    sample.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    sample.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network (default: %(default)s)")
+    sample.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+    train = _command(commands, "train", "train the moon model", TRAIN_HELP, _train)
+    train.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint, state for resuming, metrics.jsonl")
+    defaults = TrainingConfig()
+    train.add_argument("--steps", type=int, default=defaults.steps, help="default: %(default)s")
+    train.add_argument("--batch", type=int, default=defaults.batch_size, help="default: %(default)s")
+    train.add_argument("--lr", type=float, default=defaults.learning_rate, help="peak (default: %(default)s)")
+    train.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
+    train.add_argument("--save-every", type=int, default=defaults.save_every, help="steps (default: %(default)s)")
+    train.add_argument("--device", default="cpu", help="default: %(default)s")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    _command(commands, "info", "versions, devices, and the path that a walk would take", None, _info)
+    return parser
+
+
+def _command(commands: Any, name: str, summary: str, text: str | None, run: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=text or summary, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    if arguments.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
+    seeds = resolve_seeds(None, 16) if arguments.seeds is None else parse_seeds(arguments.seeds)
+    resolve_seeds(seeds, len(seeds))
+    device = resolve_device(lambda x, t: x, arguments.device)
+    checkpoint = load_checkpoint(arguments.model, device)
+    config = SamplerConfig.from_options(_options(arguments), checkpoint.diffusion)
+    images.check_output(arguments.out, checkpoint.shape[0])
+
+    began = time.perf_counter()
+    pictures = _draw(checkpoint, config, seeds, arguments)
+    about = {
+        "version": ddpm_fast.__version__,
+        "model": "embedded moons32" if Path(arguments.model) == EMBEDDED else Path(arguments.model).name,
+        "dtype": arguments.dtype,
+        "config": config.to_dict(),
+    }
+    images.save(arguments.out, pictures, seeds, about)
+    if not arguments.quiet:
+        steps = len(config.inference_timesteps())
+        seconds = time.perf_counter() - began
+        span = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} … {seeds[-1]}"
+        print(f"{arguments.out}: {len(seeds)} samples, {span}, {steps} steps each, {seconds:.1f} s")
+        print(f"path: {path_taken(device)}")
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = {"steps": "num_inference_steps", "sampler": "sampler", "eta": "eta", "temperature": "temperature"}
+    given = {names[name]: getattr(arguments, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _draw(
+    checkpoint: Checkpoint, config: SamplerConfig, seeds: Sequence[int], arguments: argparse.Namespace
+) -> images.Bytes:
+    """All samples as uint8 [N, H, W, C], a batch at a time."""
+    done: list[images.Bytes] = []
+    sampler: Sampler | None = None
+    batches = [seeds[start : start + arguments.batch] for start in range(0, len(seeds), arguments.batch)]
+    for number, part in enumerate(batches, 1):
+        if sampler is None or sampler.shape[0] != len(part):
+            shape = (len(part), *checkpoint.shape)
+            sampler = Sampler(checkpoint.model, shape, config=config, dtype=DTYPES[arguments.dtype])
+        label = f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"
+        x = sampler(seeds=part, progress=False if arguments.quiet else label)
+        done.append(to_uint8(x).cpu().numpy())
+    return np.concatenate(done)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = TrainingConfig(
+        steps=arguments.steps,
+        batch_size=arguments.batch,
+        learning_rate=arguments.lr,
+        seed=arguments.seed,
+        save_every=arguments.save_every,
+    )
+    device = resolve_device(lambda x, t: x, arguments.device)
+    trainer = Trainer(arguments.out, config, device=device)
+    if trainer.step and not arguments.quiet:
+        print(f"resuming {arguments.out} at step {trainer.step} of {config.steps}")
+    trainer.run(progress=not arguments.quiet)
+    if not arguments.quiet:
+        print(f"{arguments.out}{os.sep}: a checkpoint; ddpm-fast sample --model {arguments.out} draws from it")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    for what, answer in describe():
+        print(f"{what:<14}{answer}")

@@ -1,0 +1,90 @@
+"""Samples on disk: a PNG grid, a folder of PNGs, or an .npz, each with what made it."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from ddpm_fast.files import check_writable, whole_file
+
+Bytes = NDArray[np.uint8]
+
+METADATA = "ddpm_fast"  # name of the PNG text chunk and of the npz array that hold the metadata as JSON
+GAP = 1  # pixels of the small images between the pictures of a grid
+GAP_SHADE = 96
+GRID_SIDE = 512  # a grid of small images is enlarged, by whole factors, to at most about this many pixels
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def output_kind(path: str | os.PathLike) -> str:
+    """What `path` asks for: "grid" (.png), "npz" (.npz) or "folder" (no suffix)."""
+    suffix = Path(path).suffix.lower()
+    kinds = {".png": "grid", ".npz": "npz", "": "folder"}
+    if suffix not in kinds:
+        raise ValueError(f"the output must be a .png grid, an .npz or a folder (no suffix), got {str(path)!r}")
+    return kinds[suffix]
+
+
+def check_output(path: str | os.PathLike, channels: int) -> str:
+    """Raise now what `save` would raise after hours: an unwritable path, channels that no image has."""
+    kind = output_kind(path)
+    if kind != "npz" and channels not in MODES:
+        raise ValueError(f"an image has {sorted(MODES)} channels, the samples have {channels}: write an .npz instead")
+    if kind == "folder" and Path(path).exists() and not Path(path).is_dir():
+        raise NotADirectoryError(f"{path} is a file, not a folder")
+    check_writable(path, folder=kind == "folder")
+    return kind
+
+
+def save(path: str | os.PathLike, images: Bytes, seeds: Sequence[int], about: dict[str, Any]) -> None:
+    """Write uint8 images [N, H, W, C] to `path`, in the form that its suffix asks for.
+
+    `about` and the seeds travel along as JSON: in the PNG text chunk or npz array "ddpm_fast".
+    """
+    kind = output_kind(path)
+    if kind == "grid":
+        save_png(path, grid(images), {**about, "seeds": list(seeds)})
+    elif kind == "npz":
+        with whole_file(path) as part, open(part, "wb") as file:
+            np.savez(file, arr_0=images, ddpm_fast=np.array(json.dumps({**about, "seeds": list(seeds)})))
+    else:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for image, seed in zip(images, seeds, strict=True):
+            save_png(Path(path) / f"{seed:06d}.png", image, {**about, "seeds": [seed]})
+
+
+def save_png(path: str | os.PathLike, image: Bytes, metadata: dict[str, Any]) -> None:
+    """Write one uint8 image [H, W, C] with its metadata."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(METADATA, json.dumps(metadata))
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    with whole_file(path) as part:
+        picture.save(part, format="PNG", pnginfo=info)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """What made the PNG or npz at `path`."""
+    if Path(path).suffix.lower() == ".npz":
+        with np.load(path) as arrays:
+            return json.loads(str(arrays[METADATA]))
+    with Image.open(path) as picture:
+        return json.loads(picture.text[METADATA])  # type: ignore[attr-defined]
+
+
+def grid(images: Bytes, columns: int | None = None) -> Bytes:
+    """Lay images [N, H, W, C] out in rows, with thin lines between, small ones enlarged: [H', W', C]."""
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    tiles = np.full((rows * columns, height + GAP, width + GAP, channels), GAP_SHADE, dtype=np.uint8)
+    tiles[:count, :height, :width] = images
+    sheet = rearrange(tiles, "(r c) h w k -> (r h) (c w) k", r=rows)[:-GAP, :-GAP]
+    factor = max(1, GRID_SIDE // max(sheet.shape[:2]))
+    return sheet.repeat(factor, axis=0).repeat(factor, axis=1)

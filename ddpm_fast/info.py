@@ -1,0 +1,64 @@
+"""What this machine has, which path a walk would take on it, and why."""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from ddpm_fast.kernels.dispatch import choose_backend, has_triton
+
+PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "pillow", "tqdm")
+
+
+def describe() -> list[tuple[str, str]]:
+    """Rows of (what, answer)."""
+    rows = [("ddpm_fast", importlib.metadata.version("ddpm_fast")), ("python", platform.python_version())]
+    rows += [(name, _version(name) or "not installed") for name in PACKAGES]
+    rows += [(f"device {name}", text) for name, text in _devices()]
+    rows.append(("path", path_taken()))
+    mismatch = triton_mismatch()
+    if mismatch:
+        rows.append(("warning", mismatch))
+    return rows
+
+
+def path_taken(device: torch.device | None = None) -> str:
+    """Which implementation walks on `device` (None: the one that would be chosen), and why."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        found = "the device is the CPU" if torch.cuda.is_available() else "torch finds no CUDA GPU"
+        return f"PyTorch on the CPU, because {found}"
+    if choose_backend(device) == "triton":
+        return "Triton kernels, network and step in one CUDA graph"
+    return "PyTorch kernels in a CUDA graph, because triton is not installed"
+
+
+def triton_mismatch() -> str | None:
+    """One sentence if the installed Triton is not the one that the installed torch was built for."""
+    if not has_triton():
+        return None
+    installed = _version("triton")
+    for text in importlib.metadata.requires("torch") or []:
+        requirement = Requirement(text)
+        if requirement.name == "triton" and (requirement.marker is None or requirement.marker.evaluate()):
+            wanted = requirement.specifier
+            if not wanted.contains(Version(installed or "0"), prereleases=True):
+                return f"torch {_version('torch')} was built for triton{wanted}, installed is {installed}"
+    return None
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    yield "cpu", f"{torch.get_num_threads()} threads"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

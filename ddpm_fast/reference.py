@@ -1,0 +1,138 @@
+"""The textbook: "Denoising Diffusion Probabilistic Models" (Ho, Jain & Abbeel 2020) in plain PyTorch.
+
+It imports nothing of the package, runs in float32 or float64, and is slow. It is the judge of everything fast.
+The equation numbers are the paper's. Timesteps count from 0: beta[0] is the paper's beta_1.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+class Diffusion:
+    """A chain x_0 → x_1 → … → x_T of Gaussian steps with variances `betas`, and the way back.
+
+    Args:
+        betas: [T], any float dtype.
+        timesteps: what the network calls each step, ascending; None: 0 … T-1.
+    """
+
+    def __init__(self, betas: Tensor, timesteps: Sequence[int] | None = None) -> None:
+        self.betas = betas
+        self.alphas = 1 - betas
+        self.alphas_bar = torch.cumprod(self.alphas, dim=0)
+        self.timesteps = list(range(len(betas))) if timesteps is None else list(timesteps)
+
+    def respaced(self, timesteps: Iterable[int]) -> "Diffusion":
+        """The chain that visits `timesteps` alone; its marginals q(x_t | x_0) are those of the long chain."""
+        kept = sorted(timesteps)
+        alphas_bar = self.alphas_bar[kept]
+        before = torch.cat([torch.ones(1, dtype=alphas_bar.dtype), alphas_bar[:-1]])
+        return Diffusion(1 - alphas_bar / before, kept)
+
+    # The forward process
+
+    def q_step(self, x_before: Tensor, t: int, noise: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)   (2)"""
+        return torch.sqrt(1 - self.betas[t]) * x_before + torch.sqrt(self.betas[t]) * noise
+
+    def q_sample(self, x_0: Tensor, t: int, noise: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)   (4)"""
+        return torch.sqrt(self.alphas_bar[t]) * x_0 + torch.sqrt(1 - self.alphas_bar[t]) * noise
+
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of q(x_{t-1} | x_t, x_0)   (6), (7)"""
+        alpha_bar, alpha_bar_before = self.alphas_bar[t], self._alpha_bar_before(t)
+        mean = (
+            torch.sqrt(alpha_bar_before) * self.betas[t] / (1 - alpha_bar) * x_0
+            + torch.sqrt(self.alphas[t]) * (1 - alpha_bar_before) / (1 - alpha_bar) * x_t
+        )
+        return mean, self._beta_tilde(t)
+
+    # The reverse process
+
+    def predict_x_0(self, x_t: Tensor, t: int, output: Tensor, prediction_type: str = "epsilon") -> Tensor:
+        """The origin that the network's output stands for   (15); v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0"""
+        signal, noise = torch.sqrt(self.alphas_bar[t]), torch.sqrt(1 - self.alphas_bar[t])
+        if prediction_type == "epsilon":
+            return (x_t - noise * output) / signal
+        if prediction_type == "v_prediction":
+            return signal * x_t - noise * output
+        return output
+
+    def p_sample(
+        self,
+        model: Model,
+        x_t: Tensor,
+        t: int,
+        noise: Tensor,
+        prediction_type: str = "epsilon",
+        variance_type: str = "fixed_small",
+        clip: float | None = 1.0,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """One line of Algorithm 2: x_{t-1} ~ p(x_{t-1} | x_t)."""
+        output = model(x_t, torch.full((len(x_t),), self.timesteps[t]))
+        channels = x_t.shape[1]
+        x_0 = self.predict_x_0(x_t, t, output[:, :channels], prediction_type)
+        if clip is not None:
+            x_0 = x_0.clamp(-clip, clip)
+        mean, _ = self.q_posterior(x_0, x_t, t)
+        if t == 0:
+            return mean
+        return mean + temperature * torch.sqrt(self.p_variance(t, variance_type, output[:, channels:])) * noise
+
+    def p_variance(self, t: int, variance_type: str, v: Tensor) -> Tensor:
+        """sigma_t^2: section 3.2, or learned (Nichol & Dhariwal 2021, eq. 15)."""
+        if variance_type in ("fixed_small", "fixed_small_log"):
+            return self._beta_tilde(t)
+        if variance_type in ("fixed_large", "fixed_large_log"):
+            return self.betas[t]
+        if variance_type == "learned":
+            return torch.exp(v)
+        share = (v + 1) / 2
+        return torch.exp(share * torch.log(self.betas[t]) + (1 - share) * torch.log(self._beta_tilde(t)))
+
+    def sample(self, model: Model, x_T: Tensor, noises: Sequence[Tensor], **options) -> list[Tensor]:
+        """Algorithm 2: [x_{T-1}, …, x_0], with the noise of each step given, first step first."""
+        x = x_T
+        walk: list[Tensor] = []
+        for t in reversed(range(len(self.betas))):
+            x = self.p_sample(model, x, t, noises[len(walk)], **options)
+            walk.append(x)
+        return walk
+
+    def ddim_sample(
+        self,
+        model: Model,
+        x_T: Tensor,
+        noises: Sequence[Tensor],
+        eta: float = 0.0,
+        prediction_type: str = "epsilon",
+        clip: float | None = 1.0,
+        direction: str = "output",
+    ) -> list[Tensor]:
+        """DDIM (Song, Meng & Ermon 2021, eq. 12), its direction from the raw "output" or the clipped "x0"."""
+        x = x_T
+        walk: list[Tensor] = []
+        for t in reversed(range(len(self.betas))):
+            output = model(x, torch.full((len(x),), self.timesteps[t]))
+            signal, deviation = torch.sqrt(self.alphas_bar[t]), torch.sqrt(1 - self.alphas_bar[t])
+            raw = self.predict_x_0(x, t, output, prediction_type)
+            x_0 = raw if clip is None else raw.clamp(-clip, clip)
+            epsilon = (x - signal * (x_0 if direction == "x0" else raw)) / deviation
+            sigma = eta * torch.sqrt(self._beta_tilde(t))
+            before = self._alpha_bar_before(t)
+            x = torch.sqrt(before) * x_0 + torch.sqrt((1 - before - sigma**2).clamp(min=0)) * epsilon
+            x = x + sigma * noises[len(walk)]
+            walk.append(x)
+        return walk
+
+    def _alpha_bar_before(self, t: int) -> Tensor:
+        return self.alphas_bar[t - 1] if t > 0 else torch.ones_like(self.alphas_bar[0])
+
+    def _beta_tilde(self, t: int) -> Tensor:
+        return (1 - self._alpha_bar_before(t)) / (1 - self.alphas_bar[t]) * self.betas[t]
