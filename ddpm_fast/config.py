@@ -112,7 +112,7 @@ class SamplerConfig:
             object.__setattr__(self, "timesteps", tuple(self.timesteps))
             if self.num_inference_steps not in (None, len(self.timesteps)):
                 raise ValueError(
-                    f"num_inference_steps={self.num_inference_steps} contradicts the {len(self.timesteps)} timesteps given"
+                    f"num_inference_steps={self.num_inference_steps} contradicts {len(self.timesteps)} given timesteps"
                 )
         elif self.num_inference_steps is not None:
             whole("num_inference_steps", self.num_inference_steps, 1)

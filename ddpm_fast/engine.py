@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.graph import StepGraph
+from ddpm_fast.graph import StepGraph, can_capture
 from ddpm_fast.kernels.dispatch import choose_backend
 from ddpm_fast.kernels.step import step
 from ddpm_fast.kernels.threshold import threshold_bound
@@ -68,6 +68,7 @@ class Sampler:
         execution: "graph" replays a CUDA graph of network + step; "eager" calls them one by one; "auto" takes the
             graph on CUDA where the network allows it.
         steps_per_replay: steps in one graph.
+        backend: "triton" or "torch" kernels; None chooses by device.
         config: a `SamplerConfig`, such as a checkpoint's; the options are changes to it.
         options: the fields of `SamplerConfig`.
 
@@ -93,6 +94,7 @@ class Sampler:
         dtype: torch.dtype | None = None,
         execution: str = "auto",
         steps_per_replay: int = 1,
+        backend: str | None = None,
         config: SamplerConfig | None = None,
         **options: Any,
     ) -> None:
@@ -106,7 +108,7 @@ class Sampler:
         out_channels = self.shape[1] * (2 if self.table.doubled else 1)
         self.network = Network(model, self.shape, out_channels, model_kwargs, uncond_kwargs, device, dtype)
         self.device = self.network.device
-        if execution == "graph" and self.device.type != "cuda":
+        if execution == "graph" and not can_capture(self.device):
             raise ValueError(f"execution='graph' needs a CUDA device, got {self.device}")
         self.execution = execution
         self.steps_per_replay = steps_per_replay
@@ -114,7 +116,7 @@ class Sampler:
         self.last_seeds: list[int] | None = None
 
         batch = self.shape[0]
-        self._backend = choose_backend(self.device)
+        self._backend = choose_backend(self.device, backend)
         self._coefficients = self.table.coefficients(self.device)
         self._ids = self.table.ids(self.device)
         self._base = torch.zeros(batch, dtype=torch.int32, device=self.device)
@@ -263,11 +265,12 @@ class Sampler:
             x0_new=self._x0 if previews else None,
             model_input=self.network.input,
             timestep=self.network.timestep,
+            backend=self._backend,
         )
 
     def _graph(self, stride: int, kind: str, previews: bool) -> StepGraph | None:
         """The graph of `stride` steps, recorded on first use; None where steps run eagerly."""
-        if self.execution == "eager" or self.device.type != "cuda":
+        if self.execution == "eager" or not can_capture(self.device):
             return None
         if kind == "tensor" and self._z is None:
             self._z = torch.zeros_like(self._x)
@@ -300,7 +303,7 @@ class Sampler:
         if seeds is None:
             logger.info("drew seeds %d … %d", resolved[0], resolved[-1])
         self.last_seeds = resolved
-        return PhiloxNoise(resolved, self.shape, self.table, self.device, in_kernel=self._backend == "triton")
+        return PhiloxNoise(resolved, self.shape, self.table, self.device, self._backend)
 
     def _checked_start(self, x_T: Tensor | None) -> Tensor | None:
         if x_T is None:

@@ -7,6 +7,11 @@ import torch
 WARMUPS = 3  # first calls allocate, pick algorithms and compile kernels: none of that may be recorded
 
 
+def can_capture(device: torch.device) -> bool:
+    """Whether work on `device` can be recorded."""
+    return device.type == "cuda"
+
+
 class StepGraph:
     """`body` recorded as one CUDA graph.
 

@@ -20,15 +20,19 @@ class PhiloxNoise:
     Args:
         seeds: one a sample.
         shape: (B, C, ...).
-        in_kernel: the step kernel makes the noise itself; then `z` gives None.
+        table: the walk's rows.
+        device: of the noise.
+        backend: "torch" makes it ahead, for several steps at a time; "triton" leaves that of the steps to the step
+            kernel, and `z` gives None.
     """
 
     def __init__(
-        self, seeds: Sequence[int], shape: tuple[int, ...], table: StepTable, device: torch.device, in_kernel: bool
+        self, seeds: Sequence[int], shape: tuple[int, ...], table: StepTable, device: torch.device, backend: str
     ) -> None:
         self.seeds = seed_tensor(seeds).to(device)
         self.shape = shape
-        self.in_kernel = in_kernel
+        self.backend = backend
+        self.in_kernel = backend == "triton"
         self._ids = torch.from_numpy(table.noise_id).to(device)
         self._noisy = (table.sigma != 0).tolist()
         self._first = 0
@@ -39,7 +43,7 @@ class PhiloxNoise:
 
     def x_T(self) -> Tensor:
         """The start of the walk: [B, C, ...]."""
-        return normal(self.seeds, torch.zeros_like(self.seeds), Stream.X_T, self.shape[1:])
+        return normal(self.seeds, torch.zeros_like(self.seeds), Stream.X_T, self.shape[1:], backend=self.backend)
 
     def z(self, step: int) -> Tensor | None:
         """The noise of step number `step`, or None where there is none or the kernel makes it."""
@@ -48,8 +52,9 @@ class PhiloxNoise:
         if self._block is None or not 0 <= step - self._first < len(self._block):
             batch = self.shape[0]
             ids = self._ids[step : step + max(1, AHEAD // math.prod(self.shape))]
-            flat = normal(self.seeds.repeat(len(ids)), ids.repeat_interleave(batch), Stream.STEP, self.shape[1:])
-            self._first, self._block = step, flat.unflatten(0, (len(ids), batch))
+            seeds, ids = self.seeds.repeat(len(ids)), ids.repeat_interleave(batch)
+            flat = normal(seeds, ids, Stream.STEP, self.shape[1:], backend=self.backend)
+            self._first, self._block = step, flat.unflatten(0, (-1, batch))
         return self._block[step - self._first]
 
 

@@ -93,7 +93,7 @@ def normals(
             visited = visits[part] if isinstance(visits, Tensor) else visits
             words = philox_4x32((j, ids[part], int(stream), visited), (key[0][part], key[1][part]))
             _box_muller(words, z[part, :, left : left + _BLOCK])
-    return z.view(len(seeds), 4 * q)[:, :n]
+    return z.view(len(seeds), 4 * q)[:, :n].contiguous()
 
 
 def _box_muller(words: tuple[Tensor, ...], z: Tensor) -> None:

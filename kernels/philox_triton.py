@@ -14,7 +14,7 @@ def uniform(word):
 def normals4(seed, j, noise_id, stream, visit):
     """Four normals a counter: lanes 0 … 3 of the counters `j` (a block), for one sample."""
     zero = j * 0
-    w0, w1, w2, w3 = tl.philox(seed, j, noise_id + zero, stream + zero, visit + zero)
+    w0, w1, w2, w3 = tl.philox(seed, j, zero + noise_id, zero + stream, zero + visit)
     turn = 6.283185307179586
     # log(1) may come out a hair above 0 in an approximation: the absolute value keeps the root real.
     radius = tl.sqrt(tl.abs(-2.0 * tl.log(uniform(w0))))

@@ -1,0 +1,23 @@
+"""Where the kernels run in the tests: on the GPU if there is one, else in Triton's interpreter on CPU tensors."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> torch.device:
+    """Where backend="triton" can run."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU, visibly, where there is none."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
