@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.graph import StepGraph, can_capture
 from ddpm_fast.kernels.dispatch import choose_backend
-from ddpm_fast.kernels.step import step
+from ddpm_fast.kernels.step import implementation
 from ddpm_fast.kernels.threshold import threshold_bound
 from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, PhiloxNoise
@@ -117,6 +117,7 @@ class Sampler:
 
         batch = self.shape[0]
         self._backend = choose_backend(self.device, backend)
+        self._step = implementation(self._backend)  # the buffers are the engine's own: nothing to check
         self._coefficients = self.table.coefficients(self.device)
         self._ids = self.table.ids(self.device)
         self._base = torch.zeros(batch, dtype=torch.int32, device=self.device)
@@ -127,6 +128,8 @@ class Sampler:
         self._z: Tensor | None = None
         self._use_output = bool(np.any(self.table.c_out != 0))
         self._noisy = bool(np.any(self.table.sigma != 0))
+        # On the CPU looking for NaN costs nothing; on a GPU it would stall the queue, so there one looks at the end.
+        self._look_at_every_step = self.device.type == "cpu"
         self._graphs: dict[tuple[int, str, bool], StepGraph] = {}
 
     def __call__(
@@ -208,14 +211,12 @@ class Sampler:
             for done in range(0, len(self.table), stride):
                 z = noise.z(done)
                 if graph is None:
-                    self._iterate(0, z, kind, previews)
-                    self._base.add_(1)
+                    self._step_eagerly(done, z, kind, previews)
                 else:
                     if z is not None:
                         self._z.copy_(z, non_blocking=True)  # type: ignore[union-attr]
                     graph.replay()
-                # On the CPU looking costs nothing; on a GPU it would stall the queue, so there one looks at the end.
-                if self.device.type == "cpu" and not self._is_finite():
+                if self._look_at_every_step and not self._is_finite():
                     raise FloatingPointError(self._not_finite_error(done))
                 reached = min(done + stride, len(self.table))
                 bar.advance(reached - done)
@@ -238,21 +239,28 @@ class Sampler:
         for half in self.network.input.split(self.shape[0]):
             half.copy_(start)
 
-    def _iterate(self, offset: int, z: Tensor | None, kind: str, previews: bool) -> None:
+    def _step_eagerly(self, number: int, z: Tensor | None, kind: str, previews: bool) -> None:
+        if self._backend == "torch":
+            self._iterate(number, 0, z, kind, previews)
+        else:
+            self._iterate(self._base, 0, z, kind, previews)
+            self._base.add_(1)
+
+    def _iterate(self, base: Tensor | int, offset: int, z: Tensor | None, kind: str, previews: bool) -> None:
         """Network and step, on the fixed buffers."""
         output = self.network()
         config, bound = self.config, None
         if config.thresholding:
             bound = threshold_bound(
-                self._x, output, self._coefficients, self._base, offset,
+                self._x, output, self._coefficients, base, offset,
                 ratio=config.dynamic_thresholding_ratio, max_value=config.sample_max_value, guidance=self._guidance,
             )  # fmt: skip
-        step(
+        self._step(
             self._x,
             output,
             self._coefficients,
             self._ids,
-            self._base,
+            base,
             offset,
             seeds=self._seeds if kind == "philox" else None,
             z=z,
@@ -265,7 +273,6 @@ class Sampler:
             x0_new=self._x0 if previews else None,
             model_input=self.network.input,
             timestep=self.network.timestep,
-            backend=self._backend,
         )
 
     def _graph(self, stride: int, kind: str, previews: bool) -> StepGraph | None:
@@ -290,7 +297,7 @@ class Sampler:
 
     def _body(self, stride: int, kind: str, previews: bool) -> None:
         for offset in range(stride):
-            self._iterate(offset, self._z if kind == "tensor" else None, kind, previews)
+            self._iterate(self._base, offset, self._z if kind == "tensor" else None, kind, previews)
         self._base.add_(stride)
 
     def _make_noise(self, seeds: Seeds, generator: Generators | None) -> PhiloxNoise | GeneratorNoise:
@@ -337,8 +344,7 @@ class Sampler:
         noise.restart()
         self._start(noise, x_T)
         for done in range(len(self.table)):
-            self._iterate(0, noise.z(done), kind, previews=False)
-            self._base.add_(1)
+            self._step_eagerly(done, noise.z(done), kind, previews=False)
             if not self._is_finite():
                 return self._not_finite_error(done)
         return "the model returned NaN or infinity at some step, but not when the walk was repeated"

@@ -1,5 +1,7 @@
 """The step from x_t to x_{t-1}: any row of any sampler's table, in one pass over memory."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -70,10 +72,7 @@ def step(
     _check(x, output, coefficients, ids, base, seeds, z, clip, bound, guidance, learned, x_new, x0_new,
            model_input, timestep)  # fmt: skip
     x_new = torch.empty_like(x) if x_new is None else x_new
-    if choose_backend(x.device, backend) == "torch":
-        launch = step_torch
-    else:
-        from ddpm_fast.kernels.step_triton import step_triton as launch
+    launch = implementation(choose_backend(x.device, backend))
     return launch(
         x, output, coefficients, ids, base, offset, seeds=seeds, z=z, visit=visit, clip=clip, bound=bound,
         guidance=guidance, learned=learned, use_output=use_output, x_new=x_new, x0_new=x0_new,
@@ -86,7 +85,7 @@ def step_torch(
     output: Tensor,
     coefficients: Tensor,
     ids: Tensor,
-    base: Tensor,
+    base: Tensor | int,
     offset: int = 0,
     *,
     seeds: Tensor | None = None,
@@ -102,48 +101,89 @@ def step_torch(
     model_input: Tensor | None = None,
     timestep: Tensor | None = None,
 ) -> Tensor:
-    """The PyTorch twin of `step`; computes in the dtype of x, float64 included (coefficients in that dtype too)."""
-    batch = len(x)
-    row, active = rows_of(base, offset, len(coefficients))
-    per_sample = (batch,) + (1,) * (x.dim() - 1)
-    chosen = coefficients[row].view(batch, len(COLUMNS), *per_sample[1:])
-    a, b, c_x0, c_x, c_out, sigma, log_min, log_max = chosen.unbind(1)
+    """The PyTorch twin of `step`; computes in the dtype of x, float64 included (coefficients in that dtype too).
 
+    With an int as `base` all samples are in that row, which must be inside the table: a third of the operations.
+    """
+    row = Rows(coefficients, base, offset, x.dim())
     out, variance = split_output(x, output, guidance)
-    x0 = (a * x).addcmul_(b, out)
+    x0 = row.origin(x, out)
     if bound is not None:
-        limit = bound.view(per_sample).to(x.dtype)
+        limit = row.per_sample(bound.to(x.dtype))
         x0 = x0.clamp_(-limit, limit).div_(limit)
     elif clip is not None:
         x0.clamp_(-clip, clip)
-    if x0_new is not None:
-        torch.where(active.view(per_sample), x0, x0_new, out=x0_new)
-    new = (c_x * x).addcmul_(c_x0, x0)
+    new = (row.c_x * x).add_(row.c_x0 * x0)
     if use_output:
-        new.addcmul_(c_out, out)
+        new.add_(row.c_out * out)
     if seeds is not None:
-        n = x[0].numel()
-        z = philox.normals(seeds, ids[row, 1], philox.Stream.STEP, n, visit, x.dtype).view_as(x)
+        noise_ids = row.take(ids[:, 1]).expand(len(x))
+        z = philox.normals(seeds, noise_ids, philox.Stream.STEP, x[0].numel(), visit, x.dtype).view_as(x)
     if z is not None:
+        sigma = row.sigma
         if learned:
-            sigma = sigma * torch.lerp(log_min, log_max, variance.add(1).mul_(0.5)).mul_(0.5).exp_()
-        new.addcmul_(sigma, z)
+            share = variance.add(1).mul_(0.5)
+            sigma = share.mul_(row.log_max - row.log_min).add_(row.log_min).mul_(0.5).exp_().mul_(sigma)
+        new.add_(sigma * z)
 
-    torch.where(active.view(per_sample), new, x, out=x_new)
+    row.write(x_new, new)
+    if x0_new is not None:
+        row.write(x0_new, x0)
     if model_input is not None:
-        for half in model_input.split(batch):
+        for half in model_input.split(len(x)):
             half.copy_(x_new)
     if timestep is not None:
-        following = ids[(row + 1).clamp_(max=len(ids) - 1), 0].long()
-        for half in timestep.split(batch):
-            torch.where(active, following, half, out=half)
+        for half in timestep.split(len(x)):
+            row.write_next(half, ids[:, 0])
     return x_new
 
 
-def rows_of(base: Tensor, offset: int, steps: int) -> tuple[Tensor, Tensor]:
-    """The row of every sample, clamped into the table, and whether it was inside."""
-    row = base.long() + offset
-    return row.clamp(0, steps - 1), (row >= 0) & (row < steps)
+class Rows:
+    """The rows that the samples are in: a row each, or one (an int) for all.
+
+    The columns are attributes, tensors [B, 1, ...] or [] that broadcast over the samples.
+    """
+
+    def __init__(self, coefficients: Tensor, base: Tensor | int, offset: int, dim: int) -> None:
+        self.steps = len(coefficients)
+        self.active: Tensor | None = None
+        self.shape = (-1,) + (1,) * (dim - 1)
+        if isinstance(base, int):
+            self.row: Tensor | int = base + offset
+            chosen = coefficients[self.row]
+        else:
+            row = base.long() + offset
+            self.active = (row >= 0) & (row < self.steps)
+            self.row = row.clamp(0, self.steps - 1)
+            chosen = coefficients[self.row].T.unflatten(1, self.shape)
+        self.a, self.b, self.c_x0, self.c_x, self.c_out, self.sigma, self.log_min, self.log_max = chosen.unbind(0)
+
+    def origin(self, x: Tensor, out: Tensor) -> Tensor:
+        """The origin estimate before it is clipped."""
+        return (self.a * x).add_(self.b * out)
+
+    def per_sample(self, values: Tensor) -> Tensor:
+        """[B] as [B, 1, ...]."""
+        return values.view(self.shape)
+
+    def take(self, column: Tensor) -> Tensor:
+        """`column` at the samples' rows: [B] or []."""
+        return column[self.row]
+
+    def write(self, target: Tensor, values: Tensor) -> None:
+        """Put `values` in `target` where a sample's row is inside the table."""
+        if self.active is None:
+            target.copy_(values)
+        else:
+            torch.where(self.per_sample(self.active), values, target, out=target)
+
+    def write_next(self, target: Tensor, column: Tensor) -> None:
+        """Put `column` at the samples' next rows in `target`, where there is one."""
+        if isinstance(self.row, int):
+            target.copy_(column[min(self.row + 1, self.steps - 1)])
+        elif self.active is not None:
+            following = column[(self.row + 1).clamp(max=self.steps - 1)].to(target.dtype)
+            torch.where(self.active, following, target, out=target)
 
 
 def split_output(x: Tensor, output: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -156,6 +196,15 @@ def split_output(x: Tensor, output: Tensor, guidance: Tensor | None) -> tuple[Te
     scale = guidance.to(x.dtype).view(batch, *(1,) * (x.dim() - 1))
     # Only the mean is guided; the variance is the conditional half's.
     return torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale), conditional[:, channels:]
+
+
+def implementation(backend: str) -> Callable[..., Tensor]:
+    """The unchecked function behind `step`: for callers whose buffers cannot change, x_new always given."""
+    if backend == "torch":
+        return step_torch
+    from ddpm_fast.kernels.step_triton import step_triton
+
+    return step_triton
 
 
 def _check(

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from ddpm_fast.kernels.step import rows_of, split_output
+from ddpm_fast.kernels.step import Rows, split_output
 
 
 def threshold_bound(
     x: Tensor,
     output: Tensor,
     coefficients: Tensor,
-    base: Tensor,
+    base: Tensor | int,
     offset: int = 0,
     *,
     ratio: float,
@@ -21,8 +21,6 @@ def threshold_bound(
 
     x0 = a x + b out is the estimate that `step` makes from the same arguments. PyTorch on every device so far.
     """
-    row, _ = rows_of(base, offset, len(coefficients))
-    a, b = coefficients[row, :2].view(len(x), 2, *(1,) * (x.dim() - 1)).unbind(1)
     out, _ = split_output(x, output, guidance)
-    x0 = (a * x).addcmul_(b, out)
+    x0 = Rows(coefficients, base, offset, x.dim()).origin(x, out)
     return torch.quantile(x0.abs_().flatten(1), ratio, dim=1).clamp_(1, max_value)

@@ -1,0 +1,137 @@
+"""The real thing on a CUDA GPU: graph, kernels, streams. Skipped, visibly, without one: `pytest -m gpu` runs them."""
+
+import logging
+
+import pytest
+import torch
+from models import Wavy
+
+from ddpm_fast.kernels import normal, q_sample, to_uint8
+from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.models.checkpoint import load_checkpoint
+from ddpm_fast.sample import Sampler, sample
+from ddpm_fast.seeding import seed_tensor
+
+pytestmark = pytest.mark.gpu
+SHAPE = (4, 2, 9, 7)
+
+
+def on_gpu():
+    return Wavy(2, 2).cuda()
+
+
+@pytest.fixture
+def exact_matmul():
+    """float32 products without TF32, so that CPU and GPU differ by rounding alone."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_noise_is_the_same_on_both_devices():
+    seeds, ids = seed_tensor([0, 1, 2**64 - 1]), torch.tensor([0, 5, 999])
+    for shape in ((3, 32, 32), (1, 5), (1000, 1003)):
+        on_cpu = normal(seeds, ids, Stream.STEP, shape)
+        on_device = normal(seeds.cuda(), ids.cuda(), Stream.STEP, shape)
+        torch.testing.assert_close(on_device.cpu(), on_cpu, atol=1e-5, rtol=1e-5)
+
+
+def test_forward_noising_and_bytes_are_the_same_on_both_devices():
+    x0 = torch.rand(3, 3, 17, 19) * 2 - 1
+    alphas_cumprod = torch.linspace(0.9999, 1e-5, 1000, dtype=torch.float64)
+    t, seeds = torch.tensor([0, 500, 999]), seed_tensor([1, 2, 3])
+    on_cpu = q_sample(x0, t, alphas_cumprod, seeds=seeds)
+    on_device = q_sample(x0.cuda(), t.cuda(), alphas_cumprod.cuda(), seeds=seeds.cuda())
+    torch.testing.assert_close(on_device.cpu(), on_cpu, atol=2e-5, rtol=0)
+    for rounding in ("round", "truncate"):
+        assert torch.equal(to_uint8(x0.cuda(), rounding=rounding).cpu(), to_uint8(x0, rounding=rounding))
+
+
+@pytest.mark.parametrize("options", [{}, {"variance_type": "fixed_large"}, {"sampler": "ddim", "eta": 0.7}], ids=str)
+@pytest.mark.usefixtures("exact_matmul")
+def test_a_thousand_steps_make_the_same_image_on_both_devices(options):
+    on_device = sample(on_gpu(), SHAPE, seeds=3, execution="graph", **options)
+    torch.testing.assert_close(on_device.cpu(), sample(Wavy(2, 2), SHAPE, seeds=3, **options), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("stride", [1, 7])
+@pytest.mark.parametrize("source", ["seeds", "generator"])
+def test_the_graph_equals_eager_and_replays_differ(stride, source):
+    def noise(seed):
+        return {"seeds": seed} if source == "seeds" else {"generator": torch.Generator("cuda").manual_seed(seed)}
+
+    sampler = Sampler(on_gpu(), SHAPE, num_inference_steps=50, execution="graph", steps_per_replay=stride)
+    eager = Sampler(on_gpu(), SHAPE, num_inference_steps=50, execution="eager")
+    for seed in (1, 2):
+        torch.testing.assert_close(sampler(**noise(seed)), eager(**noise(seed)), atol=1e-5, rtol=0)
+    assert not torch.equal(sampler(**noise(1)), sampler(**noise(2)))
+
+
+def test_the_embedded_model_draws_the_same_moons_on_both_devices():
+    on_cpu, on_device = load_checkpoint(), load_checkpoint(device="cuda")
+    options = {"seeds": 0, "config": on_cpu.diffusion}
+    images = sample(on_device.model, (4, *on_device.shape), execution="graph", **options)
+    torch.testing.assert_close(images.cpu(), sample(on_cpu.model, (4, *on_cpu.shape), **options), atol=0.02, rtol=0)
+
+
+def test_nothing_waits_for_the_device_between_the_first_and_the_last_replay(monkeypatch):
+    sampler = Sampler(on_gpu(), SHAPE, num_inference_steps=50, execution="graph")
+    sampler(seeds=0)
+    (graph,) = sampler._graphs.values()
+    replay, calls = graph.replay, []
+
+    def watched():
+        torch.cuda.set_sync_debug_mode("error" if len(calls) < 49 else "default")
+        calls.append(None)
+        replay()
+
+    monkeypatch.setattr(graph, "replay", watched)
+    try:
+        sampler(seeds=1, progress=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 50
+
+
+def test_a_network_that_waits_for_the_device_is_reported(caplog):
+    class Waiting(Wavy):
+        def forward(self, x, t):
+            return super().forward(x, t) * float(x.abs().max() > 0)
+
+    with caplog.at_level(logging.WARNING, "ddpm_fast"):
+        x = sample(Waiting(2, 2).cuda(), SHAPE, seeds=0, num_inference_steps=5)
+    assert "cannot be captured in a CUDA graph" in caplog.text
+    torch.testing.assert_close(x, sample(on_gpu(), SHAPE, seeds=0, num_inference_steps=5, execution="eager"))
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        sample(Waiting(2, 2).cuda(), SHAPE, seeds=0, num_inference_steps=5, execution="graph")
+
+
+def test_weights_changed_in_place_are_seen_by_the_next_replay():
+    model = on_gpu()
+    sampler = Sampler(model, SHAPE, num_inference_steps=10, execution="graph")
+    before = sampler(seeds=0)
+    with torch.no_grad():
+        model.mix.mul_(0.5)
+    after = sampler(seeds=0)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, sample(model, SHAPE, seeds=0, num_inference_steps=10, execution="eager"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_networks_keep_a_float32_state(dtype):
+    checkpoint = load_checkpoint(device="cuda")
+    shape = (4, *checkpoint.shape)
+    low = sample(checkpoint.model, shape, seeds=0, dtype=dtype, execution="graph", config=checkpoint.diffusion)
+    high = sample(checkpoint.model, shape, seeds=0, execution="graph", config=checkpoint.diffusion)
+    assert low.dtype == torch.float32
+    assert 0 < (low - high).abs().mean() < 0.05
+
+
+def test_nan_is_found_and_its_step_named():
+    class Breaking(Wavy):
+        def forward(self, x, t):
+            return torch.where((t == 40).view(-1, 1, 1, 1), torch.nan, super().forward(x, t))
+
+    with pytest.raises(FloatingPointError, match=r"step 5 of 10 \(timestep 40\)"):
+        sample(Breaking(2, 2).cuda(), SHAPE, seeds=0, timesteps=range(90, -1, -10))
