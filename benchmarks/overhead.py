@@ -62,8 +62,10 @@ def main() -> None:
     checkpoint = load_checkpoint()
     rows = [measure(checkpoint, batch, steps) for batch, steps in ((1, 500), (16, 125))]
     for row in rows:
-        print("batch {batch:>3}: network {network_us_per_step:8.0f} us, loop {loop_us_per_step:6.0f} us a step, "
-              "share {share:.1%} (limit {limit:.0%})".format(**row))
+        print(
+            "batch {batch:>3}: network {network_us_per_step:8.0f} us, loop {loop_us_per_step:6.0f} us a step, "
+            "share {share:.1%} (limit {limit:.0%})".format(**row)
+        )
     write_result("cpu__overhead", rows)
 
 

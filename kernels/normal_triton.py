@@ -13,7 +13,7 @@ from ddpm_fast.kernels.philox_triton import normals4, pick_lane
 BLOCK = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])
 def normal_kernel(z_ptr, seeds_ptr, ids_ptr, visits_ptr, stream, n, q, BLOCK: tl.constexpr):
     blocks = tl.cdiv(q, BLOCK)
     i_sample = tl.program_id(0) // blocks

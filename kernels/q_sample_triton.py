@@ -11,7 +11,7 @@ BLOCK = 256
 STREAM = tl.constexpr(int(Stream.FORWARD))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["visit"])
 def q_sample_kernel(
     x0_ptr, t_ptr, alphas_cumprod_ptr, seeds_ptr, z_ptr, x_t_ptr, visit, n, q, PHILOX: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

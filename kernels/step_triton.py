@@ -11,7 +11,8 @@ BLOCK = 256
 STREAM = tl.constexpr(int(Stream.STEP))
 
 
-@triton.jit
+# Counts that change from launch to launch are no reason to compile again; and a 1, compiled in, has no dtype to widen.
+@triton.jit(do_not_specialize=["offset", "steps", "visit", "batch"])
 def step_kernel(
     x_ptr, output_ptr, z_ptr, coefficients_ptr, ids_ptr, base_ptr, seeds_ptr, bound_ptr, guidance_ptr,
     new_ptr, x0_ptr, input_ptr, timestep_ptr,

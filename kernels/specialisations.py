@@ -1,0 +1,204 @@
+"""Every form of every kernel that is compiled ahead of time: what the host wrappers launch, option by option.
+
+Triton compiles a kernel anew for each combination of pointer types, of constexprs, of absent tensors (None), of
+integers that are 1, and of sizes and addresses divisible by 16. The list holds one launch for each option of each
+kernel and the combinations that the engine launches. Importing this module does not import Triton.
+"""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")  # of a launch, not of a kernel
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One launch of a kernel, described without tensors.
+
+    Attributes:
+        name: unique.
+        op: the kernel is `<op>_kernel` of `<op>_triton.py`; its BLOCK is that module's.
+        arguments: by the kernel's parameter names. A tensor is its Triton type, such as "*bf16", at an address
+            divisible by 16, and None where it is absent; numbers and constexprs are their values. An entry of
+            `OPTIONS` is one of the launch.
+    """
+
+    name: str
+    op: str
+    arguments: Mapping[str, Any]
+
+    def kernel(self) -> Any:
+        """The jitted function; imports Triton."""
+        return getattr(self._module(), f"{self.op}_kernel")
+
+    def launch_arguments(self) -> dict[str, Any]:
+        """Every argument of the kernel, in the order of its parameters.
+
+        Raises:
+            ValueError: the kernel's parameters are not the ones described.
+        """
+        parameters = list(self.kernel().arg_names)
+        given = {key: value for key, value in self.arguments.items() if key not in OPTIONS}
+        given["BLOCK"] = self._module().BLOCK
+        if set(given) != set(parameters):
+            missing, unknown = sorted(set(parameters) - set(given)), sorted(set(given) - set(parameters))
+            raise ValueError(f"{self.name}: {self.op}_kernel also takes {missing} and does not take {unknown}")
+        return {key: given[key] for key in parameters}
+
+    def options(self) -> dict[str, Any]:
+        """Options of the launch: num_warps and the like."""
+        return {key: value for key, value in self.arguments.items() if key in OPTIONS}
+
+    def signature(self) -> dict[str, str]:
+        """The Triton type of every parameter; "constexpr" where the value is compiled in."""
+        constants = self.constants()
+        return {key: "constexpr" if key in constants else _type(v) for key, v in self.launch_arguments().items()}
+
+    def constants(self) -> dict[str, Any]:
+        """The values that are compiled in: constexprs, None, and 1 where the kernel specialises integers."""
+        parameters = inspect.signature(self.kernel().fn).parameters
+        declared = [key for key, parameter in parameters.items() if "constexpr" in str(parameter.annotation)]
+        arguments, plain = self.launch_arguments().items(), self._unspecialised()
+        return {
+            key: value
+            for key, value in arguments
+            if key in declared or value is None or (type(value) is int and value == 1 and key not in plain)
+        }
+
+    def divisible_by_16(self) -> list[str]:
+        """The parameters that the compiler may take to be multiples of 16."""
+        without = {*self.constants(), *self._unspecialised()}
+        arguments = self.launch_arguments().items()
+        return [k for k, v in arguments if k not in without and (type(v) is str or (type(v) is int and v % 16 == 0))]
+
+    def _unspecialised(self) -> set[str]:
+        """Parameters that the kernel keeps general (do_not_specialize)."""
+        return {parameter.name for parameter in getattr(self.kernel(), "params", ()) if parameter.do_not_specialize}
+
+    def _module(self) -> Any:
+        return importlib.import_module(f"ddpm_fast.kernels.{self.op}_triton")
+
+
+def compile_for(specialisation: Specialisation, backend: str, arch: int | str, warp_size: int) -> Any:
+    """Compile for a GPU that need not be there and return Triton's compiled kernel.
+
+    Args:
+        specialisation: one of `SPECIALISATIONS`.
+        backend: "cuda" or "hip".
+        arch: 90 for sm_90, "gfx942", ….
+        warp_size: 32 on CUDA, 64 on AMD's data centre GPUs.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET was set when the kernel was imported, so there is nothing to compile.
+        ValueError: the kernel's parameters are not the ones described.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = specialisation.kernel()
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("kernels are compiled only where TRITON_INTERPRET is unset when they are imported")
+    names = list(kernel.arg_names)
+    attributes = {(names.index(key),): [["tt.divisibility", 16]] for key in specialisation.divisible_by_16()}
+    source = ASTSource(kernel, specialisation.signature(), specialisation.constants(), attributes)
+    return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=specialisation.options())
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _step(name: str, **changes: Any) -> Specialisation:
+    """The barest step of 64 CIFAR-10 images, with changes."""
+    arguments = {
+        "x_ptr": "*fp32", "output_ptr": "*fp32", "z_ptr": None, "coefficients_ptr": "*fp32", "ids_ptr": "*i32",
+        "base_ptr": "*i32", "seeds_ptr": None, "bound_ptr": None, "guidance_ptr": None, "new_ptr": "*fp32",
+        "x0_ptr": None, "input_ptr": None, "timestep_ptr": None, "clip": 0.0, "offset": 0, "steps": 1000, "visit": 0,
+        "batch": 64, "n": 3072, "q": 768, "output_stride": 3072, "NOISE": "none", "CLIP": "none",
+        "USE_OUTPUT": False, "LEARNED": False, "GUIDED": False, "WRITE_X0": False, "WRITE_INPUT": False,
+        "WRITE_TIMESTEP": False,
+    }  # fmt: skip
+    return Specialisation(name, "step", arguments | changes)
+
+
+def _with(specialisation: Specialisation, name: str, **changes: Any) -> Specialisation:
+    return dataclasses.replace(specialisation, name=name, arguments=specialisation.arguments | changes)
+
+
+PHILOX = {"seeds_ptr": "*i64", "NOISE": "philox"}
+TENSOR = {"z_ptr": "*fp32", "NOISE": "tensor"}
+CLIP = {"clip": 1.0, "CLIP": "fixed"}
+BOUND = {"bound_ptr": "*fp32", "CLIP": "bound"}
+GUIDED = {"guidance_ptr": "*fp32", "GUIDED": True}
+LEARNED = {"output_stride": 6144, "LEARNED": True}
+ORIGIN = {"x0_ptr": "*fp32", "WRITE_X0": True}
+NEXT = {"input_ptr": "*fp32", "WRITE_INPUT": True, "timestep_ptr": "*i64", "WRITE_TIMESTEP": True}
+HALF = {"output_ptr": "*bf16", "input_ptr": "*bf16"}
+
+# What the engine launches for a noise-predicting DDPM: float32 network, and bfloat16 network.
+ENGINE = _step("step-engine", **PHILOX, **CLIP, **NEXT)
+MAIN = _with(ENGINE, "step-engine-bf16", **HALF)
+
+_Q_SAMPLE = Specialisation(
+    "q_sample-philox",
+    "q_sample",
+    {
+        "x0_ptr": "*fp32", "t_ptr": "*i64", "alphas_cumprod_ptr": "*fp64", "seeds_ptr": "*i64", "z_ptr": None,
+        "x_t_ptr": "*fp32", "visit": 0, "n": 3072, "q": 768, "PHILOX": True,
+    },
+)  # fmt: skip
+_NORMAL = Specialisation(
+    "normal-x_T",
+    "normal",
+    {
+        "z_ptr": "*fp32", "seeds_ptr": "*i64", "ids_ptr": "*i32", "visits_ptr": "*i32", "stream": 0, "n": 3072,
+        "q": 768,
+    },
+)  # fmt: skip
+_TO_UINT8 = Specialisation(
+    "to_uint8-round",
+    "to_uint8",
+    {"x_ptr": "*fp32", "bytes_ptr": "*u8", "channels": 3, "pixels": 1024, "total": 64 * 3072, "ROUND": True},
+)
+
+SPECIALISATIONS = (
+    _step("step"),
+    _step("step-philox", **PHILOX),
+    _step("step-tensor-noise", **TENSOR),
+    _step("step-clip", **CLIP),
+    _step("step-bound", **BOUND),
+    _step("step-use-output", USE_OUTPUT=True),
+    _step("step-learned", **PHILOX, **LEARNED),
+    _step("step-guided", **GUIDED),
+    _step("step-x0", **ORIGIN),
+    _step("step-output-bf16", output_ptr="*bf16"),
+    _step("step-input-timestep", **NEXT | {"input_ptr": "*bf16"}),
+    ENGINE,
+    MAIN,
+    _with(MAIN, "step-engine-second-step", offset=1),
+    _with(MAIN, "step-engine-batch-1", batch=1),
+    _with(MAIN, "step-engine-one-row", steps=1),
+    _with(MAIN, "step-engine-odd-size", n=2, q=16, output_stride=2),  # two moons
+    _with(MAIN, "step-engine-learned-guided", **LEARNED, **GUIDED),
+    _with(MAIN, "step-engine-thresholding-x0", **BOUND | {"clip": 0.0}, **ORIGIN),
+    _with(ENGINE, "step-engine-generator", seeds_ptr=None, **TENSOR),
+    _with(ENGINE, "step-engine-ddim", seeds_ptr=None, NOISE="none", USE_OUTPUT=True),
+    _with(ENGINE, "step-engine-guided-batch-1", batch=1, **GUIDED),
+    _Q_SAMPLE,
+    _with(_Q_SAMPLE, "q_sample-tensor", seeds_ptr=None, z_ptr="*fp32", PHILOX=False),
+    _with(_Q_SAMPLE, "q_sample-int32", t_ptr="*i32"),
+    _NORMAL,
+    _with(_NORMAL, "normal-step", stream=1),
+    _TO_UINT8,
+    _with(_TO_UINT8, "to_uint8-truncate", ROUND=False),
+    _with(_TO_UINT8, "to_uint8-grey", channels=1, total=64 * 1024),
+)
