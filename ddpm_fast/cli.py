@@ -46,7 +46,10 @@ Repeat the same command to resume: the result is the one of a training that was 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Run the command line and return the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted.
+
+    What argparse refuses, and --help and --version, end in SystemExit with such a code.
+    """
     logging.basicConfig(format="ddpm-fast: %(message)s", level=logging.WARNING)
     arguments = _parser().parse_args(argv)
     try:
@@ -61,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"ddpm-fast: {' '.join(str(error).split())}", file=sys.stderr)
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"ddpm-fast: {text}", file=sys.stderr)
     return code
 
 
@@ -116,13 +120,13 @@ def _sample(arguments: argparse.Namespace) -> None:
     device = resolve_device(lambda x, t: x, arguments.device)
     checkpoint = load_checkpoint(arguments.model, device)
     config = SamplerConfig.from_options(_options(arguments), checkpoint.diffusion)
-    images.check_output(arguments.out, checkpoint.shape[0])
+    images.check_output(arguments.out, checkpoint.shape, seeds)
 
     began = time.perf_counter()
     pictures = _draw(checkpoint, config, seeds, arguments)
     about = {
         "version": ddpm_fast.__version__,
-        "model": "embedded moons32" if Path(arguments.model) == EMBEDDED else Path(arguments.model).name,
+        "model": "embedded moons32" if Path(arguments.model) == EMBEDDED else Path(arguments.model).resolve().name,
         "dtype": arguments.dtype,
         "config": config.to_dict(),
     }

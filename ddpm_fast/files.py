@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+PART_PREFIX = ".ddpm_fast."
+
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
@@ -15,8 +17,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
     An interruption, a full disk or an exception leaves whatever `path` held before.
     """
-    target = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    target = Path(os.path.realpath(path))  # a link keeps pointing where it pointed
+    handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=".part", dir=target.parent)
     os.close(handle)
     part = Path(name)
     try:
@@ -27,7 +29,23 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         os.umask(umask)
         part.chmod(0o666 & ~umask)  # mkstemp makes private files
         os.replace(part, target)
+        _sync_folder(target.parent)
     finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name as durable as the contents."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_parts(folder: str | os.PathLike) -> None:
+    """Remove what killed processes left of `whole_file` in a folder that nobody else writes to."""
+    for part in Path(folder).glob(f"{PART_PREFIX}*.part"):
         part.unlink(missing_ok=True)
 
 
@@ -40,18 +58,21 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def check_writable(path: str | os.PathLike, folder: bool = False) -> None:
     """Raise OSError now if `path` (or, with `folder`, files inside it) could not be written later."""
     target = Path(path)
-    if folder:
-        target.mkdir(parents=True, exist_ok=True)
-        parent = target
-    else:
-        if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder, not a file")
-        parent = target.parent
-        if not parent.is_dir():
-            raise FileNotFoundError(f"the folder {parent} does not exist")
+    parent = target if folder else target.parent
+    if target.is_dir() and not folder:
+        raise IsADirectoryError(f"{target} is a folder, not a file")
+    if parent.exists() and not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file, not a folder")
+    if not folder and not parent.exists():
+        raise FileNotFoundError(f"the folder {parent} does not exist")
     try:
-        handle, name = tempfile.mkstemp(prefix=".ddpm_fast.", dir=parent)
+        parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=".part", dir=parent)
     except OSError as error:
         raise PermissionError(f"cannot write into {parent}: {error.strerror}") from error
     os.close(handle)
     os.unlink(name)
+    try:
+        target.exists()
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error.strerror}") from error

@@ -20,6 +20,7 @@ METADATA = "ddpm_fast"  # name of the PNG text chunk and of the npz array that h
 GAP = 1  # pixels of the small images between the pictures of a grid
 GAP_SHADE = 96
 GRID_SIDE = 512  # a grid of small images is enlarged, by whole factors, to at most about this many pixels
+LARGEST_GRID = 80_000_000  # pixels; from 89 million on Pillow takes a picture for an attack and refuses to open it
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -27,18 +28,21 @@ def output_kind(path: str | os.PathLike) -> str:
     """What `path` asks for: "grid" (.png), "npz" (.npz) or "folder" (no suffix)."""
     suffix = Path(path).suffix.lower()
     kinds = {".png": "grid", ".npz": "npz", "": "folder"}
-    if suffix not in kinds:
+    if suffix not in kinds or not str(path) or Path(path).name.startswith("."):
         raise ValueError(f"the output must be a .png grid, an .npz or a folder (no suffix), got {str(path)!r}")
     return kinds[suffix]
 
 
-def check_output(path: str | os.PathLike, channels: int) -> str:
-    """Raise now what `save` would raise after hours: an unwritable path, channels that no image has."""
+def check_output(path: str | os.PathLike, shape: tuple[int, ...], seeds: Sequence[int]) -> str:
+    """Raise now what would go wrong after hours, for one sample a seed of `shape` (C, H, W); return the kind."""
     kind = output_kind(path)
+    channels, height, width = shape
     if kind != "npz" and channels not in MODES:
         raise ValueError(f"an image has {sorted(MODES)} channels, the samples have {channels}: write an .npz instead")
-    if kind == "folder" and Path(path).exists() and not Path(path).is_dir():
-        raise NotADirectoryError(f"{path} is a file, not a folder")
+    if kind == "folder" and len(set(seeds)) < len(seeds):
+        raise ValueError("a seed is given twice, and in a folder a seed is a file")
+    if kind == "grid" and len(seeds) * (height + GAP) * (width + GAP) > LARGEST_GRID:
+        raise ValueError(f"a grid of {len(seeds)} samples is too large for most viewers: write an .npz or a folder")
     check_writable(path, folder=kind == "folder")
     return kind
 

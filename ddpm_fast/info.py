@@ -8,6 +8,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import ddpm_fast
 from ddpm_fast.kernels.dispatch import choose_backend, has_triton
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "pillow", "tqdm")
@@ -15,7 +16,7 @@ PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "pillow", "tqdm
 
 def describe() -> list[tuple[str, str]]:
     """Rows of (what, answer)."""
-    rows = [("ddpm_fast", importlib.metadata.version("ddpm_fast")), ("python", platform.python_version())]
+    rows = [("ddpm_fast", ddpm_fast.__version__), ("python", platform.python_version())]
     rows += [(name, _version(name) or "not installed") for name in PACKAGES]
     rows += [(f"device {name}", text) for name, text in _devices()]
     rows.append(("path", path_taken()))

@@ -16,10 +16,10 @@ def leading(train_steps: int, steps: int) -> Timesteps:
 def trailing(train_steps: int, steps: int) -> Timesteps:
     """T - 1, T - 1 - T/N, …, rounded: always begins at T - 1.
 
-    diffusers builds it with a float range, which for 62 of the N up to 1000 yields one timestep too many, at -1.
-    This yields exactly N.
+    The float range is diffusers', so that ties round alike. For 62 of the N up to 1000 it is one too long, and
+    diffusers then visits -1; this yields exactly N.
     """
-    return np.round(train_steps - np.arange(steps) * (train_steps / steps)).astype(np.int64) - 1
+    return np.round(np.arange(train_steps, 0, -train_steps / steps)).astype(np.int64)[:steps] - 1
 
 
 def linspace(train_steps: int, steps: int) -> Timesteps:

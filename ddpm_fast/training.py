@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
-from ddpm_fast.files import whole_file
-from ddpm_fast.models.checkpoint import CheckpointError, read_safetensors, save_checkpoint
+from ddpm_fast.files import check_writable, remove_parts, whole_file
+from ddpm_fast.models.checkpoint import CONFIG_FILE, CheckpointError, read_safetensors, save_checkpoint
 from ddpm_fast.models.unet import UNet, UNetConfig
 from ddpm_fast.seeding import keyed_generator
 from ddpm_fast.validate import whole, within
@@ -57,7 +57,7 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "save_every"):
             whole(name, getattr(self, name), 1)
         whole("warmup", self.warmup, 0)
-        whole("seed", self.seed, 0)
+        whole("seed", self.seed, 0, 2**63 - 1)
         within("learning_rate", self.learning_rate, 1e-12, 1.0)
         within("ema_decay", self.ema_decay, 0.0, 1.0)
 
@@ -97,15 +97,19 @@ class Trainer:
             raise ValueError(f"the loss is for prediction_type='epsilon', got {self.diffusion.prediction_type!r}")
         self.data = data
         self.device = torch.device(device)
-        torch.manual_seed(self.config.seed)
-        self.model = UNet(self.network).to(self.device)
+        check_writable(self.folder, folder=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            self.model = UNet(self.network).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate)
         self.alpha_bar = torch.from_numpy(self.diffusion.alphas_cumprod()).to(self.device)
         self.step = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / STATE_FILE).exists():
+            remove_parts(self.folder)
             self._resume()
+        elif (self.folder / CONFIG_FILE).exists():
+            raise CheckpointError(f"{self.folder} holds a checkpoint without the {STATE_FILE} to resume it")
 
     def run(self, progress: bool = True) -> None:
         """Train to the configured number of steps. An interruption costs the steps since the last save, no more."""
@@ -127,7 +131,6 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint of the averaged weights and the state for resuming."""
-        save_checkpoint(self.folder, self.ema, self.diffusion, about=self._about)
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
@@ -135,6 +138,7 @@ class Trainer:
         metadata = {"step": str(self.step), "run": json.dumps(self._identity())}
         with whole_file(self.folder / STATE_FILE) as part:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+        save_checkpoint(self.folder, self.ema, self.diffusion, about=self._about)
 
     def _train_step(self) -> float:
         config = self.config
@@ -150,17 +154,22 @@ class Trainer:
             prediction = self.model(x_t, t)
         loss = F.mse_loss(prediction.float(), noise)
         value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss became {value} at step {self.step}; {self.folder} keeps the last save")
+        self._check_finite("loss", value)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._check_finite("gradient", torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item())
         self.optimizer.step()
         self.step += 1
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         return value
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} became {value} at step {self.step}; {self.folder} keeps the last save"
+            )
 
     @property
     def _about(self) -> dict[str, Any]:
@@ -178,13 +187,16 @@ class Trainer:
         path = self.folder / METRICS_FILE
         if path.exists():
             rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = (row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step)
             with whole_file(path) as part:
-                part.write_text("".join(row for row in rows if json.loads(row)["step"] <= step), encoding="utf-8")
+                part.write_text("".join(kept), encoding="utf-8")
 
     def _resume(self) -> None:
         path = self.folder / STATE_FILE
         tensors = read_safetensors(path)
         metadata = _read_metadata(path)
+        if not metadata.keys() >= {"run", "step"}:
+            raise CheckpointError(f"{path} is not the state of a training run")
         theirs, ours = json.loads(metadata["run"]), json.loads(json.dumps(self._identity()))
         if theirs != ours:
             raise CheckpointError(f"{self.folder} holds another run: {_first_difference(theirs, ours)}")

@@ -1,6 +1,7 @@
 """Checks at the edge: each says in one sentence what is allowed and what came."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,9 +14,11 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 
 def within(name: str, value: Any, low: float, high: float) -> None:
-    """Raise ValueError unless `value` is a real number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{name} must be a number in [{low}, {high}], got {value!r}")
+    """Raise ValueError unless `value` is a finite number in [low, high]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:
+        span = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be a finite number {span}, got {value!r}")
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None) -> None:

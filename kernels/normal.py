@@ -1,10 +1,12 @@
 """Standard normal noise keyed by (seed, noise id, stream, visit)."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import philox
-from ddpm_fast.kernels.checks import check_seeds
+from ddpm_fast.kernels.checks import check_seeds, check_tensor, check_visit
 from ddpm_fast.kernels.dispatch import choose_backend
 
 
@@ -23,11 +25,19 @@ def normal(
         seeds: int64 [M], the 64 bits of each sample's seed.
         noise_ids: int32 or int64 [M].
         stream: a `philox.Stream`.
-        shape: of one sample.
-        visit: int, or integers [M].
+        shape: of one sample; () for a single number.
+        visit: int in [0, 2^31), or int32 or int64 [M].
         backend: "triton" or "torch"; None chooses by device.
+
+    Raises:
+        ValueError: a tensor of the wrong shape, dtype or device; nothing to draw.
     """
-    check_seeds(seeds, len(noise_ids), seeds.device)
+    check_seeds(seeds, len(seeds), seeds.device)
+    check_tensor("noise_ids", noise_ids, (len(seeds),), (torch.int32, torch.int64), seeds.device)
+    check_visit(visit, len(seeds), seeds.device)
+    if len(seeds) == 0 or math.prod(shape) == 0:
+        raise ValueError(f"there must be something to draw, got {len(seeds)} seeds and shape {tuple(shape)}")
+    seeds, noise_ids = seeds.contiguous(), noise_ids.contiguous()
     if choose_backend(seeds.device, backend) == "torch":
         return normal_torch(seeds, noise_ids, stream, shape, visit=visit)
     from ddpm_fast.kernels.normal_triton import normal_triton
@@ -45,7 +55,5 @@ def normal_torch(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The PyTorch twin of `normal`; float64 on request."""
-    n = 1
-    for size in shape:
-        n *= size
-    return philox.normals(seeds, noise_ids, stream, n, visit, dtype).unflatten(1, shape)
+    flat = philox.normals(seeds, noise_ids, stream, math.prod(shape), visit, dtype)
+    return flat.view(len(seeds), *shape)

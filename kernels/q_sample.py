@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import philox
-from ddpm_fast.kernels.checks import check_contiguous, check_seeds, check_tensor
+from ddpm_fast.kernels.checks import check_contiguous, check_seeds, check_tensor, check_visit
 from ddpm_fast.kernels.dispatch import choose_backend
 
 
@@ -27,7 +27,7 @@ def q_sample(
         alphas_cumprod: float64 [T].
         seeds: int64 [B]: noise from `philox.Stream.FORWARD` with noise id t. Or
         z: float32, the shape of x0.
-        visit: fourth word of the noise's counter.
+        visit: fourth word of the noise's counter, in [0, 2^31).
         x_t: where to write; may be x0 itself. None makes a new tensor.
         backend: "triton" or "torch"; None chooses by device.
 
@@ -39,6 +39,7 @@ def q_sample(
         raise ValueError(f"x0 must not be empty, got shape {shape}")
     check_tensor("t", t, shape[:1], (torch.int32, torch.int64), device)
     check_tensor("alphas_cumprod", alphas_cumprod, (len(alphas_cumprod),), (torch.float64,), device)
+    check_visit(visit, len(x0), device)
     if (seeds is None) == (z is None):
         raise ValueError("noise comes from exactly one of seeds and z")
     if seeds is not None:
@@ -48,6 +49,8 @@ def q_sample(
             check_tensor(name, tensor, shape, (torch.float32,), device)
             check_contiguous(name, tensor)
     x_t = torch.empty_like(x0) if x_t is None else x_t
+    t, alphas_cumprod = t.contiguous(), alphas_cumprod.contiguous()
+    seeds = None if seeds is None else seeds.contiguous()
     if choose_backend(device, backend) == "torch":
         return q_sample_torch(x0, t, alphas_cumprod, seeds=seeds, z=z, visit=visit, x_t=x_t)
     from ddpm_fast.kernels.q_sample_triton import q_sample_triton

@@ -7,7 +7,7 @@ from torch import Tensor
 from ddpm_fast.kernels.philox import Stream, quarter
 from ddpm_fast.kernels.philox_triton import normals4, pick_lane
 
-BLOCK = 256
+BLOCK, WARPS = 256, 2  # four elements a thread: 16 bytes an access
 STREAM = tl.constexpr(int(Stream.FORWARD))
 
 
@@ -50,6 +50,6 @@ def q_sample_triton(
     n = x0[0].numel()
     q = quarter(n)
     q_sample_kernel[(len(x0) * triton.cdiv(q, BLOCK),)](
-        x0, t, alphas_cumprod, seeds, z, x_t, visit, n, q, PHILOX=seeds is not None, BLOCK=BLOCK
+        x0, t, alphas_cumprod, seeds, z, x_t, visit, n, q, PHILOX=seeds is not None, BLOCK=BLOCK, num_warps=WARPS
     )
     return x_t

@@ -125,13 +125,13 @@ def _step(name: str, **changes: Any) -> Specialisation:
         "x0_ptr": None, "input_ptr": None, "timestep_ptr": None, "clip": 0.0, "offset": 0, "steps": 1000, "visit": 0,
         "batch": 64, "n": 3072, "q": 768, "output_stride": 3072, "NOISE": "none", "CLIP": "none",
         "USE_OUTPUT": False, "LEARNED": False, "GUIDED": False, "WRITE_X0": False, "WRITE_INPUT": False,
-        "WRITE_TIMESTEP": False,
+        "WRITE_TIMESTEP": False, "num_warps": 2,
     }  # fmt: skip
     return Specialisation(name, "step", arguments | changes)
 
 
 def _with(specialisation: Specialisation, name: str, **changes: Any) -> Specialisation:
-    return dataclasses.replace(specialisation, name=name, arguments=specialisation.arguments | changes)
+    return dataclasses.replace(specialisation, name=name, arguments={**specialisation.arguments, **changes})
 
 
 PHILOX = {"seeds_ptr": "*i64", "NOISE": "philox"}
@@ -153,7 +153,7 @@ _Q_SAMPLE = Specialisation(
     "q_sample",
     {
         "x0_ptr": "*fp32", "t_ptr": "*i64", "alphas_cumprod_ptr": "*fp64", "seeds_ptr": "*i64", "z_ptr": None,
-        "x_t_ptr": "*fp32", "visit": 0, "n": 3072, "q": 768, "PHILOX": True,
+        "x_t_ptr": "*fp32", "visit": 0, "n": 3072, "q": 768, "PHILOX": True, "num_warps": 2,
     },
 )  # fmt: skip
 _NORMAL = Specialisation(
@@ -161,13 +161,21 @@ _NORMAL = Specialisation(
     "normal",
     {
         "z_ptr": "*fp32", "seeds_ptr": "*i64", "ids_ptr": "*i32", "visits_ptr": "*i32", "stream": 0, "n": 3072,
-        "q": 768,
+        "q": 768, "num_warps": 2,
     },
 )  # fmt: skip
 _TO_UINT8 = Specialisation(
     "to_uint8-round",
     "to_uint8",
-    {"x_ptr": "*fp32", "bytes_ptr": "*u8", "channels": 3, "pixels": 1024, "total": 64 * 3072, "ROUND": True},
+    {
+        "x_ptr": "*fp32",
+        "bytes_ptr": "*u8",
+        "channels": 3,
+        "pixels": 1024,
+        "total": 64 * 3072,
+        "ROUND": True,
+        "enable_fp_fusion": False,
+    },
 )
 
 SPECIALISATIONS = (

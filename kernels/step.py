@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import philox
-from ddpm_fast.kernels.checks import FLOATS, check_contiguous, check_seeds, check_tensor
+from ddpm_fast.kernels.checks import FLOATS, check_contiguous, check_seeds, check_tensor, check_visit
 from ddpm_fast.kernels.dispatch import choose_backend
 
 COLUMNS = ("a", "b", "c_x0", "c_x", "c_out", "sigma", "log_min", "log_max")
@@ -54,8 +54,8 @@ def step(
         offset: added to `base`.
         seeds: int64 [B]: noise from `philox.Stream.STEP`. Or
         z: float32, the shape of x: noise that is brought along. With neither there is none.
-        visit: fourth word of the noise's counter.
-        clip: largest |x0|, or None.
+        visit: fourth word of the noise's counter, in [0, 2^31).
+        clip: largest |x0|, > 0, or None.
         bound: float32 [B]: per-sample bound of dynamic thresholding, instead of `clip`.
         guidance: float32 [B]: classifier-free guidance scale.
         learned: see above.
@@ -63,7 +63,8 @@ def step(
         x_new: where to write; may be x itself. None makes a new tensor.
         x0_new: also write the (clipped) origin estimate here; float32, the shape of x, contiguous.
         model_input: also write x' here, in its dtype: the shape of x, or with `guidance` twice that batch.
-        timestep: int64 [len(model_input) or B]: also write the timestep of each sample's next row, if there is one.
+        timestep: int64 [B], with `guidance` [2B]: also write the timestep of each sample's next row; the last row
+            repeats its own.
         backend: "triton" or "torch"; None chooses by device.
 
     Raises:
@@ -71,12 +72,14 @@ def step(
     """
     _check(x, output, coefficients, ids, base, seeds, z, clip, bound, guidance, learned, x_new, x0_new,
            model_input, timestep)  # fmt: skip
-    x_new = torch.empty_like(x) if x_new is None else x_new
+    check_visit(visit, len(x), x.device)
+    x_new = x.clone() if x_new is None else x_new
+    seeds, bound, guidance = (value if value is None else value.contiguous() for value in (seeds, bound, guidance))
     launch = implementation(choose_backend(x.device, backend))
     return launch(
-        x, output, coefficients, ids, base, offset, seeds=seeds, z=z, visit=visit, clip=clip, bound=bound,
-        guidance=guidance, learned=learned, use_output=use_output, x_new=x_new, x0_new=x0_new,
-        model_input=model_input, timestep=timestep,
+        x, output, coefficients.contiguous(), ids.contiguous(), base.contiguous(), offset,
+        seeds=seeds, z=z, visit=visit, clip=clip, bound=bound, guidance=guidance, learned=learned,
+        use_output=use_output, x_new=x_new, x0_new=x0_new, model_input=model_input, timestep=timestep,
     )  # fmt: skip
 
 
@@ -131,7 +134,7 @@ def step_torch(
         row.write(x0_new, x0)
     if model_input is not None:
         for half in model_input.split(len(x)):
-            half.copy_(x_new)
+            row.write(half, x_new)
     if timestep is not None:
         for half in timestep.split(len(x)):
             row.write_next(half, ids[:, 0])
@@ -175,7 +178,7 @@ class Rows:
         if self.active is None:
             target.copy_(values)
         else:
-            torch.where(self.per_sample(self.active), values, target, out=target)
+            torch.where(self.per_sample(self.active), values.to(target.dtype), target, out=target)
 
     def write_next(self, target: Tensor, column: Tensor) -> None:
         """Put `column` at the samples' next rows in `target`, where there is one."""
@@ -225,6 +228,8 @@ def _check(
     timestep: Tensor | None,
 ) -> None:
     shape, device = tuple(x.shape), x.device
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, got {clip}")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x must be a non-empty [B, C, ...] tensor, got shape {shape}")
     check_tensor("x", x, shape, (torch.float32,), device)
@@ -234,6 +239,8 @@ def _check(
     widths = (2 * channels,) if learned else (channels, 2 * channels)
     width = output.shape[1] if output.dim() > 1 and output.shape[1] in widths else widths[0]
     check_tensor("output", output, (halves * batch, width, *shape[2:]), FLOATS, device)
+    if len(coefficients) == 0:
+        raise ValueError("coefficients must have at least one row")
     check_tensor("coefficients", coefficients, (len(coefficients), len(COLUMNS)), (torch.float32,), device)
     check_tensor("ids", ids, (len(coefficients), 2), (torch.int32,), device)
     check_tensor("base", base, (batch,), (torch.int32,), device)

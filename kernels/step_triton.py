@@ -7,7 +7,7 @@ from torch import Tensor
 from ddpm_fast.kernels.philox import Stream, quarter
 from ddpm_fast.kernels.philox_triton import normals4, pick_lane
 
-BLOCK = 256
+BLOCK, WARPS = 256, 2  # four elements a thread: 16 bytes an access
 STREAM = tl.constexpr(int(Stream.STEP))
 
 
@@ -134,6 +134,6 @@ def step_triton(
         float(clip or 0.0), offset, len(coefficients), visit, batch, n, q, output.stride(0),
         NOISE=noise, CLIP=limit, USE_OUTPUT=use_output, LEARNED=learned, GUIDED=guidance is not None,
         WRITE_X0=x0_new is not None, WRITE_INPUT=model_input is not None,
-        WRITE_TIMESTEP=timestep is not None, BLOCK=BLOCK,
+        WRITE_TIMESTEP=timestep is not None, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return x_new

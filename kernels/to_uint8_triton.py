@@ -19,7 +19,7 @@ def to_uint8_kernel(x_ptr, bytes_ptr, channels, pixels, total, ROUND: tl.constex
     sample = o_byte // channels // pixels
     x = tl.load(x_ptr + (sample * channels + channel) * pixels + pixel, mask=mask)
     if ROUND:
-        value = tl.minimum(tl.maximum(x / 2 + 0.5, 0.0), 1.0) * 255
+        value = tl.minimum(tl.maximum(x * 0.5 + 0.5, 0.0), 1.0) * 255
         value = (value + HALF_EVEN) - HALF_EVEN
     else:
         value = tl.minimum(tl.maximum((x + 1) * 127.5, 0.0), 255.0)
@@ -32,6 +32,7 @@ def to_uint8_triton(x: Tensor, *, rounding: str = "round") -> Tensor:
     result = torch.empty(batch, height, width, channels, dtype=torch.uint8, device=x.device)
     total = x.numel()
     to_uint8_kernel[(triton.cdiv(total, BLOCK),)](
-        x, result, channels, height * width, total, ROUND=rounding == "round", BLOCK=BLOCK
-    )
+        x, result, channels, height * width, total, ROUND=rounding == "round", BLOCK=BLOCK,
+        enable_fp_fusion=False,  # fused, value * 255 + HALF_EVEN rounds once: another byte at some halves
+    )  # fmt: skip
     return result

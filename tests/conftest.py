@@ -9,6 +9,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
 
+torch.set_num_threads(1)  # tensors this small are faster on one thread, many times so on a busy machine
+
 
 @pytest.fixture(scope="session")
 def kernel_device() -> torch.device:

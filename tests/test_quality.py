@@ -1,6 +1,7 @@
 """The embedded model against the data: what was measured, and a live draw."""
 
 import json
+import os
 from pathlib import Path
 
 import moons_statistics
@@ -23,7 +24,10 @@ def data():
 @pytest.fixture(scope="module")
 def drawn():
     checkpoint = load_checkpoint()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # the only test with a network of some size
     images = sample(checkpoint.model, (48, *checkpoint.shape), seeds=5000, config=checkpoint.diffusion)
+    torch.set_num_threads(threads)
     return moons_statistics.statistics_of(images)
 
 

@@ -76,12 +76,12 @@ def load_checkpoint(folder: str | os.PathLike = EMBEDDED, device: str | torch.de
         sampler_config = SamplerConfig.from_options(diffusion)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path / CONFIG_FILE}: {error}") from error
-    model = UNet(unet_config)
     weights = read_safetensors(path / WEIGHTS_FILE)
+    model = UNet(unet_config)
     try:
         model.load_state_dict({name: value.float() for name, value in weights.items()})
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
         raise CheckpointError(f"{path / WEIGHTS_FILE} does not fit its config.json: {reason}") from error
     shape = (unet_config.channels, unet_config.image_size, unet_config.image_size)
     return Checkpoint(model.eval().requires_grad_(False).to(device), sampler_config, shape, config)

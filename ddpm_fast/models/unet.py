@@ -1,12 +1,15 @@
 """A small U-Net for 2-D images (Ho et al. 2020, appendix B; scale-shift norm of Dhariwal & Nichol 2021)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from ddpm_fast.validate import one_of, whole
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,18 @@ class UNetConfig:
     groups: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(self.widths))
-        object.__setattr__(self, "attention", tuple(self.attention))
+        for name in ("widths", "attention"):
+            if not isinstance(getattr(self, name), Sequence):
+                raise ValueError(f"{name} must have one entry a level, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("channels", "image_size", "embedding", "heads", "groups"):
+            whole(name, getattr(self, name), 1)
+        for width in self.widths:
+            whole("widths", width, 1)
+        for attend in self.attention:
+            one_of("attention", attend, (True, False))
+        if not self.widths or self.widths[0] % 2:
+            raise ValueError(f"widths must have at least one level, the first even, got {self.widths}")
         if len(self.widths) != len(self.attention):
             raise ValueError(f"widths and attention must be equally long, got {self.widths} and {self.attention}")
         if self.image_size % 2 ** (len(self.widths) - 1):

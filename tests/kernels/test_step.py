@@ -1,0 +1,254 @@
+"""`step`: the kernel and its PyTorch twin against the formula in float64 numpy, option by option."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from step_problems import BACKENDS, OPTIONS, STEPS, Problem, assert_near, device_of, judge, launch, make, rounded
+
+from ddpm_fast.kernels.step import COLUMNS, step, step_torch
+
+SHAPES = [
+    (2, 1), (3, 5), (2, 63), (2, 3, 4, 5), (2, 1, 12, 12), (3, 145), (2, 3, 33, 7),
+    (2, 2, 40), (2, 2, 3, 4, 5), (1, 3, 32, 32),
+]  # fmt: skip
+FEW_SHAPES = [(3, 5), (2, 3, 4, 5), (2, 3, 33, 7)]
+
+
+class TestAgainstFloat64:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+    def test_every_option(self, options, shape, backend, kernel_device):
+        p = make(shape, **options)
+        result, x0, _, _ = launch(p, backend, kernel_device)
+        assert_near(p, result, x0)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("options", ["philox", "all"])
+    def test_every_shape(self, options, shape, backend, kernel_device):
+        p = make(shape, **OPTIONS[options], seed=1)
+        result, x0, _, _ = launch(p, backend, kernel_device)
+        assert_near(p, result, x0)
+
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+    def test_twin_in_float64(self, options):
+        p = make((2, 3, 4, 5), **options)
+        positional, keywords = p.arguments(dtype=torch.float64)
+        x0, target = (torch.full(p.x.shape, float("nan"), dtype=torch.float64) for _ in range(2))
+        result = step_torch(*positional, **keywords, x0_new=x0, x_new=target).numpy()
+        new, origin, new_bound, origin_bound = judge(p)
+        if "seeds" in p.arrays:
+            new_bound = new_bound + 1e-6  # divided by 2^29 below: the normals, right to 2e-14 (test_normal.py)
+        # The bounds of float32 with 29 bits more.
+        assert np.all(abs(result - new) <= new_bound * 2.0**-29 + (1e-13 if "seeds" in p.arrays else 0))
+        assert np.all(abs(x0.numpy() - origin) <= origin_bound * 2.0**-29)
+
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+    def test_twin_with_one_row_for_all(self, options, kernel_device):
+        """An int as base is a short way to a table row that all samples share, in every output."""
+        p = make((3, 3, 4, 5), **options)
+        p.base = np.full(3, 4 - p.offset)
+        expected = launch(p, "torch", kernel_device, input_dtype=torch.float32)
+        (x, output, coefficients, ids, _, offset), keywords = p.arguments()
+        outputs = [torch.full_like(tensor, -1) for tensor in expected]
+        new, x0, model_input, timestep = outputs
+        step_torch(
+            x, output, coefficients, ids, 4 - p.offset, offset, **keywords,
+            x_new=new, x0_new=x0, model_input=model_input, timestep=timestep,
+        )  # fmt: skip
+        for tensor, other in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(tensor, other, rtol=1e-6, atol=1e-6)  # the columns broadcast as numbers
+        assert torch.equal(timestep, expected[3])
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("offset", [0, 1, 16])
+    def test_offset_and_visit(self, offset, backend, kernel_device):
+        p = make((3, 5), noise="philox", offset=offset)
+        for p.visit in (0, 1, 16):
+            result, x0, _, _ = launch(p, backend, kernel_device)
+            assert_near(p, result, x0)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_table_of_one_row(self, backend, kernel_device):
+        p = make((1, 5), noise="philox", offset=0)
+        p.coefficients, p.ids, p.base = p.coefficients[:1], p.ids[:1], np.array([0])
+        result, x0, _, _ = launch(p, backend, kernel_device)
+        assert_near(p, result, x0)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_clip_at_0(self, backend, kernel_device):
+        """A bound of 0 is a bound, not the absence of one."""
+        p = make((3, 5))
+        p.clip = 0.0
+        result, x0, _, _ = launch(p, backend, kernel_device)
+        assert_near(p, result, x0)
+        assert not x0.any()
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("options", ["learned guided", "bfloat16 output"])
+    def test_output_of_any_layout(self, options, backend, kernel_device, monkeypatch):
+        """A network that answers in channels_last, or with a slice of something larger."""
+        p = make((2, 3, 4, 5), **OPTIONS[options])
+        plain, x0, _, _ = launch(p, backend, kernel_device)
+        arguments = Problem.arguments
+        for layout in (
+            lambda output: output.contiguous(memory_format=torch.channels_last),
+            lambda output: torch.cat([output, output.flip(1)], 1)[:, : output.shape[1]],
+        ):
+
+            def strided(self, *args, layout=layout, **kwargs):
+                (x, output, *rest), keywords = arguments(self, *args, **kwargs)
+                assert not layout(output).is_contiguous()
+                return (x, layout(output), *rest), keywords
+
+            monkeypatch.setattr(Problem, "arguments", strided)
+            result, origin, _, _ = launch(p, backend, kernel_device)
+            assert torch.equal(result, plain)
+            assert torch.equal(origin, x0)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_strided_vectors(self, backend, kernel_device):
+        """Views as people make them: one row and one guidance scale for all, every second seed.
+
+        All inside larger tensors, so that reading on as if they were contiguous gives wrong samples, not a crash.
+        """
+        p = make((2, 5), noise="philox", guided=True)
+        p.base, p.arrays["guidance"] = np.array([3, 3]), np.array([2.5, 2.5])
+        device = device_of(backend, kernel_device)
+        (x, output, coefficients, ids, _, offset), keywords = p.arguments(device)
+        keywords["guidance"] = torch.tensor([2.5, 9.0], device=device)[:1].expand(2)
+        keywords["seeds"] = keywords["seeds"].repeat_interleave(2)[::2]
+        base = torch.tensor([3, 1], dtype=torch.int32, device=device)[:1].expand(2)
+        coefficients = torch.cat([coefficients, coefficients + 1], 1)[:, : len(COLUMNS)]
+        ids = torch.cat([ids, ids + 1], 1)[:, :2]
+        result = step(x, output, coefficients, ids, base, offset, **keywords, backend=backend)
+        new, _, bound, _ = judge(p)
+        assert np.all(abs(result.double().cpu().numpy() - new) <= bound)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestOutputs:
+    @pytest.mark.parametrize("options", ["bare", "guided", "all"])
+    def test_in_place(self, options, backend, kernel_device):
+        p = make((2, 3, 33, 7), **OPTIONS[options])
+        apart, _, _, _ = launch(p, backend, kernel_device)
+        within, _, _, _ = launch(p, backend, kernel_device, in_place=True)
+        assert torch.equal(within, apart)
+
+    def test_makes_its_own_target(self, backend, kernel_device):
+        p = make((2, 3, 4, 5), noise="philox")
+        positional, keywords = p.arguments(device_of(backend, kernel_device))
+        before = positional[0].clone()
+        result = step(*positional, **keywords, backend=backend)
+        assert torch.equal(result, launch(p, backend, kernel_device)[0])
+        assert torch.equal(positional[0], before)
+
+    @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+    def test_model_input_is_the_result_rounded(self, dtype, guided, backend, kernel_device):
+        p = make((2, 3, 33, 7), noise="philox", guided=guided)
+        result, _, model_input, _ = launch(p, backend, kernel_device, input_dtype=dtype)
+        for half in model_input.split(2):
+            assert torch.equal(half, rounded(result, dtype, backend))
+
+    @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+    def test_timestep_of_the_next_row(self, guided, backend, kernel_device):
+        p = make((5, 3), guided=guided)
+        p.base = np.array([0, 3, 1, 5, 2]) - p.offset
+        _, _, _, timestep = launch(p, backend, kernel_device)
+        assert timestep.tolist() == p.ids[[1, 4, 2, 6, 3], 0].tolist() * (2 if guided else 1)
+
+    def test_timestep_after_the_last_row(self, backend, kernel_device):
+        """There is no next row: what the network was told last stays."""
+        p = make((2, 3))
+        p.base = np.array([STEPS - 1, STEPS - 2]) - p.offset
+        last = int(p.ids[-1, 0])
+        _, _, _, timestep = launch(p, backend, kernel_device, timestep=[last, last + 1])
+        assert timestep.tolist() == [last, last]
+
+    @pytest.mark.parametrize("outside", [-1, -(2**20), STEPS, STEPS + 2**20])
+    @pytest.mark.parametrize("options", ["bare", "all"])
+    def test_a_row_outside_the_table_changes_nothing(self, options, outside, backend, kernel_device):
+        p = make((3, 2, 9), **OPTIONS[options])
+        p.base[1] = outside - p.offset
+        result, x0, _, timestep = launch(p, backend, kernel_device, in_place=True)
+        assert np.array_equal(result[1].double().cpu(), p.x[1])
+        assert x0[1].isnan().all()
+        assert (timestep.view(-1, 3)[:, 1] == 77).all()
+        p.base[1] = 0
+        new, origin, new_bound, origin_bound = judge(p)
+        for i in (0, 2):
+            assert np.all(abs(result[i].double().cpu().numpy() - new[i]) <= new_bound[i])
+            assert np.all(abs(x0[i].double().cpu().numpy() - origin[i]) <= origin_bound[i])
+
+    def test_a_row_outside_the_table_is_not_written(self, backend, kernel_device):
+        p = make((3, 2, 9), guided=True)
+        p.base[1] = STEPS
+        result, _, _, _ = launch(p, backend, kernel_device)
+        assert result.isnan().flatten(1).all(1).tolist() == [False, True, False]
+        _, _, model_input, _ = launch(p, backend, kernel_device, in_place=True, input_dtype=torch.float32)
+        assert model_input.isnan().flatten(1).all(1).tolist() == [False, True, False] * 2
+
+    def test_a_row_outside_the_table_keeps_x_in_a_new_tensor(self, backend, kernel_device, monkeypatch):
+        """Where step makes x_new itself there is nothing else that it could leave."""
+        p = make((3, 2, 9))
+        p.base[1] = STEPS
+        positional, keywords = p.arguments(device_of(backend, kernel_device))
+        monkeypatch.setattr(torch, "empty_like", lambda tensor: torch.full_like(tensor, torch.nan))
+        result = step(*positional, **keywords, backend=backend)
+        assert torch.equal(result[1], positional[0][1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestNotFinite:
+    @pytest.mark.parametrize("limit", ["none", "clip", "bound"])
+    def test_nan_stays_nan(self, limit, backend, kernel_device):
+        """Clipping must not turn a network's NaN into a number: the engine looks for it at the end."""
+        p = make((2, 3, 4, 5), limit=limit, use_output=False)
+        p.output[1, 2, 3, 4] = np.nan
+        result, x0, _, _ = launch(p, backend, kernel_device)
+        for tensor in (result, x0):
+            assert tensor.isnan().nonzero().tolist() == [[1, 2, 3, 4]]
+
+    @pytest.mark.parametrize("limit", ["clip", "bound"])
+    def test_infinity_is_clipped(self, limit, backend, kernel_device):
+        p = make((2, 3, 4, 5), limit=limit, use_output=False)
+        p.output[0, 0, 0, 0], p.output[1, 2, 3, 4] = np.inf, -np.inf
+        result, x0, _, _ = launch(p, backend, kernel_device)
+        b = p.coefficients[p.base + p.offset, 1]
+        largest = p.clip or 1  # the bound divides, so that 1 is the largest
+        assert x0[0, 0, 0, 0].item() == np.sign(b[0]) * largest
+        assert x0[1, 2, 3, 4].item() == -np.sign(b[1]) * largest
+        assert result.isfinite().all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_triton_is_the_twin(kernel_device, data):
+    choose = {
+        "noise": st.sampled_from(["none", "philox", "tensor"]),
+        "limit": st.sampled_from(["none", "clip", "bound"]),
+        "guided": st.booleans(),
+        "learned": st.booleans(),
+        "doubled": st.booleans(),
+        "use_output": st.booleans(),
+        "output_dtype": st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
+        "offset": st.integers(0, 4),
+        "seed": st.integers(0, 2**32),
+    }
+    batch = data.draw(st.integers(1, STEPS), "batch")
+    shape = batch, *data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4), "shape")
+    p = make(shape, **{name: data.draw(strategy, name) for name, strategy in choose.items()})
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]), "model_input")
+    in_place = data.draw(st.booleans(), "in place")
+    results = [launch(p, backend, kernel_device, in_place=in_place, input_dtype=dtype) for backend in BACKENDS]
+    _, _, new_bound, origin_bound = judge(p)
+    (new, x0, _, timestep), (new_triton, x0_triton, _, timestep_triton) = results
+    assert np.all(abs((new - new_triton.cpu()).double().numpy()) <= 2 * new_bound)
+    assert np.all(abs((x0 - x0_triton.cpu()).double().numpy()) <= 2 * origin_bound)
+    assert torch.equal(timestep, timestep_triton.cpu())
+    for backend, (result, _, model_input, _) in zip(BACKENDS, results, strict=True):
+        assert all(torch.equal(half, rounded(result, dtype, backend)) for half in model_input.split(batch))
