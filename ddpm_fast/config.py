@@ -1,6 +1,7 @@
 """Everything that a sampler's table depends on, validated once."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,6 @@ class SamplerConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        whole("num_train_timesteps", self.num_train_timesteps, 1)
         one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
         one_of("variance_type", self.variance_type, VARIANCE_TYPES)
@@ -92,43 +92,70 @@ class SamplerConfig:
         one_of("noise_free", self.noise_free, NOISE_FREE)
         for name in ("rescale_betas_zero_snr", "set_alpha_to_one", "clip_sample", "thresholding"):
             one_of(name, getattr(self, name), (True, False))
-        within("beta_start", self.beta_start, np.nextafter(0, 1), np.nextafter(1, 0))
-        within("beta_end", self.beta_end, np.nextafter(0, 1), np.nextafter(1, 0))
-        within("eta", self.eta, 0.0, 1.0)
-        within("temperature", self.temperature, 0.0, float("inf"))
-        within("clip_sample_range", self.clip_sample_range, np.nextafter(0, 1), float("inf"))
-        within("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio, np.nextafter(0, 1), 1.0)
-        within("sample_max_value", self.sample_max_value, 1.0, float("inf"))
+            self._set(name, bool(getattr(self, name)))
+        for name, low, high, ends in (
+            ("beta_start", 0, 1, "()"),
+            ("beta_end", 0, 1, "()"),
+            ("eta", 0, 1, "[]"),
+            ("temperature", 0, math.inf, "[)"),
+            ("clip_sample_range", 0, math.inf, "()"),
+            ("dynamic_thresholding_ratio", 0, 1, "(]"),
+            ("sample_max_value", 1, math.inf, "[)"),
+        ):
+            self._set(name, within(name, getattr(self, name), low, high, ends))
+        self._set("num_train_timesteps", whole("num_train_timesteps", self.num_train_timesteps, 1))
+        self._set("steps_offset", whole("steps_offset", self.steps_offset, 0))
         if self.sampler == "ddpm" and self.eta:
             raise ValueError(f"eta belongs to sampler='ddim', got eta={self.eta} with sampler='ddpm'")
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ValueError(
-                "rescale_betas_zero_snr leaves no signal at the last timestep, where an 'epsilon' prediction says "
-                "nothing of x_0: use a network with prediction_type 'v_prediction' or 'sample'"
-            )
+        self._check_betas()
+        self._check_timesteps()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_betas(self) -> None:
         if self.trained_betas is not None:
-            object.__setattr__(self, "trained_betas", tuple(float(beta) for beta in self.trained_betas))
+            self._set("trained_betas", tuple(betas_from_list(self.trained_betas, self.num_train_timesteps).tolist()))
+        if self.rescale_betas_zero_snr and self.num_train_timesteps == 1:
+            raise ValueError("rescale_betas_zero_snr keeps the first and clears the last of at least two timesteps")
+        alphas_cumprod = self.alphas_cumprod()
+        if alphas_cumprod[0] == 1:
+            raise ValueError(f"the first beta is so small that nothing is added to x_0, got {self.betas()[0]:g}")
+        if alphas_cumprod[-1] == 0 and self.prediction_type == "epsilon":
+            raise ValueError(
+                "the schedule leaves no signal at the last timestep (zero terminal SNR), where an 'epsilon' prediction "
+                "says nothing of x_0: use a network with prediction_type 'v_prediction' or 'sample'"
+            )
+
+    def _check_timesteps(self) -> None:
+        if self.num_inference_steps is not None:
+            self._set("num_inference_steps", whole("num_inference_steps", self.num_inference_steps, 1))
         if self.timesteps is not None:
-            object.__setattr__(self, "timesteps", tuple(self.timesteps))
+            self._set("timesteps", tuple(explicit(self.timesteps, self.num_train_timesteps).tolist()))
             if self.num_inference_steps not in (None, len(self.timesteps)):
                 raise ValueError(
                     f"num_inference_steps={self.num_inference_steps} contradicts {len(self.timesteps)} given timesteps"
                 )
-        elif self.num_inference_steps is not None:
-            whole("num_inference_steps", self.num_inference_steps, 1)
-            if self.num_inference_steps > self.num_train_timesteps:
-                raise ValueError(
-                    f"num_inference_steps={self.num_inference_steps} is more than the schedule has: "
-                    f"num_train_timesteps={self.num_train_timesteps}"
-                )
-        self.betas()
+        elif self.num_inference_steps is not None and self.num_inference_steps > self.num_train_timesteps:
+            raise ValueError(
+                f"num_inference_steps={self.num_inference_steps} is more than the schedule has: "
+                f"num_train_timesteps={self.num_train_timesteps}"
+            )
         self.inference_timesteps()
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], base: "SamplerConfig | None" = None) -> "SamplerConfig":
-        """Build from keyword arguments, on top of `base`; an unknown name raises TypeError and lists the allowed."""
+        """Build from keyword arguments, on top of `base`; an unknown name raises TypeError and lists the allowed.
+
+        A number of steps or a spacing among the options replaces explicit timesteps of the base, and the reverse.
+        """
         known_names("option", options, (field.name for field in dataclasses.fields(cls)))
-        return dataclasses.replace(base or cls(), **options)
+        replaced: dict[str, Any] = {}
+        if options.get("timesteps") is not None:
+            replaced["num_inference_steps"] = None
+        elif options.keys() & {"num_inference_steps", "timestep_spacing", "steps_offset"}:
+            replaced["timesteps"] = None
+        return dataclasses.replace(base or cls(), **{**replaced, **options})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values; `SamplerConfig(**fields)` is its inverse."""

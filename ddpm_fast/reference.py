@@ -31,7 +31,7 @@ class Diffusion:
         kept = sorted(timesteps)
         alphas_bar = self.alphas_bar[kept]
         before = torch.cat([torch.ones(1, dtype=alphas_bar.dtype), alphas_bar[:-1]])
-        return Diffusion(1 - alphas_bar / before, kept)
+        return Diffusion(1 - alphas_bar / before, [self.timesteps[t] for t in kept])
 
     # The forward process
 

@@ -53,7 +53,10 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], Array]] = {
 
 def betas_from_list(betas: Sequence[float], steps: int) -> Array:
     """Check betas that the caller brings: `steps` of them, each in (0, 1); the very last may be 1."""
-    values = np.asarray(betas, dtype=np.float64)
+    try:
+        values = np.asarray(betas, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"trained_betas must be numbers, got {betas!r}") from error
     if values.shape != (steps,):
         raise ValueError(
             f"trained_betas must be num_train_timesteps = {steps} numbers in one dimension, got shape {values.shape}"

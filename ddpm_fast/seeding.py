@@ -11,7 +11,7 @@ Seeds = int | Sequence[int] | None
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on the given non-negative integers alone; different keys are independent."""
+    """A CPU generator that depends on the key alone: different keys of one length, each part in [0, 2^32), differ."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 

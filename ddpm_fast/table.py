@@ -82,7 +82,7 @@ def build_table(config: SamplerConfig) -> StepTable:
     log_min, log_max = variance_bounds(config.variance_type, alpha_bar, alpha_bar_s, beta_tilde)
     quiet = np.arange(len(t)) == len(t) - 1
     if config.noise_free == "t_zero":
-        quiet = (t == 0) & (config.sampler == "ddpm")
+        quiet = t == 0
     return StepTable(
         timestep=t,
         noise_id=t,

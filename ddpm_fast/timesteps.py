@@ -37,10 +37,11 @@ def explicit(timesteps: Sequence[int], train_steps: int) -> Timesteps:
     values = np.asarray(timesteps)
     if values.ndim != 1 or values.size == 0 or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"timesteps must be a non-empty list of integers, got {timesteps!r}")
+    values = values.astype(np.int64)  # unsigned differences would wrap
     check_range(values, train_steps)
     if np.any(np.diff(values) >= 0):
         raise ValueError(f"timesteps must descend strictly, got {values.tolist()}")
-    return values.astype(np.int64)
+    return values
 
 
 def check_range(timesteps: Timesteps, train_steps: int) -> None:

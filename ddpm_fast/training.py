@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
 from ddpm_fast.files import check_writable, remove_parts, whole_file
-from ddpm_fast.models.checkpoint import CONFIG_FILE, CheckpointError, read_safetensors, save_checkpoint
+from ddpm_fast.models.checkpoint import CONFIG_FILE, CheckpointError, read_config, read_safetensors, save_checkpoint
 from ddpm_fast.models.unet import UNet, UNetConfig
 from ddpm_fast.seeding import keyed_generator
 from ddpm_fast.validate import whole, within
@@ -57,7 +57,7 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "save_every"):
             whole(name, getattr(self, name), 1)
         whole("warmup", self.warmup, 0)
-        whole("seed", self.seed, 0, 2**63 - 1)
+        whole("seed", self.seed, 0, 2**32 - 1)
         within("learning_rate", self.learning_rate, 1e-12, 1.0)
         within("ema_decay", self.ema_decay, 0.0, 1.0)
 
@@ -109,7 +109,7 @@ class Trainer:
             remove_parts(self.folder)
             self._resume()
         elif (self.folder / CONFIG_FILE).exists():
-            raise CheckpointError(f"{self.folder} holds a checkpoint without the {STATE_FILE} to resume it")
+            self._refuse_another_run(read_config(self.folder), self.folder / CONFIG_FILE)
 
     def run(self, progress: bool = True) -> None:
         """Train to the configured number of steps. An interruption costs the steps since the last save, no more."""
@@ -131,6 +131,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint of the averaged weights and the state for resuming."""
+        save_checkpoint(self.folder, self.ema, self.diffusion, about=self._about)
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
@@ -138,7 +139,6 @@ class Trainer:
         metadata = {"step": str(self.step), "run": json.dumps(self._identity())}
         with whole_file(self.folder / STATE_FILE) as part:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
-        save_checkpoint(self.folder, self.ema, self.diffusion, about=self._about)
 
     def _train_step(self) -> float:
         config = self.config
@@ -191,15 +191,18 @@ class Trainer:
             with whole_file(path) as part:
                 part.write_text("".join(kept), encoding="utf-8")
 
+    def _refuse_another_run(self, theirs: dict[str, Any], path: Path) -> None:
+        ours = json.loads(json.dumps(self._identity()))
+        if theirs != ours:
+            raise CheckpointError(f"{path} belongs to another run: {_first_difference(theirs, ours)}")
+
     def _resume(self) -> None:
         path = self.folder / STATE_FILE
         tensors = read_safetensors(path)
         metadata = _read_metadata(path)
         if not metadata.keys() >= {"run", "step"}:
             raise CheckpointError(f"{path} is not the state of a training run")
-        theirs, ours = json.loads(metadata["run"]), json.loads(json.dumps(self._identity()))
-        if theirs != ours:
-            raise CheckpointError(f"{self.folder} holds another run: {_first_difference(theirs, ours)}")
+        self._refuse_another_run(json.loads(metadata["run"]), path)
         for prefix, module in (("model.", self.model), ("ema.", self.ema)):
             own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             module.load_state_dict(own)

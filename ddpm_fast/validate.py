@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,20 +14,23 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
 
-def within(name: str, value: Any, low: float, high: float) -> None:
-    """Raise ValueError unless `value` is a finite number in [low, high]."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high:
-        span = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be a finite number {span}, got {value!r}")
+def within(name: str, value: Any, low: float, high: float, ends: str = "[]") -> float:
+    """Return `value` as a float; raise ValueError unless it is a finite number in the interval with such `ends`."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    above = number and (low <= value if ends[0] == "[" else low < value)
+    below = number and (value <= high if ends[1] == "]" else value < high)
+    if not (above and below):
+        raise ValueError(f"{name} must be a finite number in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value!r}")
+    return float(value)
 
 
-def whole(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise ValueError unless `value` is an integer >= low (and <= high)."""
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
-    if not ok:
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return `value` as an int; raise ValueError unless it is an integer >= low (and <= high)."""
+    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not ok or value < low or (high is not None and value > high):
         span = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be an integer {span}, got {value!r}")
+    return int(value)
 
 
 def known_names(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:

@@ -32,8 +32,8 @@ def normal(
     Raises:
         ValueError: a tensor of the wrong shape, dtype or device; nothing to draw.
     """
-    check_seeds(seeds, len(seeds), seeds.device)
-    check_tensor("noise_ids", noise_ids, (len(seeds),), (torch.int32, torch.int64), seeds.device)
+    check_seeds(seeds, len(noise_ids), seeds.device)
+    check_tensor("noise_ids", noise_ids, (len(noise_ids),), (torch.int32, torch.int64), seeds.device)
     check_visit(visit, len(seeds), seeds.device)
     if len(seeds) == 0 or math.prod(shape) == 0:
         raise ValueError(f"there must be something to draw, got {len(seeds)} seeds and shape {tuple(shape)}")

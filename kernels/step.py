@@ -55,7 +55,7 @@ def step(
         seeds: int64 [B]: noise from `philox.Stream.STEP`. Or
         z: float32, the shape of x: noise that is brought along. With neither there is none.
         visit: fourth word of the noise's counter, in [0, 2^31).
-        clip: largest |x0|, > 0, or None.
+        clip: largest |x0|, >= 0, or None.
         bound: float32 [B]: per-sample bound of dynamic thresholding, instead of `clip`.
         guidance: float32 [B]: classifier-free guidance scale.
         learned: see above.
@@ -228,8 +228,8 @@ def _check(
     timestep: Tensor | None,
 ) -> None:
     shape, device = tuple(x.shape), x.device
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be positive, got {clip}")
+    if clip is not None and not clip >= 0:
+        raise ValueError(f"clip must be >= 0, got {clip}")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x must be a non-empty [B, C, ...] tensor, got shape {shape}")
     check_tensor("x", x, shape, (torch.float32,), device)

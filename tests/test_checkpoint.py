@@ -149,7 +149,7 @@ CONFIG_BROKEN = {
     "unknown-network": (edit(network={"width": 8}), "unknown network field 'width'; did you mean 'widths'"),
     "unknown-option": (edit(diffusion={"beta_stat": 0.1}), "unknown option 'beta_stat'; did you mean 'beta_start'"),
     "bad-network": (edit(network={"image_size": 9}), r"config.json: image_size must be divisible"),
-    "bad-diffusion": (edit(diffusion={"beta_end": 2}), r"config.json: beta_end must be a number in"),
+    "bad-diffusion": (edit(diffusion={"beta_end": 2}), r"config.json: beta_end must be a finite number in"),
     "bad-type": (edit(diffusion={"timesteps": 5}), "config.json: "),
 }
 WEIGHTS_BROKEN = {

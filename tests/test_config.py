@@ -76,12 +76,12 @@ def test_switches_refused(name, bad):
 @pytest.mark.parametrize(
     ("name", "good", "bad", "span"),
     [
-        ("beta_start", [1e-9, 0.999], [0.0, 1.0, -0.1, 2, "0.1", True, None], "in [5e-324, 0.9999999999999999]"),
-        ("beta_end", [1e-9, 0.999], [0.0, 1.0, float("nan")], "in [5e-324, 0.9999999999999999]"),
-        ("temperature", [0, 0.9, 2.5], [-1e-9, float("nan"), float("inf"), "1", False], ">= 0.0"),
-        ("clip_sample_range", [1e-9, 5], [0.0, -1.0, float("inf"), None], ">= 5e-324"),
-        ("dynamic_thresholding_ratio", [0.5, 1], [0.0, 1.001], "in [5e-324, 1.0]"),
-        ("sample_max_value", [1, 100.0], [0.999, float("inf")], ">= 1.0"),
+        ("beta_start", [1e-9, 0.3], [0.0, 1.0, -0.1, 2, "0.1", True, None], "in (0, 1)"),
+        ("beta_end", [1e-9, 0.3], [0.0, 1.0, float("nan")], "in (0, 1)"),
+        ("temperature", [0, 0.9, 2.5], [-1e-9, float("nan"), float("inf"), "1", False], "in [0, inf)"),
+        ("clip_sample_range", [1e-9, 5], [0.0, -1.0, float("inf"), None], "in (0, inf)"),
+        ("dynamic_thresholding_ratio", [0.5, 1], [0.0, 1.001], "in (0, 1]"),
+        ("sample_max_value", [1, 100.0], [0.999, float("inf")], "in [1, inf)"),
     ],
     ids=["beta_start", "beta_end", "temperature", "clip_range", "ratio", "max_value"],
 )
@@ -98,10 +98,59 @@ def test_eta():
     for eta in (0, 0.5, 1.0):
         assert SamplerConfig(sampler="ddim", eta=eta).eta == eta
     for eta in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=re.escape(f"eta must be a finite number in [0.0, 1.0], got {eta}")):
+        with pytest.raises(ValueError, match=re.escape(f"eta must be a finite number in [0, 1], got {eta}")):
             SamplerConfig(sampler="ddim", eta=eta)
     with pytest.raises(ValueError, match=r"eta belongs to sampler='ddim', got eta=0.5 with sampler='ddpm'"):
         SamplerConfig(eta=0.5)
+
+
+@pytest.mark.parametrize("offset", [-1, 0.5, None, "x"], ids=repr)
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
+def test_steps_offset(spacing, offset):
+    with pytest.raises(ValueError, match="steps_offset must be an integer >= 0"):
+        SamplerConfig(timestep_spacing=spacing, steps_offset=offset)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"trained_betas": [0.1, 0.2, 1.0]}, "no signal at the last timestep"),
+        ({"beta_start": 0.9, "beta_end": 0.9}, "no signal at the last timestep"),
+        ({"trained_betas": [1e-17, 0.2, 0.3]}, "the first beta is so small that nothing is added to x_0"),
+        ({"trained_betas": 0.1}, "trained_betas must be num_train_timesteps"),
+        ({"trained_betas": ["a"]}, "trained_betas must be numbers"),
+        ({"trained_betas": [[0.1, 0.2, 0.3]]}, r"one dimension, got shape \(1, 3\)"),
+        ({"timesteps": 5}, "timesteps must be a non-empty list of integers, got 5"),
+    ],
+    ids=["last beta 1", "underflow", "tiny", "a number", "text", "2-D", "one timestep"],
+)
+def test_senseless_schedules(options, says):
+    betas = options.get("trained_betas")
+    count = len(betas) if isinstance(betas, list) and len(betas) == 3 else 3 if betas is not None else 1000
+    with pytest.raises(ValueError, match=says):
+        SamplerConfig(num_train_timesteps=count, **options)
+
+
+def test_zero_snr_of_one_timestep():
+    with pytest.raises(ValueError, match="at least two timesteps"):
+        SamplerConfig(num_train_timesteps=1, rescale_betas_zero_snr=True, prediction_type="sample")
+
+
+def test_numpy_values_become_plain_ones():
+    config = SamplerConfig(
+        num_inference_steps=np.int64(2), timesteps=np.array([9, 3], np.uint8), temperature=np.float32(0.5),
+        clip_sample=np.True_,
+    )  # fmt: skip
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert config.timesteps == (9, 3)
+    assert type(config.temperature) is float
+
+
+def test_options_replace_what_they_contradict_in_the_base():
+    base = SamplerConfig(timesteps=[9, 3])
+    assert len(SamplerConfig.from_options({"num_inference_steps": 10}, base).inference_timesteps()) == 10
+    counted = SamplerConfig(num_inference_steps=10)
+    assert SamplerConfig.from_options({"timesteps": [5]}, counted).inference_timesteps().tolist() == [5]
 
 
 @pytest.mark.parametrize("bad", [0, -5, 2.0, "10", True], ids=repr)

@@ -131,7 +131,7 @@ def test_output_kind_errors(path):
 
 @pytest.mark.parametrize(("name", "kind"), [("a.png", "grid"), ("a.npz", "npz"), ("a", "folder")])
 def test_check_output(tmp_path, name, kind):
-    assert images.check_output(tmp_path / name, 3) == kind
+    assert images.check_output(tmp_path / name, (3, 8, 8), [0, 1]) == kind
     assert not (tmp_path / name).is_file()
 
 
@@ -151,8 +151,16 @@ def test_check_output_errors(tmp_path, name, channels, error, says):
     (tmp_path / "d.png").mkdir()
     (tmp_path / "file").write_text("old")
     with pytest.raises(error, match=says):
-        images.check_output(tmp_path / name, channels)
+        images.check_output(tmp_path / name, (channels, 8, 8), [0, 1])
     assert sorted(os.listdir(tmp_path)) == ["d.png", "file"]
+
+
+def test_what_a_folder_or_a_grid_cannot_hold(tmp_path):
+    with pytest.raises(ValueError, match="a seed is given twice"):
+        images.check_output(tmp_path / "a", (3, 8, 8), [1, 2, 1])
+    with pytest.raises(ValueError, match="a grid of 50000 samples is too large"):
+        images.check_output(tmp_path / "a.png", (3, 64, 64), range(50_000))
+    assert images.check_output(tmp_path / "a.npz", (3, 64, 64), range(50_000)) == "npz"
 
 
 def test_seeds_and_images_must_match(tmp_path):

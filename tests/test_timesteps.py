@@ -151,6 +151,5 @@ def test_steps_offset_moves_leading_alone():
     assert np.array_equal(walks["leading"], leading(1000, 50) + 1)
     assert np.array_equal(walks["trailing"], trailing(1000, 50))
     assert np.array_equal(walks["linspace"], linspace(1000, 50))
-    for offset in (20, -1):
-        with pytest.raises(ValueError, match=r"timesteps must lie in \[0, 999\]"):
-            SamplerConfig(num_inference_steps=50, steps_offset=offset)
+    with pytest.raises(ValueError, match=r"timesteps must lie in \[0, 999\]"):
+        SamplerConfig(num_inference_steps=50, steps_offset=20)

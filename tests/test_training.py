@@ -210,7 +210,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path, uninterrupted):
 )
 def test_resuming_another_run_names_the_difference(uninterrupted, changes, says):
     before = {path.name: path.read_bytes() for path in uninterrupted.iterdir()}
-    with pytest.raises(CheckpointError, match=f"holds another run: {says}"):
+    with pytest.raises(CheckpointError, match=f"belongs to another run: {says}"):
         trainer(uninterrupted, **changes)
     assert {path.name: path.read_bytes() for path in uninterrupted.iterdir()} == before
 
@@ -416,7 +416,7 @@ def test_command_trains_the_moon_model(tmp_path):
     ("arguments", "says"),
     [
         pytest.param(["--steps", "0"], "steps must be an integer >= 1, got 0", id="steps"),
-        pytest.param(["--lr", "nan"], "learning_rate must be a number", id="lr"),
+        pytest.param(["--lr", "nan"], "learning_rate must be a finite number", id="lr"),
         pytest.param(["--device", "cuda:99"], "device 'cuda:99' is not there", id="device"),
         pytest.param(["--out", "/proc/a"], "/proc/a", id="unwritable"),
         pytest.param(["--out", __file__], os.path.basename(__file__), id="out-is-a-file"),
@@ -432,7 +432,7 @@ def test_command_errors(tmp_path, capsys, arguments, says):
 
 def test_command_on_another_run(uninterrupted, capsys):
     assert command(uninterrupted, "--quiet") == 2
-    assert "holds another run" in capsys.readouterr().err
+    assert "belongs to another run" in capsys.readouterr().err
 
 
 def test_command_says_when_the_loss_is_nan(tmp_path, monkeypatch, capsys):

@@ -68,7 +68,7 @@ def load_checkpoint(folder: str | os.PathLike = EMBEDDED, device: str | torch.de
     path = Path(folder)
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint folder at {path}")
-    config = _read_config(path / CONFIG_FILE)
+    config = read_config(path)
     network, diffusion = config.pop("network"), config.pop("diffusion")
     try:
         known_names("network field", network, UNetConfig.__dataclass_fields__)
@@ -97,7 +97,9 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the sections of config.json, or say in one sentence why it is none."""
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: not a checkpoint folder")
     try:
