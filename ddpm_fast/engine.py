@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_fast.arguments import checked_shape, checked_start, kept_steps, per_sample
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.graph import StepGraph, can_capture
 from ddpm_fast.kernels.dispatch import choose_backend
@@ -27,8 +27,6 @@ from ddpm_fast.validate import one_of, whole
 logger = logging.getLogger("ddpm_fast")
 
 EXECUTIONS = ("auto", "graph", "eager")
-OUTPUTS = ("sample", "x0", "trajectory")
-DEFAULT_FRAMES = 10
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Callback = Callable[[int, int, Tensor], Any]
@@ -41,13 +39,14 @@ class SampleResult:
     Attributes:
         sample: x_0, float32 [B, C, ...], or what `decode` made of it.
         seeds: one a sample; None if the noise came from generators.
-        frames: [K, B, C, ...]: the states after K chosen steps ("trajectory"), or the x_0 estimates there ("x0").
+        frames: [K, B, C, ...]: the states after K chosen steps ("trajectory"), or the x_0 estimates there ("x0"); None
+            for "result".
         frame_timesteps: the K timesteps that those steps started from.
     """
 
     sample: Any
     seeds: list[int] | None
-    frames: Tensor
+    frames: Tensor | None
     frame_timesteps: list[int]
 
 
@@ -102,7 +101,7 @@ class Sampler:
         whole("steps_per_replay", steps_per_replay, 1)
         self.config = SamplerConfig.from_options(options, config)
         self.table = build_table(self.config)
-        self.shape = _checked_shape(shape)
+        self.shape = checked_shape(shape)
         if (guidance_scale is None) != (uncond_kwargs is None):
             raise ValueError("guidance_scale and uncond_kwargs belong together: give both or neither")
         out_channels = self.shape[1] * (2 if self.table.doubled else 1)
@@ -122,7 +121,7 @@ class Sampler:
         self._ids = self.table.ids(self.device)
         self._base = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self._guidance = _per_sample("guidance_scale", guidance_scale, batch, self.device)
+        self._guidance = per_sample("guidance_scale", guidance_scale, batch, self.device)
         self._x = torch.zeros(self.shape, device=self.device)
         self._x0: Tensor | None = None
         self._z: Tensor | None = None
@@ -153,7 +152,8 @@ class Sampler:
             generator: instead, a torch.Generator or one a sample: noise in the order in which a plain loop draws it.
             x_T: float tensor of the sampler's shape: the start, instead of noise.
             model_kwargs, uncond_kwargs: new values of what the sampler was built with; shapes stay.
-            output: "sample", "x0" (estimates of x_0 on the way) or "trajectory" (states on the way).
+            output: "sample"; or a `SampleResult`: with the seeds ("result"), and with frames, estimates of x_0 on the
+                way ("x0") or the states themselves ("trajectory").
             output_steps: step numbers, 0 … steps - 1, after which to keep a frame; default ten, evenly spread.
             callback: called as callback(step, timestep, x) after every step, x a copy of the state.
             progress: a bar on stderr, with a label if it is a text; None shows it on terminals only.
@@ -166,10 +166,9 @@ class Sampler:
             FloatingPointError: the model returned NaN or infinity; says at which step.
             RuntimeError: execution="graph" and the network cannot be captured.
         """
-        one_of("output", output, OUTPUTS)
-        keep = self._kept_steps(output, output_steps)
+        keep = kept_steps(output, output_steps, len(self.table))
         noise = self._make_noise(seeds, generator)
-        x_T = self._checked_start(x_T)
+        checked_start(x_T, self.shape)
         if model_kwargs is not None or uncond_kwargs is not None:
             self.network.update_kwargs(model_kwargs or {}, uncond_kwargs)
         frames: list[Tensor] = []
@@ -186,10 +185,14 @@ class Sampler:
         watched = bool(keep) or callback is not None
         with self._on_device(), self.network.precision():
             self._walk(noise, x_T, previews, watch if watched else None, progress)
-            sample = self._x.clone() if self.decode is None else self.decode(self._x.clone())
+        sample = self._x.clone()
+        if self.decode is not None:
+            with torch.no_grad():
+                sample = self.decode(sample)
         if output == "sample":
             return sample
-        return SampleResult(sample, self.last_seeds, torch.stack(frames), self.table.timestep[sorted(keep)].tolist())
+        timesteps = self.table.timestep[sorted(keep)].tolist()
+        return SampleResult(sample, self.last_seeds, torch.stack(frames) if frames else None, timesteps)
 
     def _walk(
         self,
@@ -312,30 +315,6 @@ class Sampler:
         self.last_seeds = resolved
         return PhiloxNoise(resolved, self.shape, self.table, self.device, self._backend)
 
-    def _checked_start(self, x_T: Tensor | None) -> Tensor | None:
-        if x_T is None:
-            return None
-        if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or tuple(x_T.shape) != self.shape:
-            got = f"{x_T.dtype} {tuple(x_T.shape)}" if isinstance(x_T, Tensor) else type(x_T).__name__
-            raise ValueError(f"x_T must be a float tensor of shape {self.shape}, got {got}")
-        if not bool(torch.isfinite(x_T).all()):
-            raise ValueError("x_T must be finite, got NaN or infinity")
-        return x_T
-
-    def _kept_steps(self, output: str, output_steps: Sequence[int] | None) -> frozenset[int]:
-        last = len(self.table) - 1
-        if output == "sample":
-            if output_steps is not None:
-                raise ValueError("output_steps needs output='x0' or 'trajectory'")
-            return frozenset()
-        if output_steps is None:
-            return frozenset(np.linspace(0, last, DEFAULT_FRAMES).round().astype(int).tolist())
-        for number in output_steps:
-            whole("output_steps", number, 0, last)
-        if not output_steps:
-            raise ValueError("output_steps must name at least one step")
-        return frozenset(output_steps)
-
     def _is_finite(self) -> bool:
         return math.isfinite(self._x.sum().item())
 
@@ -360,24 +339,3 @@ class Sampler:
     def _on_device(self) -> Iterator[None]:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             yield
-
-
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    try:
-        sizes = tuple(operator.index(size) for size in shape)
-    except TypeError:
-        sizes = ()
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"shape must be (batch, channels, ...) with positive sizes, got {shape!r}")
-    return sizes
-
-
-def _per_sample(name: str, value: float | Sequence[float] | None, batch: int, device: torch.device) -> Tensor | None:
-    if value is None:
-        return None
-    tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
-    if tensor.dim() == 0:
-        tensor = tensor.repeat(batch)
-    if tensor.shape != (batch,) or not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name} must be one finite number or one a sample ({batch}), got {value!r}")
-    return tensor

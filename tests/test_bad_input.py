@@ -34,7 +34,7 @@ def never(x, t, **kwargs):
         ({"execution": "graph", "device": "cpu"}, "execution='graph' needs a CUDA device, got cpu"),
         ({"backend": "cuda"}, "backend must be one of"),
         ({"steps_per_replay": 0}, "steps_per_replay must be an integer >= 1"),
-        ({"output": "video"}, r"output must be one of \['sample', 'x0', 'trajectory'\], got 'video'"),
+        ({"output": "video"}, r"output must be one of \['sample', 'result', 'x0', 'trajectory'\], got 'video'"),
         ({"output_steps": [1]}, "output_steps needs output="),
         ({"output": "x0", "output_steps": [1000]}, r"output_steps must be an integer in \[0, 999\], got 1000"),
         ({"output": "x0", "output_steps": []}, "output_steps must name at least one step"),

@@ -201,6 +201,12 @@ class TestOutputs:
         plain = sample(self.model, SHAPE, seeds=3, num_inference_steps=4)
         assert torch.equal(sample(self.model, SHAPE, seeds=3, num_inference_steps=4, decode=lambda x: x * 2), plain * 2)
 
+    def test_a_result_carries_the_seeds(self):
+        result = sample(self.model, SHAPE, num_inference_steps=4, output="result")
+        assert result.frames is None
+        again = sample(self.model, SHAPE, num_inference_steps=4, seeds=result.seeds)
+        assert torch.equal(result.sample, again)
+
     def test_fresh_seeds_are_reported(self, caplog):
         sampler = Sampler(self.model, SHAPE, num_inference_steps=4)
         with caplog.at_level(logging.INFO, "ddpm_fast"):

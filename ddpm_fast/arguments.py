@@ -1,0 +1,63 @@
+"""What a caller hands the engine, checked before any network call."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_fast.validate import one_of, whole
+
+OUTPUTS = ("sample", "result", "x0", "trajectory")
+DEFAULT_FRAMES = 10
+
+
+def checked_shape(shape: Any) -> tuple[int, ...]:
+    """The shape as plain ints; raise ValueError unless it is (batch, channels, ...) with positive sizes."""
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        sizes = ()
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"shape must be (batch, channels, ...) with positive sizes, got {shape!r}")
+    return sizes
+
+
+def per_sample(name: str, value: float | Sequence[float] | None, batch: int, device: torch.device) -> Tensor | None:
+    """One number, or one a sample, as float32 [batch]; None stays None."""
+    if value is None:
+        return None
+    tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if tensor.dim() == 0:
+        tensor = tensor.repeat(batch)
+    if tensor.shape != (batch,) or not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} must be one finite number or one a sample ({batch}), got {value!r}")
+    return tensor
+
+
+def checked_start(x_T: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `x_T` is None or a finite float tensor of the shape."""
+    if x_T is None:
+        return
+    if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or tuple(x_T.shape) != shape:
+        got = f"{x_T.dtype} {tuple(x_T.shape)}" if isinstance(x_T, Tensor) else type(x_T).__name__
+        raise ValueError(f"x_T must be a float tensor of shape {shape}, got {got}")
+    if not bool(torch.isfinite(x_T).all()):
+        raise ValueError("x_T must be finite, got NaN or infinity")
+
+
+def kept_steps(output: str, output_steps: Sequence[int] | None, steps: int) -> frozenset[int]:
+    """The step numbers after which a frame is kept."""
+    one_of("output", output, OUTPUTS)
+    if output in ("sample", "result"):
+        if output_steps is not None:
+            raise ValueError("output_steps needs output='x0' or 'trajectory'")
+        return frozenset()
+    if output_steps is None:
+        return frozenset(np.linspace(0, steps - 1, DEFAULT_FRAMES).round().astype(int).tolist())
+    kept = frozenset(whole("output_steps", number, 0, steps - 1) for number in output_steps)
+    if not kept:
+        raise ValueError("output_steps must name at least one step")
+    return kept
