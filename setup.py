@@ -27,7 +27,6 @@ setup(
         'triton>=3.2; platform_system == "Linux"',
         "numpy>=1.26",
         "einops>=0.8",
-        "packaging>=23",
         "pillow>=10",
         "safetensors>=0.4.3",
         "tqdm>=4.65",

@@ -34,7 +34,8 @@ class Timed:
 def measure(checkpoint: Checkpoint, batch: int, steps: int, walks: int = WALKS) -> dict:
     """Median over `walks` walks of (walk - network) / network, and the times behind it."""
     timed = Timed(checkpoint.model)
-    sampler = Sampler(timed, (batch, *checkpoint.shape), config=checkpoint.diffusion, num_inference_steps=steps)
+    shape = (batch, *checkpoint.shape)
+    sampler = Sampler(timed, shape, config=checkpoint.diffusion, num_inference_steps=steps, device="cpu")
     sampler(seeds=0, progress=False)
     shares, networks, overheads = [], [], []
     for walk in range(walks):

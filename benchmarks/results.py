@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ddpm_fast.files import write_json
+from ddpm_fast.kernels.dispatch import has_triton
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -24,6 +25,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": version("triton") if has_triton() else None,
         "ddpm_fast": version("ddpm_fast"),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),

@@ -1,4 +1,4 @@
-"""ddpm_fast: the same DDPM samples, exactly in law, many times faster."""
+"""ddpm_fast: exact samples of denoising diffusion models, with as little as possible besides the network."""
 
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.engine import Sampler, SampleResult

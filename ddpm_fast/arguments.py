@@ -1,7 +1,7 @@
 """What a caller hands the engine, checked before any network call."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,20 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     return sizes
 
 
+def check_callable(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is None or can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a callable or None, got {value!r}")
+
+
 def per_sample(name: str, value: float | Sequence[float] | None, batch: int, device: torch.device) -> Tensor | None:
     """One number, or one a sample, as float32 [batch]; None stays None."""
     if value is None:
         return None
-    tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be one finite number or one a sample ({batch}), got {value!r}") from error
     if tensor.dim() == 0:
         tensor = tensor.repeat(batch)
     if tensor.shape != (batch,) or not bool(torch.isfinite(tensor).all()):
@@ -57,6 +66,8 @@ def kept_steps(output: str, output_steps: Sequence[int] | None, steps: int) -> f
         return frozenset()
     if output_steps is None:
         return frozenset(np.linspace(0, steps - 1, DEFAULT_FRAMES).round().astype(int).tolist())
+    if not isinstance(output_steps, Iterable):
+        raise TypeError(f"output_steps must be a list of step numbers, got {output_steps!r}")
     kept = frozenset(whole("output_steps", number, 0, steps - 1) for number in output_steps)
     if not kept:
         raise ValueError("output_steps must name at least one step")

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ddpm_fast.engine import Sampler
 from ddpm_fast.info import describe, path_taken
 from ddpm_fast.kernels import to_uint8
 from ddpm_fast.models.checkpoint import EMBEDDED, Checkpoint, load_checkpoint
-from ddpm_fast.network import resolve_device
+from ddpm_fast.network import checked_device, default_device
 from ddpm_fast.seeding import parse_seeds, resolve_seeds
 from ddpm_fast.training import Trainer, TrainingConfig
 
@@ -78,10 +78,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = _command(commands, "sample", "draw samples", SAMPLE_HELP, _sample)
     sample.add_argument("--out", default="samples.png", help=".png, .npz or a folder (default: %(default)s)")
-    sample.add_argument("--seeds", help="one sample a seed: 7, 0-15 or 1,4,9-12 (default: 16 fresh ones, printed)")
+    sample.add_argument("--seeds", help="one sample a seed: 7, 0-15 or 1,4,9-12 (default: 16 fresh ones)")
     sample.add_argument("--model", default=EMBEDDED, metavar="FOLDER", help="checkpoint (default: the embedded moons)")
     sample.add_argument("--steps", type=int, help="steps of the walk (default: all that the model was trained on)")
-    sample.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: %(default)s")
+    sample.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's, ddpm for the moons")
     sample.add_argument("--eta", type=float, help="noise of ddim, 0 … 1 (default: 0)")
     sample.add_argument("--temperature", type=float, help="scales the noise of every step (default: 1)")
     sample.add_argument("--batch", type=int, default=64, help="samples at a time (default: %(default)s)")
@@ -117,20 +117,26 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
     seeds = resolve_seeds(None, 16) if arguments.seeds is None else parse_seeds(arguments.seeds)
     resolve_seeds(seeds, len(seeds))
-    device = resolve_device(lambda x, t: x, arguments.device)
+    device = checked_device(arguments.device) if arguments.device else default_device()
     checkpoint = load_checkpoint(arguments.model, device)
     config = SamplerConfig.from_options(_options(arguments), checkpoint.diffusion)
-    images.check_output(arguments.out, checkpoint.shape, seeds)
+    kind = images.check_output(arguments.out, checkpoint.shape, seeds)
 
     began = time.perf_counter()
-    pictures = _draw(checkpoint, config, seeds, arguments)
     about = {
         "version": ddpm_fast.__version__,
         "model": "embedded moons32" if Path(arguments.model) == EMBEDDED else Path(arguments.model).resolve().name,
         "dtype": arguments.dtype,
         "config": config.to_dict(),
     }
-    images.save(arguments.out, pictures, seeds, about)
+    done: list[images.Bytes] = []
+    for part, pictures in _draw(checkpoint, config, seeds, arguments):
+        if kind == "folder":
+            images.save(arguments.out, pictures, part, about)  # what is done stays, whatever happens to the rest
+        else:
+            done.append(pictures)
+    if kind != "folder":
+        images.save(arguments.out, np.concatenate(done), seeds, about)
     if not arguments.quiet:
         steps = len(config.inference_timesteps())
         seconds = time.perf_counter() - began
@@ -147,9 +153,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _draw(
     checkpoint: Checkpoint, config: SamplerConfig, seeds: Sequence[int], arguments: argparse.Namespace
-) -> images.Bytes:
-    """All samples as uint8 [N, H, W, C], a batch at a time."""
-    done: list[images.Bytes] = []
+) -> Iterator[tuple[Sequence[int], images.Bytes]]:
+    """The samples a batch at a time: their seeds, and uint8 [n, H, W, C]."""
     sampler: Sampler | None = None
     batches = [seeds[start : start + arguments.batch] for start in range(0, len(seeds), arguments.batch)]
     for number, part in enumerate(batches, 1):
@@ -158,8 +163,7 @@ def _draw(
             sampler = Sampler(checkpoint.model, shape, config=config, dtype=DTYPES[arguments.dtype])
         label = f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"
         x = sampler(seeds=part, progress=False if arguments.quiet else label)
-        done.append(to_uint8(x).cpu().numpy())
-    return np.concatenate(done)
+        yield part, to_uint8(x).cpu().numpy()
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -170,7 +174,7 @@ def _train(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         save_every=arguments.save_every,
     )
-    device = resolve_device(lambda x, t: x, arguments.device)
+    device = checked_device(arguments.device)
     trainer = Trainer(arguments.out, config, device=device)
     if trainer.step and not arguments.quiet:
         print(f"resuming {arguments.out} at step {trainer.step} of {config.steps}")

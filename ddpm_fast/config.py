@@ -1,16 +1,19 @@
 """Everything that a sampler's table depends on, validated once."""
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ddpm_fast.schedules import BETA_SCHEDULES, Array, betas_from_list, rescale_zero_terminal_snr
 from ddpm_fast.timesteps import TIMESTEP_SPACINGS, Timesteps, check_range, explicit
 from ddpm_fast.validate import known_names, one_of, whole, within
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -149,6 +152,8 @@ class SamplerConfig:
 
         A number of steps or a spacing among the options replaces explicit timesteps of the base, and the reverse.
         """
+        if base is not None and not isinstance(base, cls):
+            raise TypeError(f"config must be a SamplerConfig, got {type(base).__name__}")
         known_names("option", options, (field.name for field in dataclasses.fields(cls)))
         replaced: dict[str, Any] = {}
         if options.get("timesteps") is not None:
@@ -184,3 +189,23 @@ class SamplerConfig:
             spacing = spacing + self.steps_offset
         check_range(spacing, self.num_train_timesteps)
         return spacing
+
+
+def with_config_options(*sources: Callable[..., Any]) -> Callable[[F], F]:
+    """Let help() and editors see every keyword of `sources` and every field of SamplerConfig, not just **options."""
+
+    def decorate(function: F) -> F:
+        own = inspect.signature(function).parameters.values()
+        found = {p.name: p for p in own if p.kind is not p.VAR_KEYWORD}
+        for source in sources:
+            for p in inspect.signature(source).parameters.values():
+                if p.kind is p.KEYWORD_ONLY and p.name not in found:
+                    found[p.name] = p
+        for field in dataclasses.fields(SamplerConfig):
+            found[field.name] = inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+            )
+        function.__signature__ = inspect.Signature(list(found.values()))  # type: ignore[attr-defined]
+        return function
+
+    return decorate

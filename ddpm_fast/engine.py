@@ -1,9 +1,8 @@
 """The engine: buffers, table and graph built once, then walks from noise to data."""
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_fast.arguments import checked_shape, checked_start, kept_steps, per_sample
-from ddpm_fast.config import SamplerConfig
-from ddpm_fast.graph import StepGraph, can_capture
-from ddpm_fast.kernels.dispatch import choose_backend
+from ddpm_fast.arguments import check_callable, checked_shape, checked_start, kept_steps, per_sample
+from ddpm_fast.config import SamplerConfig, with_config_options
+from ddpm_fast.graph import CaptureError, StepGraph, can_capture
+from ddpm_fast.kernels.dispatch import choose_backend, on_device
 from ddpm_fast.kernels.step import implementation
 from ddpm_fast.kernels.threshold import threshold_bound
 from ddpm_fast.network import Model, Network
@@ -80,6 +79,7 @@ class Sampler:
         ValueError, TypeError: in one sentence, what does not fit, before any network call.
     """
 
+    @with_config_options()
     def __init__(
         self,
         model: Model,
@@ -109,6 +109,7 @@ class Sampler:
         self.device = self.network.device
         if execution == "graph" and not can_capture(self.device):
             raise ValueError(f"execution='graph' needs a CUDA device, got {self.device}")
+        check_callable("decode", decode)
         self.execution = execution
         self.steps_per_replay = steps_per_replay
         self.decode = decode
@@ -163,9 +164,10 @@ class Sampler:
 
         Raises:
             ValueError, TypeError: bad arguments, before any network call; a model that returns another shape.
-            FloatingPointError: the model returned NaN or infinity; says at which step.
+            FloatingPointError: the model returned NaN, or an infinity that no clipping bounds; says at which step.
             RuntimeError: execution="graph" and the network cannot be captured.
         """
+        check_callable("callback", callback)
         keep = kept_steps(output, output_steps, len(self.table))
         noise = self._make_noise(seeds, generator)
         checked_start(x_T, self.shape)
@@ -183,11 +185,10 @@ class Sampler:
                 callback(done - 1, int(self.table.timestep[done - 1]), self._x.clone())
 
         watched = bool(keep) or callback is not None
-        with self._on_device(), self.network.precision():
+        with on_device(self.device), torch.no_grad():
             self._walk(noise, x_T, previews, watch if watched else None, progress)
-        sample = self._x.clone()
-        if self.decode is not None:
-            with torch.no_grad():
+            sample = self._x.clone()
+            if self.decode is not None:
                 sample = self.decode(sample)
         if output == "sample":
             return sample
@@ -287,13 +288,11 @@ class Sampler:
         key = (stride, kind, previews)
         if key not in self._graphs:
             try:
-                with self.network.precision(capturing=True):
-                    self._graphs[key] = StepGraph(lambda: self._body(stride, kind, previews), self.device)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
+                self._graphs[key] = StepGraph(lambda: self._body(stride, kind, previews), self.device)
+            except CaptureError as error:
                 if self.execution == "graph":
-                    raise RuntimeError(f"the network cannot be captured in a CUDA graph: {reason}") from error
-                logger.warning("the network cannot be captured in a CUDA graph (%s): running eagerly", reason)
+                    raise RuntimeError(f"the network cannot be captured in a CUDA graph: {error}") from error
+                logger.warning("the network cannot be captured in a CUDA graph (%s): running eagerly", error)
                 self.execution = "eager"
                 return None
         return self._graphs[key]
@@ -316,7 +315,8 @@ class Sampler:
         return PhiloxNoise(resolved, self.shape, self.table, self.device, self._backend)
 
     def _is_finite(self) -> bool:
-        return math.isfinite(self._x.sum().item())
+        # One sum tells in all but the rarest case: that of finite numbers whose sum is not.
+        return math.isfinite(self._x.sum().item()) or bool(torch.isfinite(self._x).all())
 
     def _find_not_finite(self, noise: PhiloxNoise | GeneratorNoise, x_T: Tensor | None, kind: str) -> str:
         """Walk once more, looking after every step: that is how a GPU run finds out where it went wrong."""
@@ -334,8 +334,3 @@ class Sampler:
             f"the model returned NaN or infinity at step {number} of {len(self.table)} "
             f"(timestep {self.table.timestep[number]}), for sample {', '.join(map(str, bad[:5]))} of the batch"
         )
-
-    @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            yield

@@ -2,11 +2,10 @@
 
 import importlib.metadata
 import platform
+import re
 from collections.abc import Iterator
 
 import torch
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 import ddpm_fast
 from ddpm_fast.kernels.dispatch import choose_backend, has_triton
@@ -33,8 +32,8 @@ def path_taken(device: torch.device | None = None) -> str:
         found = "the device is the CPU" if torch.cuda.is_available() else "torch finds no CUDA GPU"
         return f"PyTorch on the CPU, because {found}"
     if choose_backend(device) == "triton":
-        return "Triton kernels, network and step in one CUDA graph"
-    return "PyTorch kernels in a CUDA graph, because triton is not installed"
+        return "Triton kernels; network and step in one CUDA graph, where the network allows it"
+    return "PyTorch kernels, because triton is not installed; in a CUDA graph, where the network allows it"
 
 
 def triton_mismatch() -> str | None:
@@ -42,12 +41,10 @@ def triton_mismatch() -> str | None:
     if not has_triton():
         return None
     installed = _version("triton")
-    for text in importlib.metadata.requires("torch") or []:
-        requirement = Requirement(text)
-        if requirement.name == "triton" and (requirement.marker is None or requirement.marker.evaluate()):
-            wanted = requirement.specifier
-            if not wanted.contains(Version(installed or "0"), prereleases=True):
-                return f"torch {_version('torch')} was built for triton{wanted}, installed is {installed}"
+    for requirement in importlib.metadata.requires("torch") or []:
+        wanted = re.match(r"triton\s*==\s*([\w.+]+)", requirement)
+        if wanted and installed and installed.partition("+")[0] != wanted[1]:
+            return f"torch {_version('torch')} was built for triton {wanted[1]}, installed is {installed}"
     return None
 
 

@@ -1,8 +1,9 @@
 """The network as the engine sees it: fixed buffers in, one checked tensor out."""
 
 import contextlib
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,12 +46,15 @@ class Network:
         self.model = model
         self.guided = uncond_kwargs is not None
         self.device = resolve_device(model, device)
-        own = _parameter(model)
-        own_dtype = own.dtype if own is not None else None
+        if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating point torch.dtype such as torch.bfloat16, got {dtype!r}")
+        own_dtype = _own_dtype(model)
         self.dtype = dtype or own_dtype or torch.float32
-        if not self.dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating point type, got {self.dtype}")
         self._autocast = own_dtype is not None and own_dtype != self.dtype
+        if self._autocast and self.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"the model's parameters are {own_dtype}; to compute in {self.dtype}, convert the model with .to(...)"
+            )
         _warn_if_training(model)
         batch = shape[0] * (2 if self.guided else 1)
         self.batch = shape[0]
@@ -61,9 +65,12 @@ class Network:
 
     def __call__(self) -> Tensor:
         """The model's output for the buffers as they are, its shape checked: [B or 2B, out_channels, ...]."""
-        output = self.model(self.input, self.timestep, **self.kwargs)
+        with self._precision():
+            output = self.model(self.input, self.timestep, **self.kwargs)
+        if isinstance(output, tuple) and output:
+            output = output[0]
         if not isinstance(output, Tensor):
-            output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+            output = getattr(output, "sample", output)
             if not isinstance(output, Tensor):
                 raise TypeError(
                     f"model must return a tensor or an object with a tensor .sample, got {type(output).__name__}"
@@ -74,19 +81,16 @@ class Network:
             raise ValueError(f"the model must return floating point numbers, got {output.dtype}")
         return output
 
-    @contextlib.contextmanager
-    def precision(self, capturing: bool = False) -> Iterator[None]:
-        """Autocast where the network's parameters have another dtype than its input, and no gradients."""
-        with torch.no_grad():
-            if not self._autocast:
-                yield
-                return
-            # Weights that autocast has converted are kept for the whole walk, but must not leave a recording.
-            with torch.autocast(self.device.type, self.dtype, cache_enabled=not capturing):
-                yield
+    def _precision(self) -> contextlib.AbstractContextManager:
+        """Autocast where the network's parameters have another dtype than its input."""
+        if self._autocast:
+            return torch.autocast(self.device.type, self.dtype)
+        return contextlib.nullcontext()
 
     def update_kwargs(self, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> None:
         """Copy new values into the buffers; names, shapes and everything that is no tensor must stay as they were."""
+        if uncond_kwargs is not None and not self.guided:
+            raise ValueError("uncond_kwargs belong to guidance, which this sampler was built without")
         fresh = self._static_kwargs(dict(model_kwargs), uncond_kwargs)
         if fresh.keys() != self.kwargs.keys():
             raise ValueError(f"model_kwargs must keep the names {sorted(self.kwargs)}, got {sorted(fresh)}")
@@ -98,7 +102,7 @@ class Network:
                         f"model_kwargs[{name!r}] must keep shape {tuple(held.shape)} and {held.dtype}, "
                         f"got {tuple(value.shape)} and {value.dtype}"
                     )
-            elif isinstance(held, Tensor) or isinstance(value, Tensor) or held != value:
+            elif isinstance(held, Tensor) or isinstance(value, Tensor) or not _same(held, value):
                 raise ValueError(f"model_kwargs[{name!r}] was {held!r} when the sampler was built, got {value!r}")
         for name, value in fresh.items():
             if isinstance(value, Tensor):
@@ -124,7 +128,7 @@ class Network:
                     f"({self.batch}, ...), got {tuple(cond.shape)} and {tuple(uncond.shape)}"
                 )
             return torch.cat([cond.to(self.device), uncond.to(self.device, cond.dtype)])
-        if isinstance(cond, Tensor) or isinstance(uncond, Tensor) or cond != uncond:
+        if isinstance(cond, Tensor) or isinstance(uncond, Tensor) or not _same(cond, uncond):
             raise ValueError(
                 f"model_kwargs[{name!r}] and uncond_kwargs[{name!r}] must be two tensors or equal, "
                 f"got {cond!r} and {uncond!r}"
@@ -146,14 +150,25 @@ def resolve_device(model: Model, device: str | torch.device | None) -> torch.dev
     Raises:
         ValueError: no such device, or the model's parameters are on another.
     """
-    own = _parameter(model)
+    own = _own_device(model)
     if device is None:
-        if own is not None:
-            return own.device
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return own or default_device()
+    wanted = checked_device(device)
+    if own is not None and own != wanted:
+        raise ValueError(f"the model is on {own}, but device={str(device)!r}: move it with model.to(...) first")
+    return wanted
+
+
+def default_device() -> torch.device:
+    """The current CUDA device if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device, with its index; raise ValueError unless it is the CPU or a CUDA GPU that is there."""
     try:
         wanted = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device {device!r} is not a device: {str(error).splitlines()[0]}") from error
     if wanted.type == "cuda":
         if not torch.cuda.is_available():
@@ -164,16 +179,26 @@ def resolve_device(model: Model, device: str | torch.device | None) -> torch.dev
         wanted = torch.device("cuda", index)
     elif wanted.type != "cpu":
         raise ValueError(f"device must be 'cpu' or 'cuda[:i]', got {str(device)!r}")
-    if own is not None and own.device != wanted:
-        raise ValueError(f"the model is on {own.device}, but device={str(device)!r}: move it with model.to(...) first")
     return wanted
 
 
-def _parameter(model: Model) -> Tensor | None:
-    """The first floating point parameter, which speaks for the model's device and dtype."""
+def _own_device(model: Model) -> torch.device | None:
+    """Where the model's first parameter or buffer is."""
     if not isinstance(model, nn.Module):
         return None
-    return next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
+
+
+def _own_dtype(model: Model) -> torch.dtype | None:
+    """The dtype of the model's first floating point parameter."""
+    if not isinstance(model, nn.Module):
+        return None
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values that are no tensors are the same; containers only if they are one object."""
+    return a is b or (isinstance(a, (bool, int, float, str)) and type(a) is type(b) and a == b)
 
 
 def _warn_if_training(model: Model) -> None:

@@ -62,7 +62,8 @@ class GeneratorNoise:
     """torch.randn in the order of a plain sampling loop: x_T first, then one draw a step where sigma is not 0.
 
     Args:
-        generator: one for the batch, or a list with one a sample; each draws on its own device.
+        generator: one for the batch, or a list with one a sample; each draws on its own device. From a CPU to a GPU
+            every draw is copied, and the host waits for it: seeds do without.
     """
 
     in_kernel = False
@@ -76,7 +77,8 @@ class GeneratorNoise:
         device: torch.device,
     ) -> None:
         if not isinstance(generator, torch.Generator):
-            generator = list(generator)
+            if not isinstance(generator, Sequence) or not all(isinstance(g, torch.Generator) for g in generator):
+                raise TypeError(f"generator must be a torch.Generator or a list with one a sample, got {generator!r}")
             if len(generator) != shape[0]:
                 raise ValueError(f"generators must be one a sample: {shape[0]} samples, got {len(generator)}")
         self.generator = generator
@@ -99,7 +101,7 @@ class GeneratorNoise:
         return self._draw() if self._noisy[step] else None
 
     def _generators(self) -> list[torch.Generator]:
-        return [self.generator] if isinstance(self.generator, torch.Generator) else self.generator
+        return [self.generator] if isinstance(self.generator, torch.Generator) else list(self.generator)
 
     def _draw(self) -> Tensor:
         if isinstance(self.generator, torch.Generator):

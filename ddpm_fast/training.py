@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -187,7 +188,10 @@ class Trainer:
         path = self.folder / METRICS_FILE
         if path.exists():
             rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = (row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step)
+            try:
+                kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{path} has a row that is no record of a step: {error}") from error
             with whole_file(path) as part:
                 part.write_text("".join(kept), encoding="utf-8")
 
@@ -199,7 +203,8 @@ class Trainer:
     def _resume(self) -> None:
         path = self.folder / STATE_FILE
         tensors = read_safetensors(path)
-        metadata = _read_metadata(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
         if not metadata.keys() >= {"run", "step"}:
             raise CheckpointError(f"{path} is not the state of a training run")
         self._refuse_another_run(json.loads(metadata["run"]), path)
@@ -213,12 +218,6 @@ class Trainer:
                 state.setdefault(int(index), {})[moment] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step = int(metadata["step"])
-
-
-def _read_metadata(path: Path) -> dict[str, str]:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)).get("__metadata__", {})
 
 
 def _first_difference(theirs: dict, ours: dict, at: str = "") -> str:

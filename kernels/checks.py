@@ -24,12 +24,10 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
 
 
-def check_visit(visit: Tensor | int, batch: int, device: torch.device) -> None:
-    """Raise ValueError unless `visit` is an int in [0, 2^31), or int32 or int64 [batch] on `device`."""
-    if isinstance(visit, Tensor):
-        check_tensor("visit", visit, (batch,), (torch.int32, torch.int64), device)
-    elif not 0 <= visit < 2**31:
-        raise ValueError(f"visit must lie in [0, 2^31), got {visit}")
+def check_visit(visit: int) -> None:
+    """Raise ValueError unless `visit` is an int in [0, 2^31)."""
+    if not isinstance(visit, int) or not 0 <= visit < 2**31:
+        raise ValueError(f"visit must be an int in [0, 2^31), got {visit!r}")
 
 
 def check_seeds(seeds: Tensor, batch: int, device: torch.device) -> None:

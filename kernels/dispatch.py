@@ -1,5 +1,6 @@
 """Which implementation runs: Triton on a GPU, PyTorch everywhere else."""
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -33,6 +34,11 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
     return backend
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make `device` the current one: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton can be imported; it is not imported to find out."""
@@ -47,6 +53,6 @@ def interpreting() -> bool:
 @functools.cache
 def _say_once(device_type: str) -> None:
     if device_type == "cuda":
-        logger.warning("triton is not installed: the kernels run as plain PyTorch, several times slower")
+        logger.warning("triton is not installed: the kernels run as plain PyTorch")
     else:
         logger.info("no CUDA GPU in use (device %s): the kernels run as plain PyTorch", device_type)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddpm_fast.kernels import philox
 from ddpm_fast.kernels.checks import check_seeds, check_tensor, check_visit
-from ddpm_fast.kernels.dispatch import choose_backend
+from ddpm_fast.kernels.dispatch import choose_backend, on_device
 
 
 def normal(
@@ -34,7 +34,10 @@ def normal(
     """
     check_seeds(seeds, len(noise_ids), seeds.device)
     check_tensor("noise_ids", noise_ids, (len(noise_ids),), (torch.int32, torch.int64), seeds.device)
-    check_visit(visit, len(seeds), seeds.device)
+    if isinstance(visit, Tensor):
+        check_tensor("visit", visit, (len(seeds),), (torch.int32, torch.int64), seeds.device)
+    else:
+        check_visit(visit)
     if len(seeds) == 0 or math.prod(shape) == 0:
         raise ValueError(f"there must be something to draw, got {len(seeds)} seeds and shape {tuple(shape)}")
     seeds, noise_ids = seeds.contiguous(), noise_ids.contiguous()
@@ -42,7 +45,8 @@ def normal(
         return normal_torch(seeds, noise_ids, stream, shape, visit=visit)
     from ddpm_fast.kernels.normal_triton import normal_triton
 
-    return normal_triton(seeds, noise_ids, stream, shape, visit=visit)
+    with on_device(seeds.device):
+        return normal_triton(seeds, noise_ids, stream, shape, visit=visit)
 
 
 def normal_torch(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ddpm_fast.kernels import philox
 from ddpm_fast.kernels.checks import check_contiguous, check_seeds, check_tensor, check_visit
-from ddpm_fast.kernels.dispatch import choose_backend
+from ddpm_fast.kernels.dispatch import choose_backend, on_device
 
 
 def q_sample(
@@ -39,7 +39,7 @@ def q_sample(
         raise ValueError(f"x0 must not be empty, got shape {shape}")
     check_tensor("t", t, shape[:1], (torch.int32, torch.int64), device)
     check_tensor("alphas_cumprod", alphas_cumprod, (len(alphas_cumprod),), (torch.float64,), device)
-    check_visit(visit, len(x0), device)
+    check_visit(visit)
     if (seeds is None) == (z is None):
         raise ValueError("noise comes from exactly one of seeds and z")
     if seeds is not None:
@@ -55,7 +55,8 @@ def q_sample(
         return q_sample_torch(x0, t, alphas_cumprod, seeds=seeds, z=z, visit=visit, x_t=x_t)
     from ddpm_fast.kernels.q_sample_triton import q_sample_triton
 
-    return q_sample_triton(x0, t, alphas_cumprod, seeds=seeds, z=z, visit=visit, x_t=x_t)
+    with on_device(device):
+        return q_sample_triton(x0, t, alphas_cumprod, seeds=seeds, z=z, visit=visit, x_t=x_t)
 
 
 def q_sample_torch(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddpm_fast.kernels import philox
 from ddpm_fast.kernels.checks import FLOATS, check_contiguous, check_seeds, check_tensor, check_visit
-from ddpm_fast.kernels.dispatch import choose_backend
+from ddpm_fast.kernels.dispatch import choose_backend, on_device
 
 COLUMNS = ("a", "b", "c_x0", "c_x", "c_out", "sigma", "log_min", "log_max")
 
@@ -72,15 +72,16 @@ def step(
     """
     _check(x, output, coefficients, ids, base, seeds, z, clip, bound, guidance, learned, x_new, x0_new,
            model_input, timestep)  # fmt: skip
-    check_visit(visit, len(x), x.device)
+    check_visit(visit)
     x_new = x.clone() if x_new is None else x_new
     seeds, bound, guidance = (value if value is None else value.contiguous() for value in (seeds, bound, guidance))
     launch = implementation(choose_backend(x.device, backend))
-    return launch(
-        x, output, coefficients.contiguous(), ids.contiguous(), base.contiguous(), offset,
-        seeds=seeds, z=z, visit=visit, clip=clip, bound=bound, guidance=guidance, learned=learned,
-        use_output=use_output, x_new=x_new, x0_new=x0_new, model_input=model_input, timestep=timestep,
-    )  # fmt: skip
+    with on_device(x.device):
+        return launch(
+            x, output, coefficients.contiguous(), ids.contiguous(), base.contiguous(), offset,
+            seeds=seeds, z=z, visit=visit, clip=clip, bound=bound, guidance=guidance, learned=learned,
+            use_output=use_output, x_new=x_new, x0_new=x0_new, model_input=model_input, timestep=timestep,
+        )  # fmt: skip
 
 
 def step_torch(
@@ -126,7 +127,8 @@ def step_torch(
         sigma = row.sigma
         if learned:
             share = variance.add(1).mul_(0.5)
-            sigma = share.mul_(row.log_max - row.log_min).add_(row.log_min).mul_(0.5).exp_().mul_(sigma)
+            deviation = share.mul_(row.log_max - row.log_min).add_(row.log_min).mul_(0.5).exp_().mul_(sigma)
+            sigma = torch.where(sigma == 0, sigma, deviation)  # no noise is no noise, whatever the network says
         new.add_(sigma * z)
 
     row.write(x_new, new)
@@ -262,3 +264,4 @@ def _check(
         check_contiguous("model_input", model_input)
     if timestep is not None:
         check_tensor("timestep", timestep, (halves * batch,), (torch.int64,), device)
+        check_contiguous("timestep", timestep)

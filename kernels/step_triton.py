@@ -82,6 +82,7 @@ def step_kernel(
                 log_max = tl.load(p_row + 7)
                 share = 0.5 * (tl.load(p_output + n + e, mask=mask).to(tl.float32) + 1)
                 deviation = sigma * tl.exp(0.5 * (log_min + share * (log_max - log_min)))
+                deviation = tl.where(sigma == 0, 0.0, deviation)  # no noise is no noise, whatever the network says
             if NOISE == "philox":
                 new += deviation * pick_lane(lane, z0, z1, z2, z3)
             else:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.kernels.checks import check_contiguous, check_tensor
-from ddpm_fast.kernels.dispatch import choose_backend
+from ddpm_fast.kernels.dispatch import choose_backend, on_device
 
 ROUNDINGS = ("round", "truncate")
 
@@ -31,7 +31,8 @@ def to_uint8(x: Tensor, *, rounding: str = "round", backend: str | None = None) 
         return to_uint8_torch(x, rounding=rounding)
     from ddpm_fast.kernels.to_uint8_triton import to_uint8_triton
 
-    return to_uint8_triton(x, rounding=rounding)
+    with on_device(x.device):
+        return to_uint8_triton(x, rounding=rounding)
 
 
 def to_uint8_torch(x: Tensor, *, rounding: str = "round") -> Tensor:

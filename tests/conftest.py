@@ -18,6 +18,13 @@ def kernel_device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+@pytest.fixture(autouse=True)
+def plain_callables_run_on_the_cpu(request, monkeypatch):
+    """Where there is a GPU, a model without parameters would go there; only what asks for it does."""
+    if not request.node.get_closest_marker("gpu") and "kernel_device" not in request.fixturenames:
+        monkeypatch.setattr("ddpm_fast.network.default_device", lambda: torch.device("cpu"))
+
+
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU, visibly, where there is none."""
     for item in items:

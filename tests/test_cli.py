@@ -401,7 +401,7 @@ def module(tmp_path, *arguments):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
 
 
@@ -450,7 +450,7 @@ def test_ctrl_c(model, tmp_path):
     try:
         assert [process.stdout.readline() for _ in range(30)] == 30 * ["sampling\n"]
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=200)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -165,7 +165,7 @@ t.trainer({folder!r}, data=data).run(progress=False)
 @pytest.mark.parametrize("when", ["training", "saving"])
 def test_a_killed_process_resumes_bit_for_bit(tmp_path, uninterrupted, when):
     script = KILLED.format(tests=os.path.dirname(__file__), folder=str(tmp_path), when=when)
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert process.returncode == -signal.SIGKILL, process.stderr
     run = trainer(tmp_path)
     assert run.step == (4 if when == "training" else 0)

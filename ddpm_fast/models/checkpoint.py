@@ -66,6 +66,8 @@ def load_checkpoint(folder: str | os.PathLike = EMBEDDED, device: str | torch.de
         CheckpointError: in one sentence, what is missing or broken.
     """
     path = Path(folder)
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file: a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint folder at {path}")
     config = read_config(path)

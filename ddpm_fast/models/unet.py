@@ -153,7 +153,12 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave[-1].bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict the noise in x [B, C, H, W] at timesteps t [B]."""
+        """Predict the noise in x [B, C, H, W] at timesteps t [B]; H and W divisible by 2^(levels - 1)."""
+        channels, unit = self.config.channels, 2 ** len(self.shrink)
+        if x.dim() != 4 or x.shape[1] != channels or x.shape[2] % unit or x.shape[3] % unit:
+            raise ValueError(
+                f"x must be [B, {channels}, H, W] with H and W divisible by {unit}, got shape {tuple(x.shape)}"
+            )
         embedding = self.embed(timestep_embedding(t, self.config.widths[0]).to(self.enter.weight.dtype))
         x = self.enter(x)
         skips = []

@@ -25,7 +25,7 @@ OTHERS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-REPRESENTATIVE = (MAIN.name, "q_sample-tensor", "to_uint8-round")
+REPRESENTATIVE = (MAIN.name, "normal-x_T", "q_sample-tensor", "to_uint8-round")
 BINARIES = ("cubin", "hsaco")
 TENSORS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "i32": torch.int32, "i64": torch.int64}
 

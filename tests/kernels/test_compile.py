@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 OTHERS = [
     (target, name)
     for target in ("sm_80", "sm_89", "sm_100", "gfx942")
-    for name in (MAIN.name, "q_sample-tensor", "to_uint8-round")
+    for name in (MAIN.name, "normal-x_T", "q_sample-tensor", "to_uint8-round")
 ]
 
 
