@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import Wavy
 
+from ddpm_fast.models.unet import UNet
 from ddpm_fast.sample import Sampler, sample
 
 SHAPE = (2, 2, 3, 5)
@@ -61,7 +62,10 @@ def never(x, t, **kwargs):
             r"must have equal shapes \(2, ...\)",
         ),
         ({"guidance_scale": 1.0, "uncond_kwargs": {"y": 1}, "model_kwargs": {"y": 2}}, "must be two tensors or equal"),
-        ({"dtype": torch.int32}, "dtype must be a floating point type"),
+        ({"dtype": torch.int32}, "dtype must be a floating point torch.dtype"),
+        ({"dtype": "bfloat16"}, "dtype must be a floating point torch.dtype such as torch.bfloat16, got 'bfloat16'"),
+        ({"device": 3.5}, "device 3.5 is not a device"),
+        ({"guidance_scale": "a", "uncond_kwargs": {}}, "guidance_scale must be one finite number"),
         ({"device": "gpu"}, "device 'gpu' is not a device"),
         ({"device": "mps"}, "device must be 'cpu' or 'cuda"),
     ],
@@ -70,6 +74,50 @@ def never(x, t, **kwargs):
 def test_options(options, message):
     with pytest.raises(ValueError, match=message):
         sample(never, SHAPE, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode": 3}, "decode must be a callable or None, got 3"),
+        ({"callback": 3}, "callback must be a callable or None, got 3"),
+        ({"generator": 5}, "generator must be a torch.Generator or a list"),
+        ({"generator": [1, 2]}, "generator must be a torch.Generator or a list"),
+        ({"output": "x0", "output_steps": 2}, "output_steps must be a list of step numbers, got 2"),
+        ({"config": {}}, "config must be a SamplerConfig, got dict"),
+        ({"seeds": 0.5}, "seeds must be an int, a range or sequence"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_types(options, message):
+    with pytest.raises(TypeError, match=message):
+        sample(never, SHAPE, **options)
+
+
+def test_a_dtype_that_autocast_does_not_have():
+    with pytest.raises(ValueError, match=r"parameters are torch.float32; to compute in torch.float64, convert"):
+        sample(Wavy(2, 2), SHAPE, dtype=torch.float64)
+
+
+def test_containers_in_the_conditioning_must_stay_the_same_objects():
+    held = {"a": torch.zeros(2)}
+    sampler = Sampler(lambda x, t, added: x, SHAPE, num_inference_steps=2, model_kwargs={"added": held})
+    sampler(seeds=0, model_kwargs={"added": held})
+    with pytest.raises(ValueError, match=r"model_kwargs\['added'\] was"):
+        sampler(seeds=0, model_kwargs={"added": {"a": torch.zeros(2)}})
+    with pytest.raises(ValueError, match="must be two tensors or equal"):
+        Sampler(never, SHAPE, guidance_scale=2.0, model_kwargs={"added": held}, uncond_kwargs={"added": dict(held)})
+
+
+def test_unconditional_values_without_guidance():
+    with pytest.raises(ValueError, match="uncond_kwargs belong to guidance, which this sampler was built without"):
+        Sampler(never, SHAPE)(uncond_kwargs={"y": 1})
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 30, 30), (2, 1, 32)], ids=str)
+def test_a_shape_that_the_network_does_not_take(shape):
+    with pytest.raises(ValueError, match=r"x must be \[B, 1, H, W\] with H and W divisible by 8"):
+        sample(UNet(), shape)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (0, 1, 2, 2), (2, -1, 3), (1.5, 2), "ab", 5, None], ids=str)
@@ -121,6 +169,17 @@ def test_what_the_model_returns(model, options, message):
     with pytest.raises(ValueError, match=message):
         sample(counted, SHAPE, **options)
     assert len(calls) == 1
+
+
+def test_a_model_that_returns_nothing():
+    with pytest.raises(TypeError, match="must return a tensor or an object with a tensor .sample, got tuple"):
+        sample(lambda x, t: (), SHAPE)
+
+
+def test_large_finite_states_are_no_nan():
+    huge = torch.full(SHAPE, 2e38)
+    options = {"prediction_type": "sample", "clip_sample": False, "num_inference_steps": 3}
+    assert torch.isfinite(sample(lambda x, t: huge, SHAPE, seeds=0, **options)).all()
 
 
 def test_a_model_that_returns_no_tensor():

@@ -297,6 +297,36 @@ def test_bfloat16_network_keeps_a_float32_state():
     assert next(model.parameters()).dtype == torch.float32
 
 
+def test_a_callback_does_not_run_in_the_networks_precision():
+    seen = []
+
+    class Linear(torch.nn.Linear):
+        def forward(self, x, t):
+            return super().forward(x)
+
+    sample(
+        Linear(4, 4), (2, 4), seeds=0, num_inference_steps=1, dtype=torch.bfloat16,
+        callback=lambda step, t, x: seen.append((x @ x.T).dtype), decode=lambda x: seen.append((x @ x.T).dtype),
+    )  # fmt: skip
+    assert seen == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("bad", [400.0, torch.nan])
+def test_where_there_is_no_noise_the_learned_variance_does_not_matter(bad, kernel_device):
+    class Model(Wavy):
+        def forward(self, x, t):
+            out = super().forward(x, t)
+            return torch.where(
+                (t == 0).view(-1, 1, 1, 1) & (torch.arange(4, device=x.device) > 1)[:, None, None], bad, out
+            )
+
+    options = {"seeds": 0, "timesteps": [500, 0], "variance_type": "learned"}
+    walks = [
+        sample(Model(2, 4).to(kernel_device), SHAPE, backend=backend, **options) for backend in ("torch", "triton")
+    ]
+    torch.testing.assert_close(*walks, atol=2e-5, rtol=0)
+
+
 def test_a_float64_network_is_fed_float64():
     model = Wavy(2, 2, torch.float64)
     torch.testing.assert_close(

@@ -68,6 +68,61 @@ def test_the_graph_equals_eager_and_replays_differ(stride, source):
     assert not torch.equal(sampler(**noise(1)), sampler(**noise(2)))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"variance_type": "learned_range"},
+        {"thresholding": True, "sample_max_value": 2.0},
+        {"guidance_scale": 2.0, "model_kwargs": {"shift": 0.5}, "uncond_kwargs": {"shift": 0.5}},
+        {"output": "x0"},
+        {"backend": "torch"},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_option_is_captured(options):
+    model = Wavy(2, 4 if "variance_type" in options else 2).cuda()
+    walks = [
+        sample(model, SHAPE, seeds=1, num_inference_steps=20, execution=execution, **options)
+        for execution in ("graph", "eager")
+    ]
+    if "output" in options:
+        walks = [walk.frames for walk in walks]
+    torch.testing.assert_close(*walks, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 2, 17), (1, 2, 3, 4, 5)], ids=str)
+def test_any_rank(shape):
+    walks = [
+        sample(on_gpu(), shape, seeds=1, num_inference_steps=20, execution=execution)
+        for execution in ("graph", "eager")
+    ]
+    torch.testing.assert_close(*walks, atol=1e-5, rtol=0)
+
+
+def test_a_cpu_generator_feeds_a_gpu_walk():
+    noise = [torch.Generator().manual_seed(4) for _ in range(2)]
+    on_device = sample(on_gpu(), SHAPE, generator=noise[0], num_inference_steps=20, execution="graph")
+    on_cpu = sample(Wavy(2, 2), SHAPE, generator=noise[1], num_inference_steps=20)
+    torch.testing.assert_close(on_device.cpu(), on_cpu, atol=1e-4, rtol=0)
+
+
+def test_new_conditioning_is_seen_by_the_next_replay():
+    shift = torch.zeros(4, 1, 1, 1, device="cuda")
+    sampler = Sampler(on_gpu(), SHAPE, num_inference_steps=10, execution="graph", model_kwargs={"shift": shift})
+    before = sampler(seeds=0)
+    after = sampler(seeds=0, model_kwargs={"shift": shift + 0.5})
+    assert not torch.equal(before, after)
+    eager = sample(
+        on_gpu(), SHAPE, seeds=0, num_inference_steps=10, execution="eager", model_kwargs={"shift": shift + 0.5}
+    )
+    torch.testing.assert_close(after, eager, atol=1e-5, rtol=0)
+
+
+def test_a_model_without_parameters_goes_to_the_gpu():
+    assert sample(lambda x, t: torch.tanh(x), SHAPE, seeds=0, num_inference_steps=3).is_cuda
+
+
 def test_the_embedded_model_draws_the_same_moons_on_both_devices():
     on_cpu, on_device = load_checkpoint(), load_checkpoint(device="cuda")
     options = {"seeds": 0, "config": on_cpu.diffusion}
@@ -99,9 +154,13 @@ def test_a_network_that_waits_for_the_device_is_reported(caplog):
         def forward(self, x, t):
             return super().forward(x, t) * float(x.abs().max() > 0)
 
+    before = torch.cuda.current_stream()
     with caplog.at_level(logging.WARNING, "ddpm_fast"):
         x = sample(Waiting(2, 2).cuda(), SHAPE, seeds=0, num_inference_steps=5)
     assert "cannot be captured in a CUDA graph" in caplog.text
+    assert "previous error" not in caplog.text  # the reason, not its echo at the end of the capture
+    assert torch.cuda.current_stream() == before
+    torch.randn(3, device="cuda")  # a broken capture leaves the generator usable
     torch.testing.assert_close(x, sample(on_gpu(), SHAPE, seeds=0, num_inference_steps=5, execution="eager"))
     with pytest.raises(RuntimeError, match="cannot be captured"):
         sample(Waiting(2, 2).cuda(), SHAPE, seeds=0, num_inference_steps=5, execution="graph")

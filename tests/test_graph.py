@@ -7,7 +7,7 @@ import torch
 from models import Wavy
 
 import ddpm_fast.engine
-from ddpm_fast.graph import WARMUPS
+from ddpm_fast.graph import WARMUPS, CaptureError, _first_reason
 from ddpm_fast.sample import Sampler, sample
 
 SHAPE = (2, 2, 3, 5)
@@ -32,7 +32,7 @@ class Replayed:
 
 class Refused:
     def __init__(self, body, device):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
+        raise CaptureError("operation not permitted when stream is capturing")
 
 
 @pytest.fixture
@@ -96,6 +96,28 @@ def test_demanding_a_graph_makes_that_an_error(recording, monkeypatch):
     monkeypatch.setattr(ddpm_fast.engine, "StepGraph", Refused)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: operation not permitted"):
         sample(Wavy(2, 2), SHAPE, num_inference_steps=5, seeds=1, execution="graph")
+
+
+def test_the_reason_of_a_broken_capture_is_the_first_error():
+    def capture():
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError) as error:
+        capture()
+    assert _first_reason(error.value) == "operation not permitted when stream is capturing"
+    assert _first_reason(RuntimeError()) == "RuntimeError"
+
+
+@pytest.mark.parametrize("execution", ["auto", "graph"])
+def test_what_fails_in_the_warm_up_is_the_models_own_error(recording, execution):
+    def broken(x, t):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="^mat1 and mat2"):
+        sample(broken, SHAPE, num_inference_steps=5, seeds=1, execution=execution)
 
 
 def test_an_error_of_the_model_itself_is_not_blamed_on_the_capture(recording):

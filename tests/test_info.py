@@ -46,8 +46,14 @@ def test_path_without_a_gpu():
 @pytest.mark.parametrize(
     ("triton", "says"),
     [
-        pytest.param(True, "Triton kernels, network and step in one CUDA graph", id="triton"),
-        pytest.param(False, "PyTorch kernels in a CUDA graph, because triton is not installed", id="no-triton"),
+        pytest.param(
+            True, "Triton kernels; network and step in one CUDA graph, where the network allows it", id="triton"
+        ),
+        pytest.param(
+            False,
+            "PyTorch kernels, because triton is not installed; in a CUDA graph, where the network allows it",
+            id="no-triton",
+        ),
     ],
 )
 def test_path_with_a_gpu(monkeypatch, triton, says):
@@ -68,9 +74,7 @@ LINUX = f'platform_system == "{platform.system()}"'
     [
         pytest.param([f"triton==3.2.0; {LINUX}"], "3.2.0", id="same"),
         pytest.param([f"triton==3.2.0; {LINUX}"], "3.2.0+git1234", id="same-local-build"),
-        pytest.param(["triton<3.4,>=3.2"], "3.3.1", id="in-range"),
-        pytest.param(["triton>=3.2"], "3.3.0rc1", id="prerelease"),
-        pytest.param(['triton==3.3.0; platform_system == "Plan9"'], "3.2.0", id="other-platform"),
+        pytest.param(["triton>=3.2"], "3.3.0rc1", id="no-pin"),
         pytest.param(["sympy", "numpy==1.0"], "3.2.0", id="cpu-build"),
         pytest.param(None, "3.2.0", id="requires-nothing"),
     ],
@@ -82,7 +86,7 @@ def test_triton_that_fits(monkeypatch, requires, triton):
 
 def test_triton_that_does_not_fit(monkeypatch):
     fake(monkeypatch, ["sympy", f"triton==3.3.0; {LINUX}"])
-    sentence = "torch 2.6.0 was built for triton==3.3.0, installed is 3.2.0"
+    sentence = "torch 2.6.0 was built for triton 3.3.0, installed is 3.2.0"
     assert info.triton_mismatch() == sentence
     versions = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.1.0" if n == "ddpm_fast" else versions(n))
