@@ -311,6 +311,7 @@ def test_a_callback_does_not_run_in_the_networks_precision():
     assert seen == [torch.float32] * 2
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # of the interpreter
 @pytest.mark.parametrize("bad", [400.0, torch.nan])
 def test_where_there_is_no_noise_the_learned_variance_does_not_matter(bad, kernel_device):
     class Model(Wavy):
