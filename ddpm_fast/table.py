@@ -35,6 +35,9 @@ class StepTable:
         c_x0, c_x, c_out: the mean of the step.
         sigma: standard deviation of the step's noise; with learned variances, what multiplies exp(log_variance / 2).
         log_min, log_max: with learned variances the bounds that the network's v in [-1, 1] interpolates between.
+        known_scale, known_sigma: sqrt(alpha_bar_s) and sqrt(1 - alpha_bar_s), which noise a known image to where the
+            step goes.
+        input_scale: what the network's input is multiplied by; 1 in all samplers here.
         learned: whether the second half of the output's channels sets the variance.
         doubled: whether the network's output has twice the channels of x.
     """
@@ -49,6 +52,9 @@ class StepTable:
     sigma: Array
     log_min: Array
     log_max: Array
+    known_scale: Array
+    known_sigma: Array
+    input_scale: Array
     learned: bool
     doubled: bool
 
@@ -56,7 +62,7 @@ class StepTable:
         return len(self.timestep)
 
     def coefficients(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-        """The columns of `kernels.step.COLUMNS`: [steps, 8]."""
+        """The columns of `kernels.step.COLUMNS`: [steps, 11]."""
         columns = np.stack([getattr(self, name) for name in COLUMNS], axis=1)
         return torch.from_numpy(columns).to(device, dtype)
 
@@ -94,6 +100,9 @@ def build_table(config: SamplerConfig) -> StepTable:
         sigma=np.where(quiet, 0.0, config.temperature * sigma),
         log_min=log_min,
         log_max=log_max,
+        known_scale=np.sqrt(alpha_bar_s),
+        known_sigma=np.sqrt(1 - alpha_bar_s),
+        input_scale=np.ones_like(alpha_bar),
         learned=learned,
         doubled=config.variance_type in ("learned", "learned_range"),
     )

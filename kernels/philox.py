@@ -33,6 +33,8 @@ class Stream(enum.IntEnum):
     X_T = 0  # the start of a walk; noise id 0
     STEP = 1  # the steps of a walk
     FORWARD = 2  # q_sample
+    INPAINT = 3  # the known image, noised to the level of the step
+    FORWARD_STEP = 4  # q_step
 
 
 _MASK = 0xFFFFFFFF

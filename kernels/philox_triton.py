@@ -1,7 +1,65 @@
-"""Philox-4x32-10 and Box-Muller on the device; `philox.py` says what it computes and holds the PyTorch twin."""
+"""Philox-4x32-10 and Box-Muller on the device; `philox.py` says what it computes and holds the PyTorch twin.
+
+Each function comes in two forms, chosen at compile time. PTX: NVIDIA's approximations of log2, sqrt, sin and cos, each
+one instruction, and the 64-bit product, which LLVM else splits in two. Portable (PTX = False): for AMD and for Triton's
+interpreter. Both take the words that the specification takes; |z| differs by less than 4e-4 where z is near 0 because
+u is near 1, by 1e-5 elsewhere (tests/kernels/test_approximations.py).
+"""
 
 import triton
 import triton.language as tl
+
+ROOT = tl.constexpr(1.1774100225154747)  # sqrt(2 ln 2): sqrt(-2 ln u) = ROOT sqrt(-log2 u)
+TURN = tl.constexpr(6.283185307179586)
+
+
+@triton.jit
+def tie(j, loaded):
+    """`j`, but in the layout in which `loaded` (float32, of the same shape) was loaded.
+
+    Left alone, Triton computes the noise one element a thread and carries it to the four elements a thread of the
+    loads through shared memory. A bit pattern with its last bit set is never 0: LLVM knows, Triton's passes do not.
+    """
+    return tl.where((loaded.to(tl.int32, bitcast=True) | 1) == 0, 0, j)
+
+
+@triton.jit
+def multiply_wide(a, m: tl.constexpr, PTX: tl.constexpr):
+    """The high and the low word of a m, as uint32."""
+    if PTX:
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$0, $1}, p; }",
+            "=r,=r,r,r",
+            [a, tl.full((), m, tl.uint32)],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        high = tl.umulhi(a, m)
+        low = a * m
+    return high, low
+
+
+@triton.jit
+def philox_4x32(seed, j, noise_id, stream, visit, PTX: tl.constexpr):
+    """Four words (uint32) for each of the counters `j`: ten rounds of Philox-4x32."""
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0 = j.to(tl.uint32)
+    c1 = k0 * 0 + noise_id  # whatever these are, numbers compiled in included, they become words
+    c2 = k0 * 0 + stream
+    c3 = k0 * 0 + visit
+    for _ in tl.static_range(10):
+        high0, low0 = multiply_wide(c0, 0xD2511F53, PTX)
+        high1, low1 = multiply_wide(c2, 0xCD9E8D57, PTX)
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -11,30 +69,61 @@ def uniform(word):
 
 
 @triton.jit
-def normals4(seed, j, noise_id, stream, visit):
-    """Four normals a counter: lanes 0 … 3 of the counters `j` (a block), for one sample."""
-    zero = j * 0
-    w0, w1, w2, w3 = tl.philox(seed, j, zero + noise_id, zero + stream, zero + visit)
-    turn = 6.283185307179586
-    # log(1) may come out a hair above 0 in an approximation: the absolute value keeps the root real.
-    radius = tl.sqrt(tl.abs(-2.0 * tl.log(uniform(w0))))
-    angle = turn * uniform(w1)
-    z0 = radius * tl.cos(angle)
-    z1 = radius * tl.sin(angle)
-    radius = tl.sqrt(tl.abs(-2.0 * tl.log(uniform(w2))))
-    angle = turn * uniform(w3)
-    z2 = radius * tl.cos(angle)
-    z3 = radius * tl.sin(angle)
-    return z0, z1, z2, z3
+def radius(word, PTX: tl.constexpr):
+    """sqrt(-log2 u) for the uniform of `word`."""
+    if PTX:
+        # lg2.approx may come out a hair above 0 near u = 1: the absolute value keeps the root real.
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; lg2.approx.ftz.f32 t, $1; abs.f32 t, t; sqrt.approx.ftz.f32 $0, t; }",
+            "=f,f",
+            [uniform(word)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.sqrt(tl.abs(tl.log(uniform(word))) * 1.4426950408889634)
 
 
 @triton.jit
-def pick_lane(lane: tl.constexpr, z0, z1, z2, z3):
-    if lane == 0:
-        return z0
-    elif lane == 1:
-        return z1
-    elif lane == 2:
-        return z2
+def direction(word, PTX: tl.constexpr):
+    """cos and sin of 2 pi u for the uniform of `word`."""
+    if PTX:
+        angle = word.to(tl.float32) * (TURN * 2.0**-32) + TURN * 2.0**-33
+        cosine = tl.inline_asm_elementwise(
+            "cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+        )
+        sine = tl.inline_asm_elementwise(
+            "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
-        return z3
+        # Quarter turns come off exactly; the rest, within pi/4, goes to the polynomials of Cephes' sinf and cosf.
+        u = uniform(word)
+        quarters = tl.floor(u * 4 + 0.5)
+        x = (u - quarters * 0.25) * TURN
+        square = x * x
+        s = ((-1.9515295891e-4 * square + 8.3321608736e-3) * square - 1.6666654611e-1) * square * x + x
+        c = ((2.443315711809948e-5 * square - 1.388731625493765e-3) * square + 4.166664568298827e-2) * square * square
+        c = c - 0.5 * square + 1
+        quarters = quarters.to(tl.int32)
+        odd = (quarters & 1) == 1
+        cosine = tl.where(odd, s, c)
+        sine = tl.where(odd, c, s)
+        cosine = tl.where(((quarters + 1) & 2) == 2, -cosine, cosine)
+        sine = tl.where((quarters & 2) == 2, -sine, sine)
+    return cosine, sine
+
+
+@triton.jit
+def polar4(seed, j, noise_id, stream, visit, scale, PTX: tl.constexpr):
+    """scale z for the four lanes of the counters `j`, as radii and directions: lane k is radii[k] directions[k].
+
+    Left as two factors, so that the last product becomes part of a multiply-add where the noise is added.
+    """
+    w0, w1, w2, w3 = philox_4x32(seed, j, noise_id, stream, visit, PTX)
+    scale = scale * ROOT
+    radius01 = scale * radius(w0, PTX)
+    radius23 = scale * radius(w2, PTX)
+    cosine0, sine1 = direction(w1, PTX)
+    cosine2, sine3 = direction(w3, PTX)
+    return (radius01, radius01, radius23, radius23), (cosine0, sine1, cosine2, sine3)

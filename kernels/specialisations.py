@@ -121,11 +121,15 @@ def _step(name: str, **changes: Any) -> Specialisation:
     """The barest step of 64 CIFAR-10 images, with changes."""
     arguments = {
         "x_ptr": "*fp32", "output_ptr": "*fp32", "z_ptr": None, "coefficients_ptr": "*fp32", "ids_ptr": "*i32",
-        "base_ptr": "*i32", "seeds_ptr": None, "bound_ptr": None, "guidance_ptr": None, "new_ptr": "*fp32",
-        "x0_ptr": None, "input_ptr": None, "timestep_ptr": None, "clip": 0.0, "offset": 0, "steps": 1000, "visit": 0,
-        "batch": 64, "n": 3072, "q": 768, "output_stride": 3072, "NOISE": "none", "CLIP": "none",
-        "USE_OUTPUT": False, "LEARNED": False, "GUIDED": False, "WRITE_X0": False, "WRITE_INPUT": False,
-        "WRITE_TIMESTEP": False, "num_warps": 2,
+        "base_ptr": "*i32", "seeds_ptr": None, "bound_ptr": None, "guidance_ptr": None, "known_ptr": None,
+        "mask_ptr": None, "new_ptr": "*fp32", "x0_ptr": None, "input_ptr": None, "timestep_ptr": None,
+        "clip": 0.0, "offset": 0, "steps": 1000, "visit": 0, "batch": 64, "n": 3072, "q": 768,
+        "pixels": None, "output_batch": 3072, "output_channel": None, "output_pixel": None, "output_variance": None,
+        "input_batch": None, "input_channel": None, "input_pixel": None,
+        "NOISE": "none", "CLIP": "none", "USE_OUTPUT": False, "LEARNED": False, "GUIDED": "none",
+        "INPAINT_KNOWN": False, "WRITE_X0": False, "WRITE_INPUT": False, "SCALE_INPUT": False,
+        "WRITE_TIMESTEP": False, "STRIDED_OUTPUT": False, "STRIDED_INPUT": False, "ONE_WRAP": False,
+        "PTX": True, "num_warps": 2,
     }  # fmt: skip
     return Specialisation(name, "step", arguments | changes)
 
@@ -138,15 +142,23 @@ PHILOX = {"seeds_ptr": "*i64", "NOISE": "philox"}
 TENSOR = {"z_ptr": "*fp32", "NOISE": "tensor"}
 CLIP = {"clip": 1.0, "CLIP": "fixed"}
 BOUND = {"bound_ptr": "*fp32", "CLIP": "bound"}
-GUIDED = {"guidance_ptr": "*fp32", "GUIDED": True}
-LEARNED = {"output_stride": 6144, "LEARNED": True}
+GUIDED = {"guidance_ptr": "*fp32", "GUIDED": "conditional"}
+LEARNED = {"output_batch": 6144, "output_variance": 3072, "LEARNED": True}
 ORIGIN = {"x0_ptr": "*fp32", "WRITE_X0": True}
-NEXT = {"input_ptr": "*fp32", "WRITE_INPUT": True, "timestep_ptr": "*i64", "WRITE_TIMESTEP": True}
+TIMESTEP = {"timestep_ptr": "*i64", "WRITE_TIMESTEP": True}
+INPUT = {"input_ptr": "*fp32", "WRITE_INPUT": True, "input_batch": 3072}
+NEXT = INPUT | TIMESTEP
 HALF = {"output_ptr": "*bf16", "input_ptr": "*bf16"}
+KNOWN = {"known_ptr": "*fp32", "mask_ptr": "*fp32", "INPAINT_KNOWN": True}
+CHANNELS_LAST_OUTPUT = {"pixels": 1024, "output_channel": 1, "output_pixel": 3, "STRIDED_OUTPUT": True, "ONE_WRAP": True}
+CHANNELS_LAST_INPUT = {"pixels": 1024, "input_channel": 1, "input_pixel": 3, "STRIDED_INPUT": True, "ONE_WRAP": True}
+SMALL = {"pixels": 64, "n": 192, "q": 48, "output_batch": 192, "input_batch": 192, "ONE_WRAP": False}
 
 # What the engine launches for a noise-predicting DDPM: float32 network, and bfloat16 network.
 ENGINE = _step("step-engine", **PHILOX, **CLIP, **NEXT)
 MAIN = _with(ENGINE, "step-engine-bf16", **HALF)
+# As the budgets have it
+STEP = _step("step-bf16-clip-philox", **PHILOX, **CLIP, output_ptr="*bf16")
 
 _Q_SAMPLE = Specialisation(
     "q_sample-philox",
@@ -187,17 +199,36 @@ SPECIALISATIONS = (
     _step("step-use-output", USE_OUTPUT=True),
     _step("step-learned", **PHILOX, **LEARNED),
     _step("step-guided", **GUIDED),
+    _step("step-guided-unconditional-first", **GUIDED | {"GUIDED": "unconditional"}),
+    _step("step-inpaint", **PHILOX, **KNOWN),
     _step("step-x0", **ORIGIN),
     _step("step-output-bf16", output_ptr="*bf16"),
-    _step("step-input-timestep", **NEXT | {"input_ptr": "*bf16"}),
+    _step("step-output-fp16", output_ptr="*fp16"),
+    _step("step-input-bf16", **INPUT | {"input_ptr": "*bf16"}),
+    _step("step-input-scaled", **INPUT | {"input_ptr": "*bf16", "SCALE_INPUT": True}),
+    _step("step-timestep", **TIMESTEP),
+    _step("step-output-channels-last", **CHANNELS_LAST_OUTPUT, output_ptr="*bf16"),
+    _step("step-input-channels-last", **INPUT | CHANNELS_LAST_INPUT | {"input_ptr": "*bf16"}),
+    STEP,
+    _with(STEP, "step-bf16-clip-philox-input", **INPUT | {"input_ptr": "*bf16"}),
+    _with(STEP, "step-bf16-clip-philox-guided", **GUIDED),
+    _with(STEP, "step-bf16-clip-philox-learned", **LEARNED),
     ENGINE,
     MAIN,
+    _with(MAIN, "step-engine-fp16", output_ptr="*fp16", input_ptr="*fp16"),
     _with(MAIN, "step-engine-second-step", offset=1),
     _with(MAIN, "step-engine-batch-1", batch=1),
     _with(MAIN, "step-engine-one-row", steps=1),
-    _with(MAIN, "step-engine-odd-size", n=2, q=16, output_stride=2),  # two moons
+    _with(MAIN, "step-engine-odd-size", n=2, q=16, output_batch=2, input_batch=2),  # two moons
+    _with(MAIN, "step-engine-channels-last", **CHANNELS_LAST_OUTPUT | CHANNELS_LAST_INPUT),
+    _with(  # few pixels a channel: 8 × 8
+        MAIN, "step-engine-channels-last-small", **CHANNELS_LAST_OUTPUT | CHANNELS_LAST_INPUT | SMALL
+    ),
+    _with(MAIN, "step-engine-guided", **GUIDED),
+    _with(MAIN, "step-engine-learned", **LEARNED),
     _with(MAIN, "step-engine-learned-guided", **LEARNED, **GUIDED),
     _with(MAIN, "step-engine-thresholding-x0", **BOUND | {"clip": 0.0}, **ORIGIN),
+    _with(MAIN, "step-engine-inpaint", **KNOWN),
     _with(ENGINE, "step-engine-generator", seeds_ptr=None, **TENSOR),
     _with(ENGINE, "step-engine-ddim", seeds_ptr=None, NOISE="none", USE_OUTPUT=True),
     _with(ENGINE, "step-engine-guided-batch-1", batch=1, **GUIDED),

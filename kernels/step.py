@@ -6,10 +6,20 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import philox
-from ddpm_fast.kernels.checks import FLOATS, check_contiguous, check_seeds, check_tensor, check_visit
+from ddpm_fast.kernels.checks import (
+    FLOATS,
+    check_contiguous,
+    check_disjoint,
+    check_seeds,
+    check_tensor,
+    check_visit,
+    check_writable,
+)
 from ddpm_fast.kernels.dispatch import choose_backend, on_device
 
-COLUMNS = ("a", "b", "c_x0", "c_x", "c_out", "sigma", "log_min", "log_max")
+COLUMNS = (
+    "a", "b", "c_x0", "c_x", "c_out", "sigma", "log_min", "log_max", "known_scale", "known_sigma", "input_scale",
+)  # fmt: skip
 
 
 def step(
@@ -26,11 +36,15 @@ def step(
     clip: float | None = None,
     bound: Tensor | None = None,
     guidance: Tensor | None = None,
+    conditional_first: bool = True,
     learned: bool = False,
     use_output: bool = True,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     x_new: Tensor | None = None,
     x0_new: Tensor | None = None,
     model_input: Tensor | None = None,
+    scale_input: bool = False,
     timestep: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -39,6 +53,7 @@ def step(
         out  = output                        or, guided, uncond + guidance (cond - uncond)
         x0   = a x + b out                   clipped to [-clip, clip], or to [-bound, bound] and divided by bound
         x'   = c_x0 x0 + c_x x + c_out out + sigma z
+        x'   = mask k + (1 - mask) x'        with k = known_scale known + known_sigma z_k, if something is known
 
     With `learned`, sigma is multiplied by exp(log_variance / 2), log_variance = f log_max + (1 - f) log_min and
     f = (v + 1) / 2 for v in the second half of the output's channels (Nichol & Dhariwal 2021, eq. 15). A sample
@@ -46,9 +61,9 @@ def step(
 
     Args:
         x: float32 [B, C, ...], contiguous.
-        output: any float dtype, [B, C, ...] (2C channels are allowed: the second half is read only with
-            `learned`); with `guidance` [2B, ...], the conditional half first.
-        coefficients: float32 [S, 8], the columns of `COLUMNS`.
+        output: any float dtype, [B, C, ...] in any strides (2C channels are allowed: the second half is read only with
+            `learned`); with `guidance` [2B, ...].
+        coefficients: float32 [S, 11], the columns of `COLUMNS`.
         ids: int32 [S, 2]: timestep and noise id of every row.
         base: int32 [B].
         offset: added to `base`.
@@ -57,30 +72,37 @@ def step(
         visit: fourth word of the noise's counter, in [0, 2^31).
         clip: largest |x0|, >= 0, or None.
         bound: float32 [B]: per-sample bound of dynamic thresholding, instead of `clip`.
-        guidance: float32 [B]: classifier-free guidance scale.
+        guidance: float32 [B]: classifier-free guidance scale (Ho & Salimans 2022).
+        conditional_first: which half of the guided output is the conditional one; the variance is always its.
         learned: see above.
         use_output: False promises that c_out is 0 in every row.
+        known: float32, the shape of x, contiguous: an image known in part. It is noised to the level of x' with z_k
+            from `philox.Stream.INPAINT`, so it needs `seeds` (then z, if given, is the step's noise), and
+        mask: float32 or bool, the shape of x, contiguous: 1 where `known` holds (Lugmayr et al. 2022, eq. 8).
         x_new: where to write; may be x itself. None makes a new tensor.
         x0_new: also write the (clipped) origin estimate here; float32, the shape of x, contiguous.
-        model_input: also write x' here, in its dtype: the shape of x, or with `guidance` twice that batch.
+        model_input: also write x' here, in its dtype and memory format (contiguous, channels_last, …): the shape of
+            x, or with `guidance` twice that batch.
+        scale_input: write input_scale x' there, input_scale that of the sample's next row.
         timestep: int64 [B], with `guidance` [2B]: also write the timestep of each sample's next row; the last row
             repeats its own.
         backend: "triton" or "torch"; None chooses by device.
 
     Raises:
-        ValueError: a tensor of the wrong shape, dtype, device or layout; contradicting options.
+        ValueError: a tensor of the wrong shape, dtype, device or layout; one that is written and overlaps another
+            (x_new and x excepted, as a whole); contradicting options.
     """
-    _check(x, output, coefficients, ids, base, seeds, z, clip, bound, guidance, learned, x_new, x0_new,
-           model_input, timestep)  # fmt: skip
-    check_visit(visit)
+    _check(x, output, coefficients, ids, base, seeds, z, visit, clip, bound, guidance, learned, known, mask, x_new,
+           x0_new, model_input, scale_input, timestep)  # fmt: skip
     x_new = x.clone() if x_new is None else x_new
     seeds, bound, guidance = (value if value is None else value.contiguous() for value in (seeds, bound, guidance))
     launch = implementation(choose_backend(x.device, backend))
     with on_device(x.device):
         return launch(
             x, output, coefficients.contiguous(), ids.contiguous(), base.contiguous(), offset,
-            seeds=seeds, z=z, visit=visit, clip=clip, bound=bound, guidance=guidance, learned=learned,
-            use_output=use_output, x_new=x_new, x0_new=x0_new, model_input=model_input, timestep=timestep,
+            seeds=seeds, z=z, visit=visit, clip=clip, bound=bound, guidance=guidance,
+            conditional_first=conditional_first, learned=learned, use_output=use_output, known=known, mask=mask,
+            x_new=x_new, x0_new=x0_new, model_input=model_input, scale_input=scale_input, timestep=timestep,
         )  # fmt: skip
 
 
@@ -98,11 +120,15 @@ def step_torch(
     clip: float | None = None,
     bound: Tensor | None = None,
     guidance: Tensor | None = None,
+    conditional_first: bool = True,
     learned: bool = False,
     use_output: bool = True,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     x_new: Tensor,
     x0_new: Tensor | None = None,
     model_input: Tensor | None = None,
+    scale_input: bool = False,
     timestep: Tensor | None = None,
 ) -> Tensor:
     """The PyTorch twin of `step`; computes in the dtype of x, float64 included (coefficients in that dtype too).
@@ -110,7 +136,7 @@ def step_torch(
     With an int as `base` all samples are in that row, which must be inside the table: a third of the operations.
     """
     row = Rows(coefficients, base, offset, x.dim())
-    out, variance = split_output(x, output, guidance)
+    out, variance = split_output(x, output, guidance, conditional_first)
     x0 = row.origin(x, out)
     if bound is not None:
         limit = row.per_sample(bound.to(x.dtype))
@@ -120,9 +146,8 @@ def step_torch(
     new = (row.c_x * x).add_(row.c_x0 * x0)
     if use_output:
         new.add_(row.c_out * out)
-    if seeds is not None:
-        noise_ids = row.take(ids[:, 1]).expand(len(x))
-        z = philox.normals(seeds, noise_ids, philox.Stream.STEP, x[0].numel(), visit, x.dtype).view_as(x)
+    if seeds is not None and z is None:
+        z = row.noise(seeds, ids, philox.Stream.STEP, visit, x)
     if z is not None:
         sigma = row.sigma
         if learned:
@@ -130,13 +155,20 @@ def step_torch(
             deviation = share.mul_(row.log_max - row.log_min).add_(row.log_min).mul_(0.5).exp_().mul_(sigma)
             sigma = torch.where(sigma == 0, sigma, deviation)  # no noise is no noise, whatever the network says
         new.add_(sigma * z)
+    if known is not None and mask is not None and seeds is not None:
+        noised = (row.known_scale * known).add_(
+            row.known_sigma * row.noise(seeds, ids, philox.Stream.INPAINT, visit, x)
+        )
+        keep = mask.to(x.dtype)
+        new = noised.mul_(keep).add_(new.mul_(1 - keep))
 
     row.write(x_new, new)
     if x0_new is not None:
         row.write(x0_new, x0)
     if model_input is not None:
+        scaled = row.next_input_scale() * x_new if scale_input else x_new
         for half in model_input.split(len(x)):
-            row.write(half, x_new)
+            row.write(half, scaled)
     if timestep is not None:
         for half in timestep.split(len(x)):
             row.write_next(half, ids[:, 0])
@@ -151,6 +183,7 @@ class Rows:
 
     def __init__(self, coefficients: Tensor, base: Tensor | int, offset: int, dim: int) -> None:
         self.steps = len(coefficients)
+        self.input_scales = coefficients[:, -1]
         self.active: Tensor | None = None
         self.shape = (-1,) + (1,) * (dim - 1)
         if isinstance(base, int):
@@ -161,7 +194,10 @@ class Rows:
             self.active = (row >= 0) & (row < self.steps)
             self.row = row.clamp(0, self.steps - 1)
             chosen = coefficients[self.row].T.unflatten(1, self.shape)
-        self.a, self.b, self.c_x0, self.c_x, self.c_out, self.sigma, self.log_min, self.log_max = chosen.unbind(0)
+        (
+            self.a, self.b, self.c_x0, self.c_x, self.c_out, self.sigma, self.log_min, self.log_max,
+            self.known_scale, self.known_sigma, _,
+        ) = chosen.unbind(0)  # fmt: skip
 
     def origin(self, x: Tensor, out: Tensor) -> Tensor:
         """The origin estimate before it is clipped."""
@@ -171,9 +207,16 @@ class Rows:
         """[B] as [B, 1, ...]."""
         return values.view(self.shape)
 
-    def take(self, column: Tensor) -> Tensor:
-        """`column` at the samples' rows: [B] or []."""
-        return column[self.row]
+    def noise(self, seeds: Tensor, ids: Tensor, stream: int, visit: int, x: Tensor) -> Tensor:
+        """Normals of `stream` at the samples' noise ids, in the shape and dtype of x."""
+        noise_ids = ids[:, 1][self.row].expand(len(x))
+        return philox.normals(seeds, noise_ids, stream, x[0].numel(), visit, x.dtype).view_as(x)
+
+    def next_input_scale(self) -> Tensor:
+        """input_scale of the samples' next rows: [B, 1, ...] or []."""
+        if isinstance(self.row, int):
+            return self.input_scales[min(self.row + 1, self.steps - 1)]
+        return self.per_sample(self.input_scales[(self.row + 1).clamp(max=self.steps - 1)])
 
     def write(self, target: Tensor, values: Tensor) -> None:
         """Put `values` in `target` where a sample's row is inside the table."""
@@ -191,13 +234,16 @@ class Rows:
             torch.where(self.active, following, target, out=target)
 
 
-def split_output(x: Tensor, output: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor]:
+def split_output(
+    x: Tensor, output: Tensor, guidance: Tensor | None, conditional_first: bool = True
+) -> tuple[Tensor, Tensor]:
     """The (guided) prediction and the second half of the channels, in the dtype of x."""
     batch, channels = x.shape[:2]
     output = output.to(x.dtype)
     if guidance is None:
         return output[:, :channels], output[:, channels:]
-    conditional, unconditional = output.split(batch)
+    first, second = output.split(batch)
+    conditional, unconditional = (first, second) if conditional_first else (second, first)
     scale = guidance.to(x.dtype).view(batch, *(1,) * (x.dim() - 1))
     # Only the mean is guided; the variance is the conditional half's.
     return torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale), conditional[:, channels:]
@@ -220,18 +266,20 @@ def _check(
     base: Tensor,
     seeds: Tensor | None,
     z: Tensor | None,
+    visit: int,
     clip: float | None,
     bound: Tensor | None,
     guidance: Tensor | None,
     learned: bool,
+    known: Tensor | None,
+    mask: Tensor | None,
     x_new: Tensor | None,
     x0_new: Tensor | None,
     model_input: Tensor | None,
+    scale_input: bool,
     timestep: Tensor | None,
 ) -> None:
     shape, device = tuple(x.shape), x.device
-    if clip is not None and not clip >= 0:
-        raise ValueError(f"clip must be >= 0, got {clip}")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x must be a non-empty [B, C, ...] tensor, got shape {shape}")
     check_tensor("x", x, shape, (torch.float32,), device)
@@ -246,22 +294,53 @@ def _check(
     check_tensor("coefficients", coefficients, (len(coefficients), len(COLUMNS)), (torch.float32,), device)
     check_tensor("ids", ids, (len(coefficients), 2), (torch.int32,), device)
     check_tensor("base", base, (batch,), (torch.int32,), device)
+    check_visit(visit)
     if seeds is not None:
         check_seeds(seeds, batch, device)
-        if z is not None:
-            raise ValueError("noise comes from seeds or from z, not from both")
-    for name, tensor in (("z", z), ("x_new", x_new), ("x0_new", x0_new)):
-        if tensor is not None:
-            check_tensor(name, tensor, shape, (torch.float32,), device)
-            check_contiguous(name, tensor)
     for name, tensor in (("bound", bound), ("guidance", guidance)):
         if tensor is not None:
             check_tensor(name, tensor, (batch,), (torch.float32,), device)
-    if clip is not None and bound is not None:
-        raise ValueError("x0 is limited by clip or by bound, not by both")
+    for name, tensor in (("z", z), ("known", known), ("x_new", x_new), ("x0_new", x0_new)):
+        if tensor is not None:
+            check_tensor(name, tensor, shape, (torch.float32,), device)
+            check_contiguous(name, tensor)
+    if mask is not None:
+        check_tensor("mask", mask, shape, (torch.float32, torch.bool), device)
+        check_contiguous("mask", mask)
     if model_input is not None:
         check_tensor("model_input", model_input, (halves * batch, *shape[1:]), FLOATS, device)
-        check_contiguous("model_input", model_input)
+        check_writable("model_input", model_input)
     if timestep is not None:
         check_tensor("timestep", timestep, (halves * batch,), (torch.int64,), device)
         check_contiguous("timestep", timestep)
+    _check_options(seeds, z, clip, bound, known, mask, model_input, scale_input)
+    check_disjoint(
+        {"x_new": x_new, "x0_new": x0_new, "model_input": model_input, "timestep": timestep},
+        {"x": x, "output": output, "coefficients": coefficients, "ids": ids, "base": base, "seeds": seeds, "z": z,
+         "bound": bound, "guidance": guidance, "known": known, "mask": mask},
+        in_place=("x_new", "x"),
+    )  # fmt: skip
+
+
+def _check_options(
+    seeds: Tensor | None,
+    z: Tensor | None,
+    clip: float | None,
+    bound: Tensor | None,
+    known: Tensor | None,
+    mask: Tensor | None,
+    model_input: Tensor | None,
+    scale_input: bool,
+) -> None:
+    if clip is not None and not clip >= 0:
+        raise ValueError(f"clip must be >= 0, got {clip}")
+    if clip is not None and bound is not None:
+        raise ValueError("x0 is limited by clip or by bound, not by both")
+    if (known is None) != (mask is None):
+        raise ValueError("known and mask belong together: give both or neither")
+    if known is not None and seeds is None:
+        raise ValueError("known needs seeds: it is noised to the level of the step")
+    if known is None and seeds is not None and z is not None:
+        raise ValueError("noise comes from seeds or from z, not from both")
+    if scale_input and model_input is None:
+        raise ValueError("scale_input needs model_input: there is nothing to scale")

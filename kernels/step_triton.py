@@ -4,102 +4,212 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddpm_fast.kernels.dispatch import ptx, warps
+from ddpm_fast.kernels.layout import layout_of
 from ddpm_fast.kernels.philox import Stream, quarter
-from ddpm_fast.kernels.philox_triton import normals4, pick_lane
+from ddpm_fast.kernels.philox_triton import polar4, tie
 
-BLOCK, WARPS = 256, 2  # four elements a thread: 16 bytes an access
-STREAM = tl.constexpr(int(Stream.STEP))
+BLOCK = 256  # counters that a program works on at once: four a thread, so 16 bytes of state an access
+PARTS = tl.constexpr(2)  # blocks a program: what is the same for a whole row of the table is fetched once for both
+ROWS = tl.constexpr(65535)  # the most that a grid has in its second and third dimension
+COLUMNS = tl.constexpr(11)
+STEP = tl.constexpr(int(Stream.STEP))
+INPAINT = tl.constexpr(int(Stream.INPAINT))
+HALF_LOG2_E = tl.constexpr(0.7213475204444817)
+
+
+@triton.jit
+def to_float32(values, PTX: tl.constexpr):
+    if PTX and values.dtype == tl.bfloat16:
+        # Two at a time, an instruction each; Triton's own takes three for the pair.
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16;\nand.b32 $1, $2, 0xffff0000;", "=r,=r,r", [values],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit
+def place(first, pixels, channel_stride, pixel_stride, ONE_WRAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the BLOCK elements from `first` on, row-major in a sample, lie in memory with these strides."""
+    channel = first // pixels
+    pixel = first - channel * pixels + tl.arange(0, BLOCK)
+    if ONE_WRAP:
+        wraps = (pixel >= pixels).to(tl.int32)
+    else:
+        wraps = pixel // pixels
+    pixel -= wraps * pixels
+    inner = wraps.to(tl.int64) * channel_stride + pixel.to(tl.int64) * pixel_stride
+    return channel.to(tl.int64) * channel_stride + inner
+
+
+@triton.jit
+def exp2(x, PTX: tl.constexpr):
+    if PTX:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
 
 
 # Counts that change from launch to launch are no reason to compile again; and a 1, compiled in, has no dtype to widen.
 @triton.jit(do_not_specialize=["offset", "steps", "visit", "batch"])
 def step_kernel(
-    x_ptr, output_ptr, z_ptr, coefficients_ptr, ids_ptr, base_ptr, seeds_ptr, bound_ptr, guidance_ptr,
+    x_ptr, output_ptr, z_ptr, coefficients_ptr, ids_ptr, base_ptr, seeds_ptr, bound_ptr, guidance_ptr, known_ptr, mask_ptr,
     new_ptr, x0_ptr, input_ptr, timestep_ptr,
-    clip, offset, steps, visit, batch, n, q, output_stride,
+    clip, offset, steps, visit, batch, n, q,
+    pixels, output_batch, output_channel, output_pixel, output_variance, input_batch, input_channel, input_pixel,
     NOISE: tl.constexpr,  # "none", "philox" or "tensor"
     CLIP: tl.constexpr,  # "none", "fixed" or "bound"
     USE_OUTPUT: tl.constexpr,
     LEARNED: tl.constexpr,
-    GUIDED: tl.constexpr,
+    GUIDED: tl.constexpr,  # "none", or the half of the output that comes first: "conditional" or "unconditional"
+    INPAINT_KNOWN: tl.constexpr,
     WRITE_X0: tl.constexpr,
     WRITE_INPUT: tl.constexpr,
+    SCALE_INPUT: tl.constexpr,
     WRITE_TIMESTEP: tl.constexpr,
+    STRIDED_OUTPUT: tl.constexpr,  # not row-major: channels_last, for one
+    STRIDED_INPUT: tl.constexpr,
+    ONE_WRAP: tl.constexpr,  # a run of BLOCK elements meets one end of a channel at most
+    PTX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program takes BLOCK counters of one sample: four runs of BLOCK elements, a quarter of the sample apart."""
-    blocks = tl.cdiv(q, BLOCK)
-    i_sample = tl.program_id(0) // blocks
-    i_block = tl.program_id(0) % blocks
-    j = i_block * BLOCK + tl.arange(0, BLOCK)
+    """One program takes PARTS blocks of counters of one sample, each four runs of BLOCK elements, a quarter apart."""
+    i_sample = tl.program_id(2) * ROWS + tl.program_id(1)
+    if i_sample >= batch:
+        return
     row = tl.load(base_ptr + i_sample) + offset
-    m_row = (row >= 0) & (row < steps)
-    row = tl.where(m_row, row, 0)
+    if (row < 0) | (row >= steps):
+        return
 
-    p_row = coefficients_ptr + row * 8
+    p_row = coefficients_ptr + row * COLUMNS
     a = tl.load(p_row)
     b = tl.load(p_row + 1)
     c_x0 = tl.load(p_row + 2)
     c_x = tl.load(p_row + 3)
-    c_out = tl.load(p_row + 4)
-    sigma = tl.load(p_row + 5)
-
-    if NOISE == "philox":
-        z0, z1, z2, z3 = normals4(tl.load(seeds_ptr + i_sample), j, tl.load(ids_ptr + row * 2 + 1), STREAM, visit)
-    if GUIDED:
-        scale = tl.load(guidance_ptr + i_sample)
+    if USE_OUTPUT:
+        c_out = tl.load(p_row + 4)
+    if NOISE != "none":
+        sigma = tl.load(p_row + 5)
+    if LEARNED:
+        # log2 of the standard deviation is middle + slope v
+        log_min = tl.load(p_row + 6)
+        log_max = tl.load(p_row + 7)
+        middle = 0.5 * HALF_LOG2_E * (log_max + log_min)
+        slope = 0.5 * HALF_LOG2_E * (log_max - log_min)
+    if INPAINT_KNOWN:
+        known_scale = tl.load(p_row + 8)
+        known_sigma = tl.load(p_row + 9)
+    if NOISE == "philox" or INPAINT_KNOWN:
+        seed = tl.load(seeds_ptr + i_sample)
+        noise_id = tl.load(ids_ptr + row * 2 + 1)
+    if GUIDED != "none":
+        guidance = tl.load(guidance_ptr + i_sample)
     if CLIP == "bound":
         limit = tl.load(bound_ptr + i_sample)
     if CLIP == "fixed":
         limit = clip
-    o_sample = i_sample.to(tl.int64) * n
-    p_output = output_ptr + i_sample.to(tl.int64) * output_stride
-    o_twin = batch.to(tl.int64) * output_stride
-
-    for lane in tl.static_range(4):
-        e = lane * q.to(tl.int64) + j
-        mask = m_row & (j < q) & (e < n)
-        x = tl.load(x_ptr + o_sample + e, mask=mask)
-        out = tl.load(p_output + e, mask=mask).to(tl.float32)
-        if GUIDED:
-            unconditional = tl.load(p_output + o_twin + e, mask=mask).to(tl.float32)
-            out = unconditional + scale * (out - unconditional)
-        x0 = a * x + b * out
-        if CLIP != "none":
-            # Written so that NaN stays NaN: a comparison with it is false.
-            x0 = tl.where(x0 > limit, limit, tl.where(x0 < -limit, -limit, x0))
-        if CLIP == "bound":
-            x0 = x0 / limit
-        if WRITE_X0:
-            tl.store(x0_ptr + o_sample + e, x0, mask=mask)
-        new = c_x0 * x0 + c_x * x
-        if USE_OUTPUT:
-            new += c_out * out
-        if NOISE != "none":
-            deviation = sigma
-            if LEARNED:
-                log_min = tl.load(p_row + 6)
-                log_max = tl.load(p_row + 7)
-                share = 0.5 * (tl.load(p_output + n + e, mask=mask).to(tl.float32) + 1)
-                deviation = sigma * tl.exp(0.5 * (log_min + share * (log_max - log_min)))
-                deviation = tl.where(sigma == 0, 0.0, deviation)  # no noise is no noise, whatever the network says
-            if NOISE == "philox":
-                new += deviation * pick_lane(lane, z0, z1, z2, z3)
-            else:
-                new += deviation * tl.load(z_ptr + o_sample + e, mask=mask)
-        tl.store(new_ptr + o_sample + e, new, mask=mask)
-        if WRITE_INPUT:
-            tl.store(input_ptr + o_sample + e, new.to(input_ptr.dtype.element_ty), mask=mask)
-            if GUIDED:
-                o_half = batch.to(tl.int64) * n
-                tl.store(input_ptr + o_half + o_sample + e, new.to(input_ptr.dtype.element_ty), mask=mask)
-
+    following = tl.minimum(row + 1, steps - 1)
+    if SCALE_INPUT:
+        input_scale = tl.load(coefficients_ptr + following * COLUMNS + 10)
+    i_program = tl.program_id(0)
     if WRITE_TIMESTEP:
-        if (i_block == 0) & m_row:
-            following = tl.load(ids_ptr + tl.minimum(row + 1, steps - 1) * 2).to(tl.int64)
-            tl.store(timestep_ptr + i_sample, following)
-            if GUIDED:
-                tl.store(timestep_ptr + batch + i_sample, following)
+        if i_program == 0:
+            timestep = tl.load(ids_ptr + following * 2).to(tl.int64)
+            tl.store(timestep_ptr + i_sample, timestep)
+            if GUIDED != "none":
+                tl.store(timestep_ptr + batch + i_sample, timestep)
+
+    n = q * 0 + n  # where n is 1 and compiled in, it has no dtype
+    o_sample = i_sample.to(tl.int64) * n
+    p_output = output_ptr + i_sample.to(tl.int64) * output_batch
+    p_other = p_output + batch.to(tl.int64) * output_batch  # the second half of a guided output
+    if WRITE_INPUT:
+        p_input = input_ptr + i_sample.to(tl.int64) * input_batch
+        p_input_other = p_input + batch.to(tl.int64) * input_batch
+
+    for part in tl.static_range(PARTS):
+        start = (i_program * PARTS + part) * BLOCK
+        if start < q:
+            j = start + tl.arange(0, BLOCK)
+            # Everything is asked for before anything is used.
+            masks = ()
+            xs = ()
+            outs = ()
+            others = ()
+            variances = ()
+            for lane in tl.static_range(4):
+                o_lane = lane * q.to(n.dtype)
+                mask = (j < q) & (j < n - o_lane)
+                masks = masks + (mask,)
+                xs = xs + (tl.load(x_ptr + (o_sample + o_lane) + j, mask=mask),)
+                if STRIDED_OUTPUT:
+                    o_output = place(o_lane + start, pixels, output_channel, output_pixel, ONE_WRAP, BLOCK)
+                else:
+                    o_output = o_lane + j
+                outs = outs + (tl.load(p_output + o_output, mask=mask),)
+                if GUIDED != "none":
+                    others = others + (tl.load(p_other + o_output, mask=mask),)
+                if LEARNED:
+                    if GUIDED == "unconditional":
+                        variances = variances + (tl.load(p_other + output_variance + o_output, mask=mask),)
+                    else:
+                        variances = variances + (tl.load(p_output + output_variance + o_output, mask=mask),)
+
+            if NOISE == "philox":
+                radii, directions = polar4(seed, tie(j, xs[0]), noise_id, STEP, visit, sigma, PTX)
+            if INPAINT_KNOWN:
+                known_radii, known_directions = polar4(
+                    seed, tie(j, xs[0]), noise_id, INPAINT, visit, known_sigma, PTX
+                )
+
+            for lane in tl.static_range(4):
+                o_lane = lane * q.to(n.dtype)
+                mask = masks[lane]
+                x = xs[lane]
+                out = to_float32(outs[lane], PTX)
+                if GUIDED == "conditional":
+                    unconditional = to_float32(others[lane], PTX)
+                    out = unconditional + guidance * (out - unconditional)
+                if GUIDED == "unconditional":
+                    out = out + guidance * (to_float32(others[lane], PTX) - out)
+                x0 = a * x + b * out
+                if CLIP != "none":
+                    x0 = tl.clamp(x0, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+                if CLIP == "bound":
+                    x0 = x0 / limit
+                if WRITE_X0:
+                    tl.store(x0_ptr + (o_sample + o_lane) + j, x0, mask=mask)
+                new = c_x0 * x0 + c_x * x
+                if USE_OUTPUT:
+                    new += c_out * out
+                if NOISE == "philox":
+                    scale, z = radii[lane], directions[lane]
+                if NOISE == "tensor":
+                    scale, z = sigma, tl.load(z_ptr + (o_sample + o_lane) + j, mask=mask)
+                if NOISE != "none":
+                    if LEARNED:
+                        factor = exp2(middle + slope * to_float32(variances[lane], PTX), PTX)
+                        scale *= tl.where(sigma == 0, 0.0, factor)  # no noise is no noise, whatever the network says
+                    new += scale * z
+                if INPAINT_KNOWN:
+                    known = known_scale * tl.load(known_ptr + (o_sample + o_lane) + j, mask=mask)
+                    known += known_radii[lane] * known_directions[lane]
+                    keep = tl.load(mask_ptr + (o_sample + o_lane) + j, mask=mask).to(tl.float32)
+                    new = keep * known + (1 - keep) * new
+                tl.store(new_ptr + (o_sample + o_lane) + j, new, mask=mask)
+                if WRITE_INPUT:
+                    if SCALE_INPUT:
+                        new *= input_scale
+                    rounded = new.to(input_ptr.dtype.element_ty)
+                    if STRIDED_INPUT:
+                        o_input = place(o_lane + start, pixels, input_channel, input_pixel, ONE_WRAP, BLOCK)
+                    else:
+                        o_input = o_lane + j
+                    tl.store(p_input + o_input, rounded, mask=mask)
+                    if GUIDED != "none":
+                        tl.store(p_input_other + o_input, rounded, mask=mask)
 
 
 def step_triton(
@@ -116,25 +226,46 @@ def step_triton(
     clip: float | None = None,
     bound: Tensor | None = None,
     guidance: Tensor | None = None,
+    conditional_first: bool = True,
     learned: bool = False,
     use_output: bool = True,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     x_new: Tensor,
     x0_new: Tensor | None = None,
     model_input: Tensor | None = None,
+    scale_input: bool = False,
     timestep: Tensor | None = None,
 ) -> Tensor:
     """Launch `step_kernel`; the contract is `kernels.step.step`."""
-    batch, n = len(x), x[0].numel()
+    batch, channels = x.shape[:2]
+    n = x[0].numel()
     q = quarter(n)
-    output = output.contiguous()  # a network that answers in channels_last costs a copy here
-    noise = "philox" if seeds is not None else "tensor" if z is not None else "none"
+    source = layout_of(output)
+    if source is None:  # a crop, say: its pixels lie at no one stride
+        output = output.contiguous()
+        source = layout_of(output)
+    target = None if model_input is None else layout_of(model_input)
+    noise = "tensor" if z is not None else "philox" if seeds is not None else "none"
     limit = "bound" if bound is not None else "fixed" if clip is not None else "none"
-    step_kernel[(batch * triton.cdiv(q, BLOCK),)](
-        x, output, z, coefficients, ids, base, seeds, bound, guidance,
+    order = "none" if guidance is None else "conditional" if conditional_first else "unconditional"
+    strided_output, strided_input = not source.row_major, target is not None and not target.row_major
+    grid = triton.cdiv(q, BLOCK * PARTS.value), min(batch, ROWS.value), triton.cdiv(batch, ROWS.value)
+    step_kernel[grid](
+        x, output, z, coefficients, ids, base, seeds, bound, guidance, known, mask,
         x_new, x0_new, model_input, timestep,
-        float(clip or 0.0), offset, len(coefficients), visit, batch, n, q, output.stride(0),
-        NOISE=noise, CLIP=limit, USE_OUTPUT=use_output, LEARNED=learned, GUIDED=guidance is not None,
-        WRITE_X0=x0_new is not None, WRITE_INPUT=model_input is not None,
-        WRITE_TIMESTEP=timestep is not None, BLOCK=BLOCK, num_warps=WARPS,
+        float(clip or 0.0), offset, len(coefficients), visit, batch, n, q,
+        source.pixels if strided_output or strided_input else None,
+        source.batch,
+        *((source.channel, source.pixel) if strided_output else (None, None)),
+        channels * source.channel if learned else None,
+        target.batch if target else None,
+        *((target.channel, target.pixel) if strided_input else (None, None)),
+        NOISE=noise, CLIP=limit, USE_OUTPUT=use_output, LEARNED=learned, GUIDED=order,
+        INPAINT_KNOWN=known is not None, WRITE_X0=x0_new is not None, WRITE_INPUT=model_input is not None,
+        SCALE_INPUT=scale_input, WRITE_TIMESTEP=timestep is not None,
+        STRIDED_OUTPUT=strided_output, STRIDED_INPUT=strided_input,
+        ONE_WRAP=(strided_output or strided_input) and source.pixels >= BLOCK,
+        PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
     return x_new

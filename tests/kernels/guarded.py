@@ -9,11 +9,15 @@ UNTOUCHED = 77
 
 
 class Guarded:
-    """`tensor` is a contiguous middle of a larger buffer: NaN (UNTOUCHED for integers), with guards around it."""
+    """`tensor` is the dense middle of a larger buffer: NaN (UNTOUCHED for integers), with guards around it.
 
-    def __init__(self, shape, dtype=torch.float32, device="cpu"):
+    Row-major, or with the channels innermost.
+    """
+
+    def __init__(self, shape, dtype=torch.float32, device="cpu", channels_last=False):
         self._buffer = torch.full((math.prod(shape) + 2 * MARGIN,), UNTOUCHED, dtype=dtype, device=device)
-        self.tensor = self._buffer[MARGIN:-MARGIN].view(shape)
+        middle = self._buffer[MARGIN:-MARGIN]
+        self.tensor = middle.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if channels_last else middle.view(shape)
         if dtype.is_floating_point:
             self.tensor.fill_(float("nan"))
 

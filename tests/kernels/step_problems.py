@@ -21,16 +21,24 @@ OPTIONS = {
     "without output": {"use_output": False},
     "doubled": {"doubled": True},
     "guided": {"guided": True},
+    "guided, unconditional first": {"guided": True, "conditional_first": False},
     "guided doubled": {"guided": True, "doubled": True},
     "learned": {"learned": True, "noise": "tensor"},
     "learned without noise": {"learned": True},
     "learned philox": {"learned": True, "noise": "philox"},
     "learned guided": {"learned": True, "guided": True, "noise": "tensor"},
+    "learned guided, unconditional first": {
+        "learned": True, "guided": True, "noise": "philox", "conditional_first": False
+    },
+    "inpaint": {"inpaint": "soft", "noise": "philox"},
+    "inpaint, bool mask": {"inpaint": "bool", "noise": "philox"},
+    "inpaint tensor noise": {"inpaint": "soft", "noise": "tensor"},
     "float16 output": {"output_dtype": torch.float16},
     "bfloat16 output": {"output_dtype": torch.bfloat16},
     "float64 output": {"output_dtype": torch.float64},
     "all": {
-        "noise": "philox", "limit": "bound", "guided": True, "learned": True, "output_dtype": torch.bfloat16
+        "noise": "philox", "limit": "bound", "guided": True, "learned": True, "output_dtype": torch.bfloat16,
+        "inpaint": "soft",
     },
 }  # fmt: skip
 
@@ -48,9 +56,15 @@ class Problem:
     output_dtype: torch.dtype = torch.float32
     use_output: bool = True
     learned: bool = False
+    conditional_first: bool = True
     visit: int = 3
     clip: float | None = None
-    arrays: dict = field(default_factory=dict)  # seeds, z, bound, guidance
+    arrays: dict = field(default_factory=dict)  # seeds, z, bound, guidance, known, mask
+
+    @property
+    def noisy(self):
+        """Whether the step itself draws noise; the known image's is another matter."""
+        return "z" in self.arrays or "seeds" in self.arrays
 
     def arguments(self, device="cpu", dtype=torch.float32):
         """Positional and keyword arguments of `step`, the state in `dtype`."""
@@ -58,7 +72,8 @@ class Problem:
         def tensor(array, dtype):
             return torch.tensor(array, device=device).to(dtype)
 
-        dtypes = {"seeds": torch.int64, "z": dtype, "bound": dtype, "guidance": dtype}
+        dtypes = {"seeds": torch.int64, "z": dtype, "bound": dtype, "guidance": dtype, "known": dtype}
+        dtypes["mask"] = torch.bool if self.arrays.get("mask", np.empty(0)).dtype == bool else dtype
         return (
             tensor(self.x, dtype),
             tensor(self.output, torch.float64).to(self.output_dtype),
@@ -70,6 +85,7 @@ class Problem:
             "visit": self.visit,
             "clip": self.clip,
             "learned": self.learned,
+            "conditional_first": self.conditional_first,
             "use_output": self.use_output,
             **{name: tensor(array, dtypes[name]) for name, array in self.arrays.items()},
         }
@@ -77,7 +93,7 @@ class Problem:
 
 def make(
     shape, *, noise="none", limit="none", guided=False, learned=False, doubled=False, use_output=True,
-    output_dtype=torch.float32, offset=2, seed=0,
+    conditional_first=True, inpaint="none", output_dtype=torch.float32, offset=2, seed=0,
 ):  # fmt: skip
     """A random table, a random state, and every sample in a row of its own."""
     rng = np.random.default_rng([seed, *shape])
@@ -89,11 +105,11 @@ def make(
     width = 2 * channels if learned or doubled else channels
     output = torch.tensor(normal(batch * (2 if guided else 1), width, *shape[2:])).to(output_dtype).double().numpy()
     coefficients = normal(STEPS, len(COLUMNS))
-    coefficients[:, 6:] = np.sort(-4 * abs(coefficients[:, 6:]), axis=1).astype(np.float32)
+    coefficients[:, 6:8] = np.sort(-4 * abs(coefficients[:, 6:8]), axis=1).astype(np.float32)
     if not use_output:
         coefficients[:, 4] = 0
     arrays = {}
-    if noise == "philox":
+    if noise == "philox" or inpaint != "none":
         arrays["seeds"] = rng.integers(-(2**63), 2**63, batch)
     if noise == "tensor":
         arrays["z"] = normal(*shape)
@@ -101,6 +117,11 @@ def make(
         arrays["bound"] = (0.25 + abs(normal(batch))).astype(np.float32).astype(np.float64)
     if guided:
         arrays["guidance"] = 2 * normal(batch)
+    if inpaint != "none":
+        arrays["known"] = normal(*shape)
+        arrays["mask"] = rng.random(shape) < 0.5
+        if inpaint == "soft":
+            arrays["mask"] = np.where(arrays["mask"], 1, rng.random(shape).astype(np.float32)).astype(np.float64)
     return Problem(
         x=normal(*shape),
         output=output,
@@ -111,6 +132,7 @@ def make(
         output_dtype=output_dtype,
         use_output=use_output,
         learned=learned,
+        conditional_first=conditional_first,
         clip=0.75 if limit == "clip" else None,
         arrays=arrays,
     )
@@ -125,11 +147,14 @@ def judge(p):
     batch, channels = p.x.shape[:2]
     row = p.base + p.offset
     columns = p.coefficients[row].T.reshape(len(COLUMNS), batch, *[1] * (p.x.ndim - 1))
-    a, b, c_x0, c_x, c_out, sigma, log_min, log_max = columns
-    out, v = p.output[:batch, :channels], p.output[:batch, channels:]
+    a, b, c_x0, c_x, c_out, sigma, log_min, log_max, known_scale, known_sigma, _ = columns
+    first, second = p.output[:batch], p.output[batch:]
+    if "guidance" in p.arrays and not p.conditional_first:
+        first, second = second, first
+    out, v = first[:, :channels], first[:, channels:]
     size = abs(out)
     if "guidance" in p.arrays:
-        other = p.output[batch:, :channels]
+        other = second[:, :channels]
         scale = p.arrays["guidance"].reshape(a.shape)
         size = abs(other) + abs(scale) * (abs(out) + abs(other))
         out = other + scale * (out - other)
@@ -143,7 +168,7 @@ def judge(p):
     if p.use_output:
         new, new_size = new + c_out * out, new_size + abs(c_out) * size
     own_error = 0
-    if "z" in p.arrays or "seeds" in p.arrays:
+    if p.noisy:
         if p.learned:
             share = (v + 1) / 2
             sigma = sigma * np.exp((share * log_max + (1 - share) * log_min) / 2)
@@ -152,19 +177,31 @@ def judge(p):
             sigma_size = abs(sigma)
         z = p.arrays.get("z")
         if z is None:
-            n = p.x[0].size
-            z = [noise(int(s), int(i), 1, p.visit, n) for s, i in zip(p.arrays["seeds"], p.ids[row, 1], strict=True)]
-            z = np.stack(z).reshape(p.x.shape)
+            z = philox_noise(p, row, 1)
             own_error = NORMAL_ATOL * abs(sigma)
         new, new_size = new + sigma * z, new_size + sigma_size * abs(z)
+    if "known" in p.arrays:
+        z = philox_noise(p, row, 3)
+        keep = p.arrays["mask"].astype(np.float64)
+        known = known_scale * p.arrays["known"] + known_sigma * z
+        known_size = abs(known_scale * p.arrays["known"]) + abs(known_sigma * z)
+        new, new_size = keep * known + (1 - keep) * new, keep * known_size + (1 - keep) * new_size
+        own_error = keep * NORMAL_ATOL * abs(known_sigma) + (1 - keep) * own_error
     return new, x0, 16 * EPS * new_size + own_error, 16 * EPS * x0_size
+
+
+def philox_noise(p, row, stream):
+    """The normals of a stream at the samples' noise ids, by the judge."""
+    ids = p.ids[row, 1]
+    z = [noise(int(s), int(i), stream, p.visit, p.x[0].size) for s, i in zip(p.arrays["seeds"], ids, strict=True)]
+    return np.stack(z).reshape(p.x.shape)
 
 
 def device_of(backend, kernel_device):
     return kernel_device if backend == "triton" else torch.device("cpu")
 
 
-def launch(p, backend, kernel_device, *, in_place=False, input_dtype=None, timestep=None, **changes):
+def launch(p, backend, kernel_device, *, in_place=False, input_dtype=None, channels_last=False, timestep=None, **changes):
     """Step with every output in a guarded buffer; returns x', x0 and model_input, timestep (float64 numpy)."""
     device = device_of(backend, kernel_device)
     (x, *rest), keywords = p.arguments(device)
@@ -179,7 +216,7 @@ def launch(p, backend, kernel_device, *, in_place=False, input_dtype=None, times
         following.tensor.copy_(torch.as_tensor(timestep))
     model_input = None
     if input_dtype is not None:
-        buffers.append(Guarded((halves * len(x), *x.shape[1:]), input_dtype, device))
+        buffers.append(Guarded((halves * len(x), *x.shape[1:]), input_dtype, device, channels_last))
         model_input = buffers[-1].tensor
     result = step(
         x,

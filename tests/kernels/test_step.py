@@ -88,15 +88,19 @@ class TestAgainstFloat64:
         assert not x0.any()
 
     @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 2, 24, 17)], ids=str)
     @pytest.mark.parametrize("options", ["learned guided", "bfloat16 output"])
-    def test_output_of_any_layout(self, options, backend, kernel_device, monkeypatch):
-        """A network that answers in channels_last, or with a slice of something larger."""
-        p = make((2, 3, 4, 5), **OPTIONS[options])
+    def test_output_of_any_layout(self, options, shape, backend, kernel_device, monkeypatch):
+        """A network that answers in channels_last, or with a part of something larger."""
+        p = make(shape, **OPTIONS[options])
         plain, x0, _, _ = launch(p, backend, kernel_device)
         arguments = Problem.arguments
         for layout in (
             lambda output: output.contiguous(memory_format=torch.channels_last),
-            lambda output: torch.cat([output, output.flip(1)], 1)[:, : output.shape[1]],
+            lambda output: torch.cat([output, output.flip(1)], 1)[:, : output.shape[1]],  # a slice of the channels
+            lambda output: torch.stack([output, output + 1], -1)[..., 0],  # every second element
+            lambda output: output.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),  # the batch innermost
+            lambda output: torch.nn.functional.pad(output, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],  # a crop: no one stride
         ):
 
             def strided(self, *args, layout=layout, **kwargs):
@@ -153,6 +157,24 @@ class TestOutputs:
         result, _, model_input, _ = launch(p, backend, kernel_device, input_dtype=dtype)
         for half in model_input.split(2):
             assert torch.equal(half, rounded(result, dtype, backend))
+
+    @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+    @pytest.mark.parametrize("shape", [(2, 3, 33, 7), (2, 3, 5, 4), (2, 1, 4, 4), (2, 5, 300), (3, 4)], ids=str)
+    def test_model_input_in_channels_last(self, shape, guided, backend, kernel_device):
+        p = make(shape, noise="philox", guided=guided)
+        result, _, plain, _ = launch(p, backend, kernel_device, input_dtype=torch.float16)
+        same, _, model_input, _ = launch(p, backend, kernel_device, input_dtype=torch.float16, channels_last=True)
+        assert torch.equal(result, same)
+        assert torch.equal(model_input, plain)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_model_input_scaled_for_the_next_row(self, dtype, backend, kernel_device):
+        p = make((4, 3, 5), noise="philox", guided=True)
+        p.base = np.array([0, 3, 5, STEPS - 1]) - p.offset
+        result, _, model_input, _ = launch(p, backend, kernel_device, input_dtype=dtype, scale_input=True)
+        scale = torch.tensor(p.coefficients[[1, 4, 6, 6], -1], dtype=torch.float32, device=result.device)
+        for half in model_input.split(4):
+            assert torch.equal(half, rounded(scale.view(-1, 1, 1) * result, dtype, backend))
 
     @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
     def test_timestep_of_the_next_row(self, guided, backend, kernel_device):
@@ -232,6 +254,8 @@ def test_triton_is_the_twin(kernel_device, data):
         "noise": st.sampled_from(["none", "philox", "tensor"]),
         "limit": st.sampled_from(["none", "clip", "bound"]),
         "guided": st.booleans(),
+        "conditional_first": st.booleans(),
+        "inpaint": st.sampled_from(["none", "none", "bool", "soft"]),
         "learned": st.booleans(),
         "doubled": st.booleans(),
         "use_output": st.booleans(),
@@ -243,12 +267,15 @@ def test_triton_is_the_twin(kernel_device, data):
     shape = batch, *data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4), "shape")
     p = make(shape, **{name: data.draw(strategy, name) for name, strategy in choose.items()})
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]), "model_input")
-    in_place = data.draw(st.booleans(), "in place")
-    results = [launch(p, backend, kernel_device, in_place=in_place, input_dtype=dtype) for backend in BACKENDS]
+    options = {name: data.draw(st.booleans(), name) for name in ("in_place", "channels_last", "scale_input")}
+    results = [launch(p, backend, kernel_device, input_dtype=dtype, **options) for backend in BACKENDS]
     _, _, new_bound, origin_bound = judge(p)
     (new, x0, _, timestep), (new_triton, x0_triton, _, timestep_triton) = results
     assert np.all(abs((new - new_triton.cpu()).double().numpy()) <= 2 * new_bound)
     assert np.all(abs((x0 - x0_triton.cpu()).double().numpy()) <= 2 * origin_bound)
     assert torch.equal(timestep, timestep_triton.cpu())
     for backend, (result, _, model_input, _) in zip(BACKENDS, results, strict=True):
+        if options["scale_input"]:
+            following = torch.tensor(p.coefficients[np.minimum(p.base + p.offset + 1, STEPS - 1), -1])
+            result = result * following.to(result).view(-1, *[1] * (result.dim() - 1))
         assert all(torch.equal(half, rounded(result, dtype, backend)) for half in model_input.split(batch))

@@ -10,7 +10,7 @@ def good():
     return {
         "x": torch.zeros(2, 3, 4),
         "output": torch.zeros(2, 3, 4),
-        "coefficients": torch.zeros(5, 8),
+        "coefficients": torch.zeros(5, 11),
         "ids": torch.zeros(5, 2, dtype=torch.int32),
         "base": torch.zeros(2, dtype=torch.int32),
     }
@@ -33,8 +33,8 @@ ERRORS = {
     "learned, not doubled": ({"learned": True}, r"output must have shape \(2, 6, 4\), got \(2, 3, 4\)"),
     "guided, one half": ({"guidance": torch.ones(2)}, r"output must have shape \(4, 3, 4\), got \(2, 3, 4\)"),
     "two halves, not guided": ({"output": torch.zeros(4, 3, 4)}, r"output must have shape \(2, 3, 4\)"),
-    "coefficients narrow": ({"coefficients": torch.zeros(5, 7)}, r"coefficients must have shape \(5, 8\)"),
-    "coefficients float64": ({"coefficients": torch.zeros(5, 8).double()}, "coefficients must be one of"),
+    "coefficients narrow": ({"coefficients": torch.zeros(5, 8)}, r"coefficients must have shape \(5, 11\)"),
+    "coefficients float64": ({"coefficients": torch.zeros(5, 11).double()}, "coefficients must be one of"),
     "ids int64": ({"ids": long(5, 2)}, r"ids must be one of \['torch.int32'\], got torch.int64"),
     "ids short": ({"ids": torch.zeros(4, 2).int()}, r"ids must have shape \(5, 2\), got \(4, 2\)"),
     "base int64": ({"base": long(2)}, r"base must be one of \['torch.int32'\], got torch.int64"),
@@ -62,11 +62,60 @@ ERRORS = {
         r"model_input must have shape \(4, 3, 4\), got \(2, 3, 4\)",
     ),
     "model_input integer": ({"model_input": long(2, 3, 4)}, "model_input must be one of"),
-    "model_input strided": ({"model_input": torch.zeros(2, 4, 3).mT}, "model_input must be contiguous"),
+    "model_input cropped": (
+        {"x": torch.zeros(2, 3, 2, 2), "output": torch.zeros(2, 3, 2, 2), "model_input": torch.zeros(2, 3, 4, 4)[..., :2, :2]},
+        r"model_input must be contiguous, channels_last or the like, got strides \(48, 16, 4, 1\)",
+    ),
+    "model_input expanded": ({"model_input": torch.zeros(2, 1, 4).expand(2, 3, 4)}, "model_input must be contiguous, chan"),
+    "known without mask": ({"known": torch.zeros(2, 3, 4)}, "known and mask belong together"),
+    "mask without known": ({"mask": torch.zeros(2, 3, 4)}, "known and mask belong together"),
+    "known without seeds": (
+        {"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 3, 4)}, "known needs seeds: it is noised to the level"
+    ),
+    "mask of one channel": (
+        {"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 1, 4), "seeds": long(2)}, r"mask must have shape \(2, 3, 4\)"
+    ),
+    "mask of bytes": (
+        {"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 3, 4).byte(), "seeds": long(2)}, "mask must be one of"
+    ),
+    "known strided": ({"known": torch.zeros(2, 4, 3).mT}, "known must be contiguous"),
+    "visit negative": ({"visit": -1}, r"visit must be an int in \[0, 2\^31\), got -1"),
+    "scale without model_input": ({"scale_input": True}, "scale_input needs model_input"),
     "timestep int32": ({"timestep": long(2).int()}, r"timestep must be one of \['torch.int64'\], got torch.int32"),
     "timestep long": ({"timestep": long(4)}, r"timestep must have shape \(2,\), got \(4,\)"),
     "backend": ({"backend": "jax"}, r"backend must be one of \['triton', 'torch'\], got 'jax'"),
 }
+
+
+def shifted(count, *size):
+    """Two tensors of one buffer, `count` elements apart."""
+    buffer = torch.zeros(count + torch.Size(size).numel())
+    return buffer[: -count or None].view(size), buffer[count:].view(size)
+
+
+OVERLAPS = {
+    "x_new over a part of x": ("x_new", "x", 1, (2, 3, 4)),
+    "x0_new and x": ("x0_new", "x", 0, (2, 3, 4)),
+    "x0_new and the end of x_new": ("x0_new", "x_new", 23, (2, 3, 4)),
+    "x_new and output": ("x_new", "output", 0, (2, 3, 4)),
+    "x_new and z": ("x_new", "z", 5, (2, 3, 4)),
+    "model_input and x": ("model_input", "x", 0, (2, 3, 4)),
+    "model_input and output": ("model_input", "output", 3, (2, 3, 4)),
+    "x0_new and z": ("x0_new", "z", 0, (2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize(("written", "other", "distance", "size"), OVERLAPS.values(), ids=list(OVERLAPS))
+def test_overlaps(written, other, distance, size):
+    first, second = shifted(distance, *size)
+    with pytest.raises(ValueError, match=f"{written} must not share memory with {other}|{other} must not .* {written}"):
+        step(**good() | {written: first, other: second})
+
+
+def test_neighbours_do_not_overlap():
+    first, second = shifted(24, 2, 3, 4)
+    assert step(**good() | {"x": first, "x_new": second}) is second
+    assert step(**good() | {"x": first, "x_new": first}) is first
 
 
 @pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=list(ERRORS))

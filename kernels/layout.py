@@ -1,0 +1,51 @@
+"""Where the elements of a tensor [B, C, ...] lie in memory, as three strides."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Element (sample, channel, pixel) is at sample · batch + channel · channel_stride + pixel · pixel_stride.
+
+    Attributes:
+        batch, channel, pixel: strides in elements.
+        channels, pixels: of one sample; pixels is the product of all dimensions after the channels.
+    """
+
+    batch: int
+    channel: int
+    pixel: int
+    channels: int
+    pixels: int
+
+    @property
+    def row_major(self) -> bool:
+        """Whether a sample's elements follow one another in row-major order."""
+        return (self.pixel == 1 or self.pixels == 1) and (self.channel == self.pixels or self.channels == 1)
+
+    def overlaps_itself(self, batch: int) -> bool:
+        """Whether two elements of the tensor, of `batch` samples, may share memory."""
+        extents = ((self.batch, batch), (self.channel, self.channels), (self.pixel, self.pixels))
+        reached = 1
+        for stride, size in sorted(extent for extent in extents if extent[1] > 1):
+            if stride < reached:
+                return True
+            reached += stride * (size - 1)
+        return False
+
+
+def layout_of(tensor: Tensor) -> Layout | None:
+    """The layout of `tensor`, or None if its pixels do not lie at one stride (a crop of an image, say)."""
+    shape, strides = tensor.shape, tensor.stride()
+    pixels, pixel_stride = 1, 1
+    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
+        if size == 1:
+            continue
+        if pixels == 1:
+            pixel_stride = stride
+        elif stride != pixels * pixel_stride:
+            return None
+        pixels *= size
+    return Layout(strides[0], strides[1], pixel_stride, shape[1], pixels)
