@@ -258,6 +258,7 @@ class Sampler:
             bound = threshold_bound(
                 self._x, output, self._coefficients, base, offset,
                 ratio=config.dynamic_thresholding_ratio, max_value=config.sample_max_value, guidance=self._guidance,
+                backend=self._backend,
             )  # fmt: skip
         self._step(
             self._x,

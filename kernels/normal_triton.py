@@ -7,22 +7,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddpm_fast.kernels.dispatch import ptx, warps
 from ddpm_fast.kernels.philox import quarter
-from ddpm_fast.kernels.philox_triton import normals4, pick_lane
+from ddpm_fast.kernels.philox_triton import polar4
+from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, sample_index
 
-BLOCK, WARPS = 256, 2  # four elements a thread: 16 bytes an access
 
-
-@triton.jit(do_not_specialize=["stream"])
-def normal_kernel(z_ptr, seeds_ptr, ids_ptr, visits_ptr, stream, n, q, BLOCK: tl.constexpr):
-    blocks = tl.cdiv(q, BLOCK)
-    i_sample = tl.program_id(0) // blocks
-    j = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["stream", "samples"])
+def normal_kernel(
+    z_ptr, seeds_ptr, ids_ptr, visits_ptr, stream, samples, n, q, PTX: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    i_sample = sample_index()
+    if i_sample >= samples:
+        return
     seed = tl.load(seeds_ptr + i_sample)
-    z0, z1, z2, z3 = normals4(seed, j, tl.load(ids_ptr + i_sample), stream, tl.load(visits_ptr + i_sample))
-    for lane in tl.static_range(4):
-        e = lane * q.to(tl.int64) + j
-        tl.store(z_ptr + i_sample.to(tl.int64) * n + e, pick_lane(lane, z0, z1, z2, z3), mask=(j < q) & (e < n))
+    noise_id = tl.load(ids_ptr + i_sample)
+    visit = tl.load(visits_ptr + i_sample)
+    n = q * 0 + n  # where n is 1 and compiled in, it has no dtype
+    p_sample = z_ptr + i_sample.to(tl.int64) * n
+    for part in tl.static_range(PARTS):
+        start = block_start(part, BLOCK)
+        if start < q:
+            j = start + tl.arange(0, BLOCK)
+            radii, directions = polar4(seed, j, noise_id, stream, visit, 1.0, PTX)
+            for lane in tl.static_range(4):
+                o_lane = lane * q.to(n.dtype)
+                tl.store(p_sample + o_lane + j, radii[lane] * directions[lane], mask=(j < q) & (j < n - o_lane))
 
 
 def normal_triton(
@@ -30,10 +40,10 @@ def normal_triton(
 ) -> Tensor:
     """Launch `normal_kernel`; the contract is `kernels.normal.normal`."""
     n = math.prod(shape)
-    q = quarter(n)
     z = torch.empty(len(seeds), *shape, dtype=torch.float32, device=seeds.device)
     ids = noise_ids.to(torch.int32)
     visits = visit.to(torch.int32).contiguous() if isinstance(visit, Tensor) else torch.full_like(ids, visit)
-    programs = len(seeds) * triton.cdiv(q, BLOCK)
-    normal_kernel[(programs,)](z, seeds, ids, visits, int(stream), n, q, BLOCK=BLOCK, num_warps=WARPS)
+    normal_kernel[grid(len(seeds), n)](
+        z, seeds, ids, visits, int(stream), len(seeds), n, quarter(n), PTX=ptx(), BLOCK=BLOCK, num_warps=warps()
+    )
     return z

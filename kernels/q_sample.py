@@ -1,10 +1,10 @@
-"""Forward noising in closed form: x_t from x_0 (Ho et al. 2020, eq. 4)."""
+"""The walk to noise: in closed form from x_0, and one step at a time (Ho et al. 2020, eq. 4 and eq. 2)."""
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.kernels import philox
-from ddpm_fast.kernels.checks import check_contiguous, check_seeds, check_tensor, check_visit
+from ddpm_fast.kernels.checks import check_contiguous, check_disjoint, check_seeds, check_tensor, check_visit
 from ddpm_fast.kernels.dispatch import choose_backend, on_device
 
 
@@ -32,46 +32,95 @@ def q_sample(
         backend: "triton" or "torch"; None chooses by device.
 
     Raises:
-        ValueError: a tensor of the wrong shape, dtype, device or layout; not exactly one of seeds and z.
+        ValueError: a tensor of the wrong shape, dtype, device or layout; x_t over a part of another tensor; not exactly
+            one of seeds and z.
     """
-    shape, device = tuple(x0.shape), x0.device
-    if x0.numel() == 0:
-        raise ValueError(f"x0 must not be empty, got shape {shape}")
-    check_tensor("t", t, shape[:1], (torch.int32, torch.int64), device)
-    check_tensor("alphas_cumprod", alphas_cumprod, (len(alphas_cumprod),), (torch.float64,), device)
-    check_visit(visit)
-    if (seeds is None) == (z is None):
-        raise ValueError("noise comes from exactly one of seeds and z")
-    if seeds is not None:
-        check_seeds(seeds, len(x0), device)
-    for name, tensor in (("x0", x0), ("z", z), ("x_t", x_t)):
-        if tensor is not None:
-            check_tensor(name, tensor, shape, (torch.float32,), device)
-            check_contiguous(name, tensor)
-    x_t = torch.empty_like(x0) if x_t is None else x_t
-    t, alphas_cumprod = t.contiguous(), alphas_cumprod.contiguous()
-    seeds = None if seeds is None else seeds.contiguous()
-    if choose_backend(device, backend) == "torch":
-        return q_sample_torch(x0, t, alphas_cumprod, seeds=seeds, z=z, visit=visit, x_t=x_t)
-    from ddpm_fast.kernels.q_sample_triton import q_sample_triton
+    _check({"x0": x0, "z": z, "x_t": x_t}, t, {"alphas_cumprod": alphas_cumprod}, seeds, visit)
+    return _launch(x0, t, alphas_cumprod, philox.Stream.FORWARD, seeds, z, visit, x_t, backend)
 
-    with on_device(device):
-        return q_sample_triton(x0, t, alphas_cumprod, seeds=seeds, z=z, visit=visit, x_t=x_t)
+
+def q_step(
+    x: Tensor,
+    t: Tensor,
+    alphas: Tensor,
+    *,
+    seeds: Tensor | None = None,
+    z: Tensor | None = None,
+    visit: int = 0,
+    x_t: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return x_t = sqrt(alpha_t) x_{t-1} + sqrt(1 - alpha_t) z, alpha_t = 1 - beta_t, from x = x_{t-1}.
+
+    t = 0 takes x_0 of the data to x_0 of the walk. Arguments and errors are those of `q_sample`, but `alphas` for
+    `alphas_cumprod`, and the noise is from `philox.Stream.FORWARD_STEP`: independent of that of `q_sample`, and from
+    step to step.
+    """
+    _check({"x": x, "z": z, "x_t": x_t}, t, {"alphas": alphas}, seeds, visit)
+    return _launch(x, t, alphas, philox.Stream.FORWARD_STEP, seeds, z, visit, x_t, backend)
 
 
 def q_sample_torch(
-    x0: Tensor,
+    x: Tensor,
     t: Tensor,
-    alphas_cumprod: Tensor,
+    alphas: Tensor,
+    stream: int,
     *,
     seeds: Tensor | None = None,
     z: Tensor | None = None,
     visit: int = 0,
     x_t: Tensor,
 ) -> Tensor:
-    """The PyTorch twin of `q_sample`; computes in the dtype of x0, float64 included."""
-    alpha_bar = alphas_cumprod[t].view(-1, *(1,) * (x0.dim() - 1))
+    """The PyTorch twin of both, `stream` given; computes in the dtype of x, float64 included."""
+    alpha = alphas[t].view(-1, *(1,) * (x.dim() - 1))
     if seeds is not None:
-        z = philox.normals(seeds, t, philox.Stream.FORWARD, x0[0].numel(), visit, x0.dtype).view_as(x0)
-    noisy = alpha_bar.sqrt().to(x0.dtype) * x0
-    return x_t.copy_(noisy.addcmul_((1 - alpha_bar).sqrt().to(x0.dtype), z))  # type: ignore[arg-type]
+        z = philox.normals(seeds, t, stream, x[0].numel(), visit, x.dtype).view_as(x)
+    noisy = alpha.sqrt().to(x.dtype) * x
+    return x_t.copy_(noisy.addcmul_((1 - alpha).sqrt().to(x.dtype), z))  # type: ignore[arg-type]
+
+
+def _check(
+    states: dict[str, Tensor | None], t: Tensor, alphas: dict[str, Tensor], seeds: Tensor | None, visit: int
+) -> None:
+    """The states are x, z and x_t, by the names that the caller knows."""
+    source, x = next(iter(states.items()))
+    assert x is not None  # for the type checker: only z and x_t may be missing
+    shape, device = tuple(x.shape), x.device
+    if x.numel() == 0:
+        raise ValueError(f"{source} must not be empty, got shape {shape}")
+    check_tensor("t", t, shape[:1], (torch.int32, torch.int64), device)
+    for name, tensor in alphas.items():
+        check_tensor(name, tensor, (len(tensor),), (torch.float64,), device)
+    check_visit(visit)
+    if (seeds is None) == (states["z"] is None):
+        raise ValueError("noise comes from exactly one of seeds and z")
+    if seeds is not None:
+        check_seeds(seeds, len(x), device)
+    for name, state in states.items():
+        if state is not None:
+            check_tensor(name, state, shape, (torch.float32,), device)
+            check_contiguous(name, state)
+    read = {source: x, "z": states["z"], "t": t, "seeds": seeds, **alphas}
+    check_disjoint({"x_t": states["x_t"]}, read, in_place=("x_t", source))
+
+
+def _launch(
+    x: Tensor,
+    t: Tensor,
+    alphas: Tensor,
+    stream: int,
+    seeds: Tensor | None,
+    z: Tensor | None,
+    visit: int,
+    x_t: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    x_t = torch.empty_like(x) if x_t is None else x_t
+    t, alphas = t.contiguous(), alphas.contiguous()
+    seeds = None if seeds is None else seeds.contiguous()
+    if choose_backend(x.device, backend) == "torch":
+        return q_sample_torch(x, t, alphas, stream, seeds=seeds, z=z, visit=visit, x_t=x_t)
+    from ddpm_fast.kernels.q_sample_triton import q_sample_triton
+
+    with on_device(x.device):
+        return q_sample_triton(x, t, alphas, stream, seeds=seeds, z=z, visit=visit, x_t=x_t)

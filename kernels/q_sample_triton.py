@@ -1,55 +1,74 @@
-"""The kernel behind `q_sample`."""
+"""The kernel behind `q_sample` and `q_step`."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm_fast.kernels.philox import Stream, quarter
-from ddpm_fast.kernels.philox_triton import normals4, pick_lane
+from ddpm_fast.kernels.dispatch import ptx, warps
+from ddpm_fast.kernels.philox import quarter
+from ddpm_fast.kernels.philox_triton import polar4, tie
+from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, sample_index
 
-BLOCK, WARPS = 256, 2  # four elements a thread: 16 bytes an access
-STREAM = tl.constexpr(int(Stream.FORWARD))
 
-
-@triton.jit(do_not_specialize=["visit"])
+@triton.jit(do_not_specialize=["visit", "batch"])
 def q_sample_kernel(
-    x0_ptr, t_ptr, alphas_cumprod_ptr, seeds_ptr, z_ptr, x_t_ptr, visit, n, q, PHILOX: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, t_ptr, alphas_ptr, seeds_ptr, z_ptr, new_ptr, visit, batch, n, q,
+    STREAM: tl.constexpr,  # of the noise; None reads it from z_ptr
+    PTX: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(q, BLOCK)
-    i_sample = tl.program_id(0) // blocks
-    j = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    i_sample = sample_index()
+    if i_sample >= batch:
+        return
     t = tl.load(t_ptr + i_sample)
-    alpha_bar = tl.load(alphas_cumprod_ptr + t)  # float64: 1 - alpha_bar cancels near t = 0
-    signal = tl.sqrt(alpha_bar).to(tl.float32)
-    noise = tl.sqrt(1 - alpha_bar).to(tl.float32)
-    if PHILOX:
-        z0, z1, z2, z3 = normals4(tl.load(seeds_ptr + i_sample), j, t.to(tl.int32), STREAM, visit)
+    alpha = tl.load(alphas_ptr + t)  # float64: 1 - alpha cancels near t = 0
+    signal = tl.sqrt(alpha).to(tl.float32)
+    noise = tl.sqrt(1 - alpha).to(tl.float32)
+    if STREAM is not None:
+        seed = tl.load(seeds_ptr + i_sample)
+    n = q * 0 + n  # where n is 1 and compiled in, it has no dtype
     o_sample = i_sample.to(tl.int64) * n
-    for lane in tl.static_range(4):
-        e = lane * q.to(tl.int64) + j
-        mask = (j < q) & (e < n)
-        x_t = signal * tl.load(x0_ptr + o_sample + e, mask=mask)
-        if PHILOX:
-            x_t += noise * pick_lane(lane, z0, z1, z2, z3)
-        else:
-            x_t += noise * tl.load(z_ptr + o_sample + e, mask=mask)
-        tl.store(x_t_ptr + o_sample + e, x_t, mask=mask)
+    for part in tl.static_range(PARTS):
+        start = block_start(part, BLOCK)
+        if start < q:
+            j = start + tl.arange(0, BLOCK)
+            masks = ()
+            xs = ()
+            zs = ()
+            for lane in tl.static_range(4):
+                o_lane = lane * q.to(n.dtype)
+                mask = (j < q) & (j < n - o_lane)
+                masks = masks + (mask,)
+                xs = xs + (tl.load(x_ptr + (o_sample + o_lane) + j, mask=mask),)
+                if STREAM is None:
+                    zs = zs + (tl.load(z_ptr + (o_sample + o_lane) + j, mask=mask),)
+            if STREAM is not None:
+                radii, directions = polar4(seed, tie(j, xs[0]), t.to(tl.int32), STREAM, visit, noise, PTX)
+            for lane in tl.static_range(4):
+                o_lane = lane * q.to(n.dtype)
+                new = signal * xs[lane]
+                if STREAM is None:
+                    new += noise * zs[lane]
+                else:
+                    new += radii[lane] * directions[lane]
+                tl.store(new_ptr + (o_sample + o_lane) + j, new, mask=masks[lane])
 
 
 def q_sample_triton(
-    x0: Tensor,
+    x: Tensor,
     t: Tensor,
-    alphas_cumprod: Tensor,
+    alphas: Tensor,
+    stream: int,
     *,
     seeds: Tensor | None = None,
     z: Tensor | None = None,
     visit: int = 0,
     x_t: Tensor,
 ) -> Tensor:
-    """Launch `q_sample_kernel`; the contract is `kernels.q_sample.q_sample`."""
-    n = x0[0].numel()
-    q = quarter(n)
-    q_sample_kernel[(len(x0) * triton.cdiv(q, BLOCK),)](
-        x0, t, alphas_cumprod, seeds, z, x_t, visit, n, q, PHILOX=seeds is not None, BLOCK=BLOCK, num_warps=WARPS
-    )
+    """Launch `q_sample_kernel`; the contract is `kernels.q_sample.q_sample_torch`."""
+    n = x[0].numel()
+    q_sample_kernel[grid(len(x), n)](
+        x, t, alphas, seeds, z, x_t, visit, len(x), n, quarter(n),
+        STREAM=None if seeds is None else int(stream), PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
+    )  # fmt: skip
     return x_t

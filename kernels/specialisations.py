@@ -164,31 +164,38 @@ _Q_SAMPLE = Specialisation(
     "q_sample-philox",
     "q_sample",
     {
-        "x0_ptr": "*fp32", "t_ptr": "*i64", "alphas_cumprod_ptr": "*fp64", "seeds_ptr": "*i64", "z_ptr": None,
-        "x_t_ptr": "*fp32", "visit": 0, "n": 3072, "q": 768, "PHILOX": True, "num_warps": 2,
+        "x_ptr": "*fp32", "t_ptr": "*i64", "alphas_ptr": "*fp64", "seeds_ptr": "*i64", "z_ptr": None,
+        "new_ptr": "*fp32", "visit": 0, "batch": 64, "n": 3072, "q": 768, "STREAM": 2, "PTX": True, "num_warps": 2,
     },
 )  # fmt: skip
 _NORMAL = Specialisation(
     "normal-x_T",
     "normal",
     {
-        "z_ptr": "*fp32", "seeds_ptr": "*i64", "ids_ptr": "*i32", "visits_ptr": "*i32", "stream": 0, "n": 3072,
-        "q": 768, "num_warps": 2,
+        "z_ptr": "*fp32", "seeds_ptr": "*i64", "ids_ptr": "*i32", "visits_ptr": "*i32", "stream": 0, "samples": 64,
+        "n": 3072, "q": 768, "PTX": True, "num_warps": 2,
     },
 )  # fmt: skip
 _TO_UINT8 = Specialisation(
     "to_uint8-round",
     "to_uint8",
     {
-        "x_ptr": "*fp32",
-        "bytes_ptr": "*u8",
-        "channels": 3,
-        "pixels": 1024,
-        "total": 64 * 3072,
-        "ROUND": True,
-        "enable_fp_fusion": False,
+        "x_ptr": "*fp32", "bytes_ptr": "*u8", "batch": 64, "size": 3072, "batch_stride": 3072, "channel_stride": 1024,
+        "pixel_stride": 1, "CHANNELS": 3, "ROUND": True, "enable_fp_fusion": False,
     },
-)
+)  # fmt: skip
+
+_THRESHOLD = Specialisation(
+    "threshold",
+    "threshold",
+    {
+        "x_ptr": "*fp32", "output_ptr": "*bf16", "coefficients_ptr": "*fp32", "base_ptr": "*i32",
+        "guidance_ptr": None, "bound_ptr": "*fp32", "offset": 0, "steps": 1000, "n": 3072, "below": 3055,
+        "weight": 0.625, "max_value": 2.0, "pixels": None, "output_batch": 3072, "output_channel": None,
+        "output_pixel": None, "GUIDED": "none", "STRIDED_OUTPUT": False, "ONE_WRAP": False, "PTX": True,
+        "num_warps": 8,
+    },
+)  # fmt: skip
 
 SPECIALISATIONS = (
     _step("step"),
@@ -233,11 +240,16 @@ SPECIALISATIONS = (
     _with(ENGINE, "step-engine-ddim", seeds_ptr=None, NOISE="none", USE_OUTPUT=True),
     _with(ENGINE, "step-engine-guided-batch-1", batch=1, **GUIDED),
     _Q_SAMPLE,
-    _with(_Q_SAMPLE, "q_sample-tensor", seeds_ptr=None, z_ptr="*fp32", PHILOX=False),
+    _with(_Q_SAMPLE, "q_sample-tensor", seeds_ptr=None, z_ptr="*fp32", STREAM=None),
     _with(_Q_SAMPLE, "q_sample-int32", t_ptr="*i32"),
+    _with(_Q_SAMPLE, "q_step-philox", STREAM=4),
+    _THRESHOLD,
+    _with(_THRESHOLD, "threshold-guided", **GUIDED),
     _NORMAL,
     _with(_NORMAL, "normal-step", stream=1),
     _TO_UINT8,
     _with(_TO_UINT8, "to_uint8-truncate", ROUND=False),
-    _with(_TO_UINT8, "to_uint8-grey", channels=1, total=64 * 1024),
+    _with(_TO_UINT8, "to_uint8-grey", CHANNELS=1, size=1024, batch_stride=1024),
+    _with(_TO_UINT8, "to_uint8-channels-last", channel_stride=1, pixel_stride=3),
+    _with(_TO_UINT8, "to_uint8-bf16", x_ptr="*bf16"),
 )

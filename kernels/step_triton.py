@@ -8,10 +8,8 @@ from ddpm_fast.kernels.dispatch import ptx, warps
 from ddpm_fast.kernels.layout import layout_of
 from ddpm_fast.kernels.philox import Stream, quarter
 from ddpm_fast.kernels.philox_triton import polar4, tie
+from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, sample_index
 
-BLOCK = 256  # counters that a program works on at once: four a thread, so 16 bytes of state an access
-PARTS = tl.constexpr(2)  # blocks a program: what is the same for a whole row of the table is fetched once for both
-ROWS = tl.constexpr(65535)  # the most that a grid has in its second and third dimension
 COLUMNS = tl.constexpr(11)
 STEP = tl.constexpr(int(Stream.STEP))
 INPAINT = tl.constexpr(int(Stream.INPAINT))
@@ -76,7 +74,7 @@ def step_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program takes PARTS blocks of counters of one sample, each four runs of BLOCK elements, a quarter apart."""
-    i_sample = tl.program_id(2) * ROWS + tl.program_id(1)
+    i_sample = sample_index()
     if i_sample >= batch:
         return
     row = tl.load(base_ptr + i_sample) + offset
@@ -113,9 +111,8 @@ def step_kernel(
     following = tl.minimum(row + 1, steps - 1)
     if SCALE_INPUT:
         input_scale = tl.load(coefficients_ptr + following * COLUMNS + 10)
-    i_program = tl.program_id(0)
     if WRITE_TIMESTEP:
-        if i_program == 0:
+        if tl.program_id(0) == 0:
             timestep = tl.load(ids_ptr + following * 2).to(tl.int64)
             tl.store(timestep_ptr + i_sample, timestep)
             if GUIDED != "none":
@@ -130,7 +127,7 @@ def step_kernel(
         p_input_other = p_input + batch.to(tl.int64) * input_batch
 
     for part in tl.static_range(PARTS):
-        start = (i_program * PARTS + part) * BLOCK
+        start = block_start(part, BLOCK)
         if start < q:
             j = start + tl.arange(0, BLOCK)
             # Everything is asked for before anything is used.
@@ -240,7 +237,6 @@ def step_triton(
     """Launch `step_kernel`; the contract is `kernels.step.step`."""
     batch, channels = x.shape[:2]
     n = x[0].numel()
-    q = quarter(n)
     source = layout_of(output)
     if source is None:  # a crop, say: its pixels lie at no one stride
         output = output.contiguous()
@@ -250,11 +246,10 @@ def step_triton(
     limit = "bound" if bound is not None else "fixed" if clip is not None else "none"
     order = "none" if guidance is None else "conditional" if conditional_first else "unconditional"
     strided_output, strided_input = not source.row_major, target is not None and not target.row_major
-    grid = triton.cdiv(q, BLOCK * PARTS.value), min(batch, ROWS.value), triton.cdiv(batch, ROWS.value)
-    step_kernel[grid](
+    step_kernel[grid(batch, n)](
         x, output, z, coefficients, ids, base, seeds, bound, guidance, known, mask,
         x_new, x0_new, model_input, timestep,
-        float(clip or 0.0), offset, len(coefficients), visit, batch, n, q,
+        float(clip or 0.0), offset, len(coefficients), visit, batch, n, quarter(n),
         source.pixels if strided_output or strided_input else None,
         source.batch,
         *((source.channel, source.pixel) if strided_output else (None, None)),

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from ddpm_fast.kernels.checks import check_contiguous, check_tensor
+from ddpm_fast.kernels.checks import check_tensor
 from ddpm_fast.kernels.dispatch import choose_backend, on_device
 
 ROUNDINGS = ("round", "truncate")
 
 
 def to_uint8(x: Tensor, *, rounding: str = "round", backend: str | None = None) -> Tensor:
-    """Map x in [-1, 1] to bytes: uint8 [B, H, W, C] from float32 [B, C, H, W], values outside clipped.
+    """Map x in [-1, 1] to bytes: uint8 [B, H, W, C] from [B, C, H, W], values outside clipped, computed in float32.
 
     Args:
-        x: float32 [B, C, H, W], contiguous.
+        x: float32, float16 or bfloat16 [B, C, H, W], in any strides.
         rounding: "round" gives round(clamp(x / 2 + 1/2, 0, 1) 255), halves to even (diffusers); "truncate" gives
             floor(clamp((x + 1) 127.5, 0, 255)) (guided-diffusion).
         backend: "triton" or "torch"; None chooses by device.
@@ -23,8 +23,7 @@ def to_uint8(x: Tensor, *, rounding: str = "round", backend: str | None = None) 
     """
     if x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"x must be a non-empty [B, C, H, W] tensor, got shape {tuple(x.shape)}")
-    check_tensor("x", x, tuple(x.shape), (torch.float32,), x.device)
-    check_contiguous("x", x)
+    check_tensor("x", x, tuple(x.shape), (torch.float32, torch.float16, torch.bfloat16), x.device)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {list(ROUNDINGS)}, got {rounding!r}")
     if choose_backend(x.device, backend) == "torch":
@@ -36,8 +35,9 @@ def to_uint8(x: Tensor, *, rounding: str = "round", backend: str | None = None) 
 
 
 def to_uint8_torch(x: Tensor, *, rounding: str = "round") -> Tensor:
-    """The PyTorch twin of `to_uint8`; any float dtype."""
+    """The PyTorch twin of `to_uint8`; float64 stays float64."""
     x = x.permute(0, 2, 3, 1)
+    x = x if x.dtype == torch.float64 else x.float()
     if rounding == "round":
         return (x / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8).contiguous()
     return (x + 1).mul_(127.5).clamp_(0, 255).to(torch.uint8).contiguous()

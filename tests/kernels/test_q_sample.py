@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judges import EPS, noise
 
-from ddpm_fast.kernels.q_sample import q_sample, q_sample_torch
+from ddpm_fast.kernels.q_sample import q_sample, q_sample_torch, q_step
 
 BACKENDS = ("torch", "triton")
 SHAPES = [(2,), (3, 5), (2, 63), (2, 3, 4, 5), (1, 144), (3, 145), (2, 3, 33, 7), (2, 2, 3, 4, 5), (1, 3, 32, 32)]
