@@ -32,9 +32,6 @@ class Code:
     resources: dict[str, int] = field(default_factory=dict)  # registers, stack, spills: as the compiler reports them
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
 def of_cubin(cubin: bytes) -> Code:
     """Disassemble NVIDIA machine code with the nvdisasm that Triton brings along."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -43,8 +40,8 @@ def of_cubin(cubin: bytes) -> Code:
         text = _tool("nvdisasm", "-c", file.name)
         usage = _tool("cuobjdump", "-res-usage", file.name)
     code = read_sass(text)
-    numbers = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
-    code.resources = {name: int(numbers[name.upper()[:5].rstrip("I")]) for name in ()} | {
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    code.resources = {
         "registers": int(numbers["REG"]),
         "stack": int(numbers["STACK"]),
         "local": int(numbers["LOCAL"]),
@@ -53,6 +50,7 @@ def of_cubin(cubin: bytes) -> Code:
 
 
 def read_sass(text: str) -> Code:
+    """Read what nvdisasm prints."""
     instructions, labels = [], {}
     for line in text.splitlines():
         if label := re.match(r"\s*([.$\w]+):\s*$", line):
@@ -88,62 +86,56 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-# ---------------------------------------------------------------------------------------------------------- the path
-
-
 def longest_path(code: Code) -> list[Instruction]:
     """The instructions of the longest way through the code, in order."""
-    return _longest(code, 0, {}, frozenset())
+    return _longest(code, 0, frozenset())
 
 
-def _longest(code: Code, start: int, known: dict[int, list[Instruction]], calls: frozenset[int]) -> list[Instruction]:
-    # Control flow is walked backwards over the positions that end or begin a block; loops are cut at their back edge.
-    order: list[int] = []
-    state: dict[int, int] = {}
-    stack = [(start, iter(_next(code, start)))]
-    state[start] = 1
-    while stack:
-        position, following = stack[-1]
-        for after in following:
-            if state.get(after) is None:
-                state[after] = 1
-                stack.append((after, iter(_next(code, after))))
-                break
-        else:
-            state[position] = 2
-            order.append(position)
-            stack.pop()
+def _longest(code: Code, start: int, calls: frozenset[int]) -> list[Instruction]:
+    """The longest way from `start` on; `calls` are the routines being walked through already."""
+    order = _finished_last_first(code, start)
     rank = {position: i for i, position in enumerate(order)}
     length: dict[int, int] = {}
-    choice: dict[int, int | None] = {}
-    callee: dict[int, list[Instruction]] = {}
+    after: dict[int, int | None] = {}
+    called: dict[int, list[Instruction]] = {}
     for position in order:
-        instruction = code.instructions[position]
-        weight = 1
-        target = _call(code, instruction)
+        target = _call(code, code.instructions[position])
         if target is not None and target not in calls:
-            if target not in known:
-                known[target] = _longest(code, target, known, calls | {target})
-            callee[position] = known[target]
-            weight += len(callee[position])
-        ahead = [after for after in _next(code, position) if rank[after] < rank[position]]
-        best = max(ahead, key=lambda after: length[after], default=None)
-        choice[position] = best
-        length[position] = weight + (length[best] if best is not None else 0)
+            called[position] = _longest(code, target, calls | {target})
+        ahead = [following for following in _next(code, position) if rank[following] < rank[position]]
+        best = max(ahead, key=length.__getitem__, default=None)
+        after[position] = best
+        length[position] = 1 + len(called.get(position, ())) + (0 if best is None else length[best])
     path: list[Instruction] = []
     current: int | None = start
     while current is not None:
-        path.append(code.instructions[current])
-        path.extend(callee.get(current, ()))
-        current = choice[current]
+        path += [code.instructions[current], *called.get(current, ())]
+        current = after[current]
     return path
+
+
+def _finished_last_first(code: Code, start: int) -> list[int]:
+    """Positions in the order in which a depth-first walk leaves them: those ahead first, but for back edges."""
+    order: list[int] = []
+    seen = {start}
+    stack = [(start, iter(_next(code, start)))]
+    while stack:
+        position, following = stack[-1]
+        fresh = next((after for after in following if after not in seen), None)
+        if fresh is None:
+            order.append(position)
+            stack.pop()
+        else:
+            seen.add(fresh)
+            stack.append((fresh, iter(_next(code, fresh))))
+    return order
 
 
 def _next(code: Code, position: int) -> list[int]:
     """Where control can go after the instruction at `position`."""
     instruction = code.instructions[position]
     opcode = instruction.opcode.split(".")[0]
-    conditional = bool(instruction.guard) or opcode.startswith("s_cbranch") or re.match(r"!?U?P\w+,", instruction.operands)
+    conditional = instruction.guard or opcode.startswith("s_cbranch") or re.match(r"!?U?P\w+,", instruction.operands)
     following = [position + 1] if position + 1 < len(code.instructions) else []
     if opcode in ("EXIT", "RET", "s_endpgm"):
         return following if conditional else []
@@ -164,8 +156,6 @@ def _target(code: Code, instruction: Instruction) -> int | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------- counting
-
 _SPACES = {
     "global": r"(LDG|STG|RED|ATOMG)\b|global_|buffer_|flat_",
     "local": r"(LDL|STL)\b|scratch_",
@@ -177,7 +167,7 @@ def count(path: list[Instruction]) -> dict[str, Any]:
     """Instructions on the path, by kind; global accesses by width in bits, such as {"load 128": 4}."""
     result: dict[str, Any] = {"instructions": len(path)}
     for space, pattern in _SPACES.items():
-        result[space] = sum(bool(re.match(pattern, i.opcode)) for i in path)
+        result[f"{space}_accesses"] = sum(bool(re.match(pattern, i.opcode)) for i in path)
     result["barriers"] = sum(i.opcode.startswith(("BAR", "s_barrier")) for i in path)
     result["mufu"] = sum(i.opcode.startswith("MUFU") for i in path)
     widths = Counter(access for i in path if (access := _access(i)))

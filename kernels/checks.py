@@ -49,7 +49,7 @@ def check_disjoint(
     spans = {name: _span(tensor) for name, tensor in named.items()}
     for name in written:
         for other in named:
-            if name not in named or name == other or (name, other) == in_place and spans[name] == spans[other]:
+            if name not in named or name == other or ((name, other) == in_place and spans[name] == spans[other]):
                 continue
             if spans[name][0] < spans[other][1] and spans[other][0] < spans[name][1]:
                 raise ValueError(f"{name} must not share memory with {other}")

@@ -50,13 +50,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def ptx() -> bool:
     """Whether kernels may hold NVIDIA's assembly: not in the interpreter, and not on AMD."""
     return not interpreting() and torch.version.hip is None
 
 
-@functools.cache
 def warps() -> int:
     """Warps of 64 threads, four elements a thread in a block of 256: AMD's data centre GPUs have warps of 64."""
     return 2 if torch.version.hip is None else 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpm_fast.kernels.dispatch import ptx, warps
 from ddpm_fast.kernels.philox import quarter
 from ddpm_fast.kernels.philox_triton import polar4
-from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, sample_index
+from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, sample_index
 
 
 @triton.jit(do_not_specialize=["stream", "samples"])
@@ -23,16 +23,15 @@ def normal_kernel(
     seed = tl.load(seeds_ptr + i_sample)
     noise_id = tl.load(ids_ptr + i_sample)
     visit = tl.load(visits_ptr + i_sample)
-    n = q * 0 + n  # where n is 1 and compiled in, it has no dtype
     p_sample = z_ptr + i_sample.to(tl.int64) * n
     for part in tl.static_range(PARTS):
         start = block_start(part, BLOCK)
         if start < q:
             j = start + tl.arange(0, BLOCK)
+            begins, masks = lanes(j, n, q)
             radii, directions = polar4(seed, j, noise_id, stream, visit, 1.0, PTX)
             for lane in tl.static_range(4):
-                o_lane = lane * q.to(n.dtype)
-                tl.store(p_sample + o_lane + j, radii[lane] * directions[lane], mask=(j < q) & (j < n - o_lane))
+                tl.store(p_sample + begins[lane] + j, radii[lane] * directions[lane], mask=masks[lane])
 
 
 def normal_triton(

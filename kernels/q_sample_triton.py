@@ -7,7 +7,7 @@ from torch import Tensor
 from ddpm_fast.kernels.dispatch import ptx, warps
 from ddpm_fast.kernels.philox import quarter
 from ddpm_fast.kernels.philox_triton import polar4, tie
-from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, sample_index
+from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, load4, sample_index
 
 
 @triton.jit(do_not_specialize=["visit", "batch"])
@@ -26,32 +26,24 @@ def q_sample_kernel(
     noise = tl.sqrt(1 - alpha).to(tl.float32)
     if STREAM is not None:
         seed = tl.load(seeds_ptr + i_sample)
-    n = q * 0 + n  # where n is 1 and compiled in, it has no dtype
     o_sample = i_sample.to(tl.int64) * n
     for part in tl.static_range(PARTS):
         start = block_start(part, BLOCK)
         if start < q:
             j = start + tl.arange(0, BLOCK)
-            masks = ()
-            xs = ()
-            zs = ()
-            for lane in tl.static_range(4):
-                o_lane = lane * q.to(n.dtype)
-                mask = (j < q) & (j < n - o_lane)
-                masks = masks + (mask,)
-                xs = xs + (tl.load(x_ptr + (o_sample + o_lane) + j, mask=mask),)
-                if STREAM is None:
-                    zs = zs + (tl.load(z_ptr + (o_sample + o_lane) + j, mask=mask),)
-            if STREAM is not None:
+            begins, masks = lanes(j, n, q)
+            xs = load4(x_ptr + o_sample, begins, j, masks)
+            if STREAM is None:
+                zs = load4(z_ptr + o_sample, begins, j, masks)
+            else:
                 radii, directions = polar4(seed, tie(j, xs[0]), t.to(tl.int32), STREAM, visit, noise, PTX)
             for lane in tl.static_range(4):
-                o_lane = lane * q.to(n.dtype)
                 new = signal * xs[lane]
                 if STREAM is None:
                     new += noise * zs[lane]
                 else:
                     new += radii[lane] * directions[lane]
-                tl.store(new_ptr + (o_sample + o_lane) + j, new, mask=masks[lane])
+                tl.store(new_ptr + o_sample + begins[lane] + j, new, mask=masks[lane])
 
 
 def q_sample_triton(

@@ -25,11 +25,13 @@ class Specialisation:
         arguments: by the kernel's parameter names. A tensor is its Triton type, such as "*bf16", at an address
             divisible by 16, and None where it is absent; numbers and constexprs are their values. An entry of
             `OPTIONS` is one of the launch.
+        budget: the most machine instructions an element that are accepted on sm_90 (benchmarks/sass.py).
     """
 
     name: str
     op: str
     arguments: Mapping[str, Any]
+    budget: float
 
     def kernel(self) -> Any:
         """The jitted function; imports Triton."""
@@ -52,6 +54,28 @@ class Specialisation:
     def options(self) -> dict[str, Any]:
         """Options of the launch: num_warps and the like."""
         return {key: value for key, value in self.arguments.items() if key in OPTIONS}
+
+    def elements_per_thread(self) -> float:
+        """Elements that a thread works on; of a loop over the sample, in one turn."""
+        return self._module().ELEMENTS / (self.options().get("num_warps", 4) * 32)
+
+    def bytes_per_element(self) -> float:
+        """Bytes that must move between memory and processor for each element of the sample."""
+        given = self.arguments
+        halves = 1 if given.get("GUIDED", "none") == "none" else 2
+        times = {"output_ptr": halves + bool(given.get("LEARNED")), "input_ptr": halves}
+        tensors = ("x", "output", "z", "known", "mask", "new", "x0", "input", "bytes")
+        return sum(
+            times.get(f"{name}_ptr", 1) * _size(given[f"{name}_ptr"]) for name in tensors if given.get(f"{name}_ptr")
+        )
+
+    def on(self, backend: str, warp_size: int) -> "Specialisation":
+        """The launch on another backend: portable arithmetic, and as many threads."""
+        warps = self.options().get("num_warps", 4) * 32 // warp_size
+        changes: dict[str, Any] = {"num_warps": warps}
+        if "PTX" in self.arguments:
+            changes["PTX"] = backend == "cuda"
+        return dataclasses.replace(self, arguments={**self.arguments, **changes})
 
     def signature(self) -> dict[str, str]:
         """The Triton type of every parameter; "constexpr" where the value is compiled in."""
@@ -100,6 +124,7 @@ def compile_for(specialisation: Specialisation, backend: str, arch: int | str, w
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    specialisation = specialisation.on(backend, warp_size)
     kernel = specialisation.kernel()
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("kernels are compiled only where TRITON_INTERPRET is unset when they are imported")
@@ -107,6 +132,11 @@ def compile_for(specialisation: Specialisation, backend: str, arch: int | str, w
     attributes = {(names.index(key),): [["tt.divisibility", 16]] for key in specialisation.divisible_by_16()}
     source = ASTSource(kernel, specialisation.signature(), specialisation.constants(), attributes)
     return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=specialisation.options())
+
+
+def _size(kind: str) -> int:
+    """Bytes of an element behind a pointer."""
+    return max(1, int("".join(filter(str.isdigit, kind))) // 8)
 
 
 def _type(value: Any) -> str:
@@ -117,7 +147,7 @@ def _type(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _step(name: str, **changes: Any) -> Specialisation:
+def _step(name: str, budget: float, **changes: Any) -> Specialisation:
     """The barest step of 64 CIFAR-10 images, with changes."""
     arguments = {
         "x_ptr": "*fp32", "output_ptr": "*fp32", "z_ptr": None, "coefficients_ptr": "*fp32", "ids_ptr": "*i32",
@@ -131,11 +161,12 @@ def _step(name: str, **changes: Any) -> Specialisation:
         "WRITE_TIMESTEP": False, "STRIDED_OUTPUT": False, "STRIDED_INPUT": False, "ONE_WRAP": False,
         "PTX": True, "num_warps": 2,
     }  # fmt: skip
-    return Specialisation(name, "step", arguments | changes)
+    return Specialisation(name, "step", arguments | changes, budget)
 
 
-def _with(specialisation: Specialisation, name: str, **changes: Any) -> Specialisation:
-    return dataclasses.replace(specialisation, name=name, arguments={**specialisation.arguments, **changes})
+def _with(specialisation: Specialisation, name: str, budget: float, **changes: Any) -> Specialisation:
+    arguments = {**specialisation.arguments, **changes}
+    return dataclasses.replace(specialisation, name=name, budget=budget, arguments=arguments)
 
 
 PHILOX = {"seeds_ptr": "*i64", "NOISE": "philox"}
@@ -150,15 +181,22 @@ INPUT = {"input_ptr": "*fp32", "WRITE_INPUT": True, "input_batch": 3072}
 NEXT = INPUT | TIMESTEP
 HALF = {"output_ptr": "*bf16", "input_ptr": "*bf16"}
 KNOWN = {"known_ptr": "*fp32", "mask_ptr": "*fp32", "INPAINT_KNOWN": True}
-CHANNELS_LAST_OUTPUT = {"pixels": 1024, "output_channel": 1, "output_pixel": 3, "STRIDED_OUTPUT": True, "ONE_WRAP": True}
+CHANNELS_LAST_OUTPUT = {
+    "pixels": 1024,
+    "output_channel": 1,
+    "output_pixel": 3,
+    "STRIDED_OUTPUT": True,
+    "ONE_WRAP": True,
+}
 CHANNELS_LAST_INPUT = {"pixels": 1024, "input_channel": 1, "input_pixel": 3, "STRIDED_INPUT": True, "ONE_WRAP": True}
+HUGE = 2**31 + 2**20  # elements of one sample: 8 GB
 SMALL = {"pixels": 64, "n": 192, "q": 48, "output_batch": 192, "input_batch": 192, "ONE_WRAP": False}
 
 # What the engine launches for a noise-predicting DDPM: float32 network, and bfloat16 network.
-ENGINE = _step("step-engine", **PHILOX, **CLIP, **NEXT)
-MAIN = _with(ENGINE, "step-engine-bf16", **HALF)
-# As the budgets have it
-STEP = _step("step-bf16-clip-philox", **PHILOX, **CLIP, output_ptr="*bf16")
+ENGINE = _step("step-engine", 33, **PHILOX, **CLIP, **NEXT)
+MAIN = _with(ENGINE, "step-engine-bf16", 34, **HALF)
+# The step by itself
+STEP = _step("step-bf16-clip-philox", 32, **PHILOX, **CLIP, output_ptr="*bf16")
 
 _Q_SAMPLE = Specialisation(
     "q_sample-philox",
@@ -167,6 +205,7 @@ _Q_SAMPLE = Specialisation(
         "x_ptr": "*fp32", "t_ptr": "*i64", "alphas_ptr": "*fp64", "seeds_ptr": "*i64", "z_ptr": None,
         "new_ptr": "*fp32", "visit": 0, "batch": 64, "n": 3072, "q": 768, "STREAM": 2, "PTX": True, "num_warps": 2,
     },
+    28,
 )  # fmt: skip
 _NORMAL = Specialisation(
     "normal-x_T",
@@ -175,6 +214,7 @@ _NORMAL = Specialisation(
         "z_ptr": "*fp32", "seeds_ptr": "*i64", "ids_ptr": "*i32", "visits_ptr": "*i32", "stream": 0, "samples": 64,
         "n": 3072, "q": 768, "PTX": True, "num_warps": 2,
     },
+    22,
 )  # fmt: skip
 _TO_UINT8 = Specialisation(
     "to_uint8-round",
@@ -183,6 +223,7 @@ _TO_UINT8 = Specialisation(
         "x_ptr": "*fp32", "bytes_ptr": "*u8", "batch": 64, "size": 3072, "batch_stride": 3072, "channel_stride": 1024,
         "pixel_stride": 1, "CHANNELS": 3, "ROUND": True, "enable_fp_fusion": False,
     },
+    23,
 )  # fmt: skip
 
 _THRESHOLD = Specialisation(
@@ -195,61 +236,73 @@ _THRESHOLD = Specialisation(
         "output_pixel": None, "GUIDED": "none", "STRIDED_OUTPUT": False, "ONE_WRAP": False, "PTX": True,
         "num_warps": 8,
     },
+    413,
 )  # fmt: skip
 
 SPECIALISATIONS = (
-    _step("step"),
-    _step("step-philox", **PHILOX),
-    _step("step-tensor-noise", **TENSOR),
-    _step("step-clip", **CLIP),
-    _step("step-bound", **BOUND),
-    _step("step-use-output", USE_OUTPUT=True),
-    _step("step-learned", **PHILOX, **LEARNED),
-    _step("step-guided", **GUIDED),
-    _step("step-guided-unconditional-first", **GUIDED | {"GUIDED": "unconditional"}),
-    _step("step-inpaint", **PHILOX, **KNOWN),
-    _step("step-x0", **ORIGIN),
-    _step("step-output-bf16", output_ptr="*bf16"),
-    _step("step-output-fp16", output_ptr="*fp16"),
-    _step("step-input-bf16", **INPUT | {"input_ptr": "*bf16"}),
-    _step("step-input-scaled", **INPUT | {"input_ptr": "*bf16", "SCALE_INPUT": True}),
-    _step("step-timestep", **TIMESTEP),
-    _step("step-output-channels-last", **CHANNELS_LAST_OUTPUT, output_ptr="*bf16"),
-    _step("step-input-channels-last", **INPUT | CHANNELS_LAST_INPUT | {"input_ptr": "*bf16"}),
+    _step("step", 12),
+    _step("step-philox", 29, **PHILOX),
+    _step("step-tensor-noise", 13, **TENSOR),
+    _step("step-clip", 14, **CLIP),
+    _step("step-bound", 17, **BOUND),
+    _step("step-use-output", 13, USE_OUTPUT=True),
+    _step("step-learned", 34, **PHILOX, **LEARNED),
+    _step("step-guided", 15, **GUIDED),
+    _step("step-guided-unconditional-first", 15, **GUIDED | {"GUIDED": "unconditional"}),
+    _step("step-inpaint", 50, **PHILOX, **KNOWN),
+    _step("step-x0", 12, **ORIGIN),
+    _step("step-output-bf16", 12, output_ptr="*bf16"),
+    _step("step-output-fp16", 12, output_ptr="*fp16"),
+    _step("step-input-bf16", 13, **INPUT | {"input_ptr": "*bf16"}),
+    _step("step-input-scaled", 14, **INPUT | {"input_ptr": "*bf16", "SCALE_INPUT": True}),
+    _step("step-timestep", 12, **TIMESTEP),
+    _step("step-output-channels-last", 25, **CHANNELS_LAST_OUTPUT, output_ptr="*bf16"),
+    _step("step-input-channels-last", 36, **INPUT | CHANNELS_LAST_INPUT | {"input_ptr": "*bf16"}),
     STEP,
-    _with(STEP, "step-bf16-clip-philox-input", **INPUT | {"input_ptr": "*bf16"}),
-    _with(STEP, "step-bf16-clip-philox-guided", **GUIDED),
-    _with(STEP, "step-bf16-clip-philox-learned", **LEARNED),
+    _with(STEP, "step-bf16-clip-philox-input", 33, **INPUT | {"input_ptr": "*bf16"}),
+    _with(STEP, "step-bf16-clip-philox-guided", 36, **GUIDED),
+    _with(STEP, "step-bf16-clip-philox-learned", 38, **LEARNED),
     ENGINE,
     MAIN,
-    _with(MAIN, "step-engine-fp16", output_ptr="*fp16", input_ptr="*fp16"),
-    _with(MAIN, "step-engine-second-step", offset=1),
-    _with(MAIN, "step-engine-batch-1", batch=1),
-    _with(MAIN, "step-engine-one-row", steps=1),
-    _with(MAIN, "step-engine-odd-size", n=2, q=16, output_batch=2, input_batch=2),  # two moons
-    _with(MAIN, "step-engine-channels-last", **CHANNELS_LAST_OUTPUT | CHANNELS_LAST_INPUT),
+    _with(MAIN, "step-engine-fp16", 34, output_ptr="*fp16", input_ptr="*fp16"),
+    _with(MAIN, "step-engine-second-step", 34, offset=1),
+    _with(MAIN, "step-engine-batch-1", 34, batch=1),
+    _with(MAIN, "step-engine-one-row", 34, steps=1),
+    _with(MAIN, "step-engine-odd-size", 44, n=2, q=16, output_batch=2, input_batch=2),  # two moons
+    _with(MAIN, "step-engine-channels-last", 65, **CHANNELS_LAST_OUTPUT | CHANNELS_LAST_INPUT),
     _with(  # few pixels a channel: 8 × 8
-        MAIN, "step-engine-channels-last-small", **CHANNELS_LAST_OUTPUT | CHANNELS_LAST_INPUT | SMALL
+        MAIN, "step-engine-channels-last-small", 80, **CHANNELS_LAST_OUTPUT | CHANNELS_LAST_INPUT | SMALL
     ),
-    _with(MAIN, "step-engine-guided", **GUIDED),
-    _with(MAIN, "step-engine-learned", **LEARNED),
-    _with(MAIN, "step-engine-learned-guided", **LEARNED, **GUIDED),
-    _with(MAIN, "step-engine-thresholding-x0", **BOUND | {"clip": 0.0}, **ORIGIN),
-    _with(MAIN, "step-engine-inpaint", **KNOWN),
-    _with(ENGINE, "step-engine-generator", seeds_ptr=None, **TENSOR),
-    _with(ENGINE, "step-engine-ddim", seeds_ptr=None, NOISE="none", USE_OUTPUT=True),
-    _with(ENGINE, "step-engine-guided-batch-1", batch=1, **GUIDED),
+    _with(MAIN, "step-engine-guided", 39, **GUIDED),
+    _with(MAIN, "step-engine-learned", 40, **LEARNED),
+    _with(MAIN, "step-engine-learned-guided", 46, **LEARNED, **GUIDED),
+    _with(MAIN, "step-engine-thresholding-x0", 38, **BOUND | {"clip": 0.0}, **ORIGIN),
+    _with(MAIN, "step-engine-inpaint", 55, **KNOWN),
+    _with(MAIN, "step-engine-inpaint-bool", 58, **KNOWN | {"mask_ptr": "*u1"}),
+    _with(MAIN, "step-engine-latents", 32, clip=0.0, CLIP="none"),
+    _with(MAIN, "step-engine-ddim-eta", 35, USE_OUTPUT=True),
+    _with(MAIN, "step-engine-dit", 37, **GUIDED, output_batch=6144, clip=0.0, CLIP="none"),  # variance left unread
+    _with(MAIN, "step-engine-x0", 34, **ORIGIN),
+    _with(MAIN, "step-engine-multiple-of-16", 34, n=1200, q=304, output_batch=1200, input_batch=1200),
+    _with(MAIN, "step-engine-huge", 35, n=HUGE, q=HUGE // 4, output_batch=HUGE, input_batch=HUGE),
+    _step("step-scheduler", 15, **TENSOR, **CLIP),  # a generator's noise, x' alone: diffusers' DDPMScheduler.step
+    _step("step-scheduler-x0", 16, **TENSOR, **CLIP, **ORIGIN),
+    _step("step-scheduler-learned", 22, **TENSOR, **CLIP, **ORIGIN, **LEARNED),  # guided-diffusion's p_sample
+    _step("step-scheduler-ddim", 15, **CLIP, USE_OUTPUT=True),
+    _with(ENGINE, "step-engine-generator", 17, seeds_ptr=None, **TENSOR),
+    _with(ENGINE, "step-engine-ddim", 16, seeds_ptr=None, NOISE="none", USE_OUTPUT=True),
+    _with(ENGINE, "step-engine-guided-batch-1", 37, batch=1, **GUIDED),
     _Q_SAMPLE,
-    _with(_Q_SAMPLE, "q_sample-tensor", seeds_ptr=None, z_ptr="*fp32", STREAM=None),
-    _with(_Q_SAMPLE, "q_sample-int32", t_ptr="*i32"),
-    _with(_Q_SAMPLE, "q_step-philox", STREAM=4),
+    _with(_Q_SAMPLE, "q_sample-tensor", 12, seeds_ptr=None, z_ptr="*fp32", STREAM=None),
+    _with(_Q_SAMPLE, "q_sample-int32", 27, t_ptr="*i32"),
+    _with(_Q_SAMPLE, "q_step-philox", 28, STREAM=4),
     _THRESHOLD,
-    _with(_THRESHOLD, "threshold-guided", **GUIDED),
+    _with(_THRESHOLD, "threshold-guided", 433, **GUIDED),
     _NORMAL,
-    _with(_NORMAL, "normal-step", stream=1),
+    _with(_NORMAL, "normal-step", 22, stream=1),
     _TO_UINT8,
-    _with(_TO_UINT8, "to_uint8-truncate", ROUND=False),
-    _with(_TO_UINT8, "to_uint8-grey", CHANNELS=1, size=1024, batch_stride=1024),
-    _with(_TO_UINT8, "to_uint8-channels-last", channel_stride=1, pixel_stride=3),
-    _with(_TO_UINT8, "to_uint8-bf16", x_ptr="*bf16"),
+    _with(_TO_UINT8, "to_uint8-truncate", 22, ROUND=False),
+    _with(_TO_UINT8, "to_uint8-grey", 12, CHANNELS=1, size=1024, batch_stride=1024),
+    _with(_TO_UINT8, "to_uint8-channels-last", 22, channel_stride=1, pixel_stride=3),
+    _with(_TO_UINT8, "to_uint8-bf16", 24, x_ptr="*bf16"),
 )

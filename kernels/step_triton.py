@@ -8,7 +8,7 @@ from ddpm_fast.kernels.dispatch import ptx, warps
 from ddpm_fast.kernels.layout import layout_of
 from ddpm_fast.kernels.philox import Stream, quarter
 from ddpm_fast.kernels.philox_triton import polar4, tie
-from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, sample_index
+from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, load4, sample_index
 
 COLUMNS = tl.constexpr(11)
 STEP = tl.constexpr(int(Stream.STEP))
@@ -43,9 +43,22 @@ def place(first, pixels, channel_stride, pixel_stride, ONE_WRAP: tl.constexpr, B
 
 
 @triton.jit
+def place4(begins, start, pixels, channel_stride, pixel_stride, ONE_WRAP: tl.constexpr, BLOCK: tl.constexpr):
+    """`place` for the four lanes of the block at counter `start`."""
+    return (
+        place(begins[0] + start, pixels, channel_stride, pixel_stride, ONE_WRAP, BLOCK),
+        place(begins[1] + start, pixels, channel_stride, pixel_stride, ONE_WRAP, BLOCK),
+        place(begins[2] + start, pixels, channel_stride, pixel_stride, ONE_WRAP, BLOCK),
+        place(begins[3] + start, pixels, channel_stride, pixel_stride, ONE_WRAP, BLOCK),
+    )
+
+
+@triton.jit
 def exp2(x, PTX: tl.constexpr):
     if PTX:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         return tl.exp2(x)
 
@@ -53,8 +66,8 @@ def exp2(x, PTX: tl.constexpr):
 # Counts that change from launch to launch are no reason to compile again; and a 1, compiled in, has no dtype to widen.
 @triton.jit(do_not_specialize=["offset", "steps", "visit", "batch"])
 def step_kernel(
-    x_ptr, output_ptr, z_ptr, coefficients_ptr, ids_ptr, base_ptr, seeds_ptr, bound_ptr, guidance_ptr, known_ptr, mask_ptr,
-    new_ptr, x0_ptr, input_ptr, timestep_ptr,
+    x_ptr, output_ptr, z_ptr, coefficients_ptr, ids_ptr, base_ptr, seeds_ptr, bound_ptr, guidance_ptr,
+    known_ptr, mask_ptr, new_ptr, x0_ptr, input_ptr, timestep_ptr,
     clip, offset, steps, visit, batch, n, q,
     pixels, output_batch, output_channel, output_pixel, output_variance, input_batch, input_channel, input_pixel,
     NOISE: tl.constexpr,  # "none", "philox" or "tensor"
@@ -118,95 +131,91 @@ def step_kernel(
             if GUIDED != "none":
                 tl.store(timestep_ptr + batch + i_sample, timestep)
 
-    n = q * 0 + n  # where n is 1 and compiled in, it has no dtype
     o_sample = i_sample.to(tl.int64) * n
     p_output = output_ptr + i_sample.to(tl.int64) * output_batch
-    p_other = p_output + batch.to(tl.int64) * output_batch  # the second half of a guided output
+    if GUIDED == "conditional":
+        p_unconditional = p_output + batch.to(tl.int64) * output_batch
+    if GUIDED == "unconditional":
+        p_unconditional = p_output
+        p_output += batch.to(tl.int64) * output_batch
     if WRITE_INPUT:
         p_input = input_ptr + i_sample.to(tl.int64) * input_batch
-        p_input_other = p_input + batch.to(tl.int64) * input_batch
+        p_input_twin = p_input + batch.to(tl.int64) * input_batch  # for the other half of a guided output
 
     for part in tl.static_range(PARTS):
         start = block_start(part, BLOCK)
         if start < q:
             j = start + tl.arange(0, BLOCK)
-            # Everything is asked for before anything is used.
-            masks = ()
-            xs = ()
-            outs = ()
-            others = ()
-            variances = ()
-            for lane in tl.static_range(4):
-                o_lane = lane * q.to(n.dtype)
-                mask = (j < q) & (j < n - o_lane)
-                masks = masks + (mask,)
-                xs = xs + (tl.load(x_ptr + (o_sample + o_lane) + j, mask=mask),)
-                if STRIDED_OUTPUT:
-                    o_output = place(o_lane + start, pixels, output_channel, output_pixel, ONE_WRAP, BLOCK)
-                else:
-                    o_output = o_lane + j
-                outs = outs + (tl.load(p_output + o_output, mask=mask),)
-                if GUIDED != "none":
-                    others = others + (tl.load(p_other + o_output, mask=mask),)
-                if LEARNED:
-                    if GUIDED == "unconditional":
-                        variances = variances + (tl.load(p_other + output_variance + o_output, mask=mask),)
-                    else:
-                        variances = variances + (tl.load(p_output + output_variance + o_output, mask=mask),)
+            begins, masks = lanes(j, n, q)
+            # Everything that is read comes before anything that is written: a store would hold the next loads back.
+            xs = load4(x_ptr + o_sample, begins, j, masks)
+            if STRIDED_OUTPUT:
+                places = place4(begins, start, pixels, output_channel, output_pixel, ONE_WRAP, BLOCK)
+                j_output = 0
+            else:
+                places = begins
+                j_output = j
+            outs = load4(p_output, places, j_output, masks)
+            if GUIDED != "none":
+                unconditionals = load4(p_unconditional, places, j_output, masks)
+            if LEARNED:
+                variances = load4(p_output + output_variance, places, j_output, masks)
+            if NOISE == "tensor":
+                zs = load4(z_ptr + o_sample, begins, j, masks)
+            if INPAINT_KNOWN:
+                knowns = load4(known_ptr + o_sample, begins, j, masks)
+                keeps = load4(mask_ptr + o_sample, begins, j, masks)
 
             if NOISE == "philox":
                 radii, directions = polar4(seed, tie(j, xs[0]), noise_id, STEP, visit, sigma, PTX)
             if INPAINT_KNOWN:
-                known_radii, known_directions = polar4(
-                    seed, tie(j, xs[0]), noise_id, INPAINT, visit, known_sigma, PTX
-                )
+                known_radii, known_directions = polar4(seed, tie(j, xs[0]), noise_id, INPAINT, visit, known_sigma, PTX)
+            if STRIDED_INPUT:
+                input_places = place4(begins, start, pixels, input_channel, input_pixel, ONE_WRAP, BLOCK)
 
             for lane in tl.static_range(4):
-                o_lane = lane * q.to(n.dtype)
                 mask = masks[lane]
+                o_lane = o_sample + begins[lane]
                 x = xs[lane]
                 out = to_float32(outs[lane], PTX)
-                if GUIDED == "conditional":
-                    unconditional = to_float32(others[lane], PTX)
+                if GUIDED != "none":
+                    unconditional = to_float32(unconditionals[lane], PTX)
                     out = unconditional + guidance * (out - unconditional)
-                if GUIDED == "unconditional":
-                    out = out + guidance * (to_float32(others[lane], PTX) - out)
                 x0 = a * x + b * out
                 if CLIP != "none":
                     x0 = tl.clamp(x0, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
                 if CLIP == "bound":
                     x0 = x0 / limit
                 if WRITE_X0:
-                    tl.store(x0_ptr + (o_sample + o_lane) + j, x0, mask=mask)
+                    tl.store(x0_ptr + o_lane + j, x0, mask=mask)
                 new = c_x0 * x0 + c_x * x
                 if USE_OUTPUT:
                     new += c_out * out
                 if NOISE == "philox":
                     scale, z = radii[lane], directions[lane]
                 if NOISE == "tensor":
-                    scale, z = sigma, tl.load(z_ptr + (o_sample + o_lane) + j, mask=mask)
+                    scale, z = sigma, zs[lane]
                 if NOISE != "none":
                     if LEARNED:
                         factor = exp2(middle + slope * to_float32(variances[lane], PTX), PTX)
                         scale *= tl.where(sigma == 0, 0.0, factor)  # no noise is no noise, whatever the network says
                     new += scale * z
                 if INPAINT_KNOWN:
-                    known = known_scale * tl.load(known_ptr + (o_sample + o_lane) + j, mask=mask)
-                    known += known_radii[lane] * known_directions[lane]
-                    keep = tl.load(mask_ptr + (o_sample + o_lane) + j, mask=mask).to(tl.float32)
+                    known = known_scale * knowns[lane] + known_radii[lane] * known_directions[lane]
+                    keep = keeps[lane].to(tl.float32)
                     new = keep * known + (1 - keep) * new
-                tl.store(new_ptr + (o_sample + o_lane) + j, new, mask=mask)
+                tl.store(new_ptr + o_lane + j, new, mask=mask)
                 if WRITE_INPUT:
                     if SCALE_INPUT:
                         new *= input_scale
                     rounded = new.to(input_ptr.dtype.element_ty)
                     if STRIDED_INPUT:
-                        o_input = place(o_lane + start, pixels, input_channel, input_pixel, ONE_WRAP, BLOCK)
+                        o_input = input_places[lane]
                     else:
-                        o_input = o_lane + j
+                        o_input = begins[lane] + j
                     tl.store(p_input + o_input, rounded, mask=mask)
                     if GUIDED != "none":
-                        tl.store(p_input_other + o_input, rounded, mask=mask)
+                        tl.store(p_input_twin + o_input, rounded, mask=mask)
 
 
 def step_triton(

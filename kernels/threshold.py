@@ -24,8 +24,8 @@ def threshold_bound(
 ) -> Tensor:
     """Return the `ratio` quantile of |x0| of every sample, at least 1 and at most `max_value`: float32 [B].
 
-    x0 = a x + b out is the estimate that `step` makes from the same arguments. Between two order statistics the quantile
-    is interpolated, as torch.quantile does (which takes 16 million elements at most); the bound of a sample with NaN is
+    x0 = a x + b out is the estimate that `step` makes from the same arguments. The quantile is interpolated between two
+    order statistics, as by torch.quantile (which takes 16 million elements at most); the bound of a sample with NaN is
     NaN. Nothing waits for the device.
 
     Args:

@@ -14,6 +14,7 @@ from ddpm_fast.kernels.layout import layout_of
 from ddpm_fast.kernels.step_triton import COLUMNS, place, to_float32
 
 BLOCK, WARPS = 2048, 8
+ELEMENTS = BLOCK  # a program takes all of a sample, this many at a time
 INFINITY = tl.constexpr(0x7F800000)  # the bits of infinity: those of NaN are greater
 NONE = tl.constexpr(0x7FFFFFFF)
 

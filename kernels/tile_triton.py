@@ -11,6 +11,7 @@ from ddpm_fast.kernels.philox import quarter
 
 BLOCK = 256
 PARTS = tl.constexpr(2)  # what is the same for a whole sample is fetched once for both
+ELEMENTS = 4 * BLOCK * PARTS.value  # of a sample, a program
 ROWS = tl.constexpr(65535)  # the most that a grid has in its second and third dimension
 
 
@@ -29,3 +30,24 @@ def sample_index():
 def block_start(part: tl.constexpr, BLOCK: tl.constexpr):
     """The first counter of the program's block number `part`; may lie past the last one."""
     return (tl.program_id(0) * PARTS + part) * BLOCK
+
+
+@triton.jit
+def lanes(j, n, q):
+    """Where the four runs of a block begin in the sample, less the counters `j`; and which of their elements exist."""
+    n = q * 0 + n  # where n is 1 and compiled in, it has no dtype; where q has 32 bits, n may need 64
+    q = q.to(n.dtype)
+    begins = (q * 0, q, 2 * q, 3 * q)
+    counted = j < q
+    return begins, (counted & (j < n), counted & (j < n - q), counted & (j < n - 2 * q), counted & (j < n - 3 * q))
+
+
+@triton.jit
+def load4(pointer, begins, j, masks):
+    """The elements begins[lane] + j of the four lanes."""
+    return (
+        tl.load(pointer + begins[0] + j, mask=masks[0]),
+        tl.load(pointer + begins[1] + j, mask=masks[1]),
+        tl.load(pointer + begins[2] + j, mask=masks[2]),
+        tl.load(pointer + begins[3] + j, mask=masks[3]),
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from ddpm_fast.kernels.layout import layout_of
 from ddpm_fast.kernels.tile_triton import ROWS, sample_index
 
-BLOCK = 1024
+BLOCK = ELEMENTS = 1024  # bytes a program
 HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 2^23: adding it leaves no bits for a fraction, so the sum rounds to even
 
 

@@ -1,33 +1,41 @@
 """Compile every specialisation and print what came of it as JSON: a program of its own, outside the interpreter.
 
-For each: the error or None, the size of the binary, the bytes of registers spilled to local memory (None where the
-compiler does not say), the kernel's PTX, and where the host's launch differs from the specialisation.
+For each: the error or None, its row of benchmarks/sass.py, the kernel's PTX, and where the host's launch differs from
+the specialisation. And the row of a kernel that was changed, for a test that the count is that of the source.
 """
 
-import contextlib
 import importlib
-import io
+import importlib.util
 import json
-import re
+import multiprocessing
+import sys
+import tempfile
+from pathlib import Path
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import sass
+
+from ddpm_fast.kernels import step_triton
 from ddpm_fast.kernels.specialisations import MAIN, SPECIALISATIONS, Specialisation, compile_for
 
-SM_90 = ("cuda", 90, 32)
-OTHERS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_89": ("cuda", 89, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
+SM_90 = sass.TARGETS["sm_90"]
+NAMED = {specialisation.name: specialisation for specialisation in SPECIALISATIONS}
+REPRESENTATIVE = (MAIN.name, "normal-x_T", "q_sample-tensor", "to_uint8-round", "threshold")
+LINE, LONGER = "new = c_x0 * x0 + c_x * x\n", "new = c_x0 * x0 + c_x * x + x0 * x0 * x\n"
+TENSORS = {
+    "fp16": torch.float16,
+    "u1": torch.bool,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.bfloat16,
+    "i32": torch.int32,
+    "i64": torch.int64,
 }
-REPRESENTATIVE = (MAIN.name, "normal-x_T", "q_sample-tensor", "to_uint8-round")
-BINARIES = ("cubin", "hsaco")
-TENSORS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "i32": torch.int32, "i64": torch.int64}
 
 
 class Recorder:
@@ -41,16 +49,25 @@ class Recorder:
 
 
 def tensor(kind, *shape):
-    return None if kind is None else torch.zeros(shape, dtype=TENSORS[kind.removeprefix("*")])
+    return None if kind is None else torch.empty(shape, dtype=TENSORS[kind.removeprefix("*")], device="meta")
+
+
+def with_strides(values, channels_last):
+    return values.mT.contiguous().mT if channels_last else values
 
 
 def launch_step(step_triton, a):
-    halves = 2 if a["GUIDED"] else 1
-    shape = (a["batch"], 1, a["n"])
+    halves = 1 if a["GUIDED"] == "none" else 2
+    channels = a["n"] // a["pixels"] if a["pixels"] else 1
+    pixels = a["n"] // channels
+    shape = (a["batch"], channels, pixels)
     return step_triton(
         tensor(a["x_ptr"], *shape),
-        tensor(a["output_ptr"], halves * a["batch"], a["output_stride"] // a["n"], a["n"]),
-        tensor(a["coefficients_ptr"], a["steps"], 8),
+        with_strides(
+            tensor(a["output_ptr"], halves * a["batch"], a["output_batch"] // a["n"] * channels, pixels),
+            a["STRIDED_OUTPUT"],
+        ),
+        tensor(a["coefficients_ptr"], a["steps"], 11),
         tensor(a["ids_ptr"], a["steps"], 2),
         tensor(a["base_ptr"], a["batch"]),
         a["offset"],
@@ -60,39 +77,72 @@ def launch_step(step_triton, a):
         clip=a["clip"] if a["CLIP"] == "fixed" else None,
         bound=tensor(a["bound_ptr"], a["batch"]),
         guidance=tensor(a["guidance_ptr"], a["batch"]),
+        conditional_first=a["GUIDED"] == "conditional",
+        known=tensor(a["known_ptr"], *shape),
+        mask=tensor(a["mask_ptr"], *shape),
         learned=a["LEARNED"],
         use_output=a["USE_OUTPUT"],
         x_new=tensor(a["new_ptr"], *shape),
         x0_new=tensor(a["x0_ptr"], *shape),
-        model_input=tensor(a["input_ptr"], halves * shape[0], *shape[1:]),
+        model_input=with_strides(tensor(a["input_ptr"], halves * shape[0], *shape[1:]), a["STRIDED_INPUT"]),
+        scale_input=a["SCALE_INPUT"],
         timestep=tensor(a["timestep_ptr"], halves * a["batch"]),
     )
 
 
 def launch_q_sample(q_sample_triton, a):
+    batch, n = a["batch"], a["n"]
     return q_sample_triton(
-        tensor(a["x0_ptr"], 4, a["n"]),
-        tensor(a["t_ptr"], 4),
-        tensor(a["alphas_cumprod_ptr"], 1000),
-        seeds=tensor(a["seeds_ptr"], 4),
-        z=tensor(a["z_ptr"], 4, a["n"]),
+        tensor(a["x_ptr"], batch, n),
+        tensor(a["t_ptr"], batch),
+        tensor(a["alphas_ptr"], 1000),
+        a["STREAM"] or 0,
+        seeds=tensor(a["seeds_ptr"], batch),
+        z=tensor(a["z_ptr"], batch, n),
         visit=a["visit"],
-        x_t=tensor(a["x_t_ptr"], 4, a["n"]),
+        x_t=tensor(a["new_ptr"], batch, n),
     )
 
 
 def launch_normal(normal_triton, a):
-    return normal_triton(tensor(a["seeds_ptr"], 4), tensor(a["ids_ptr"], 4), a["stream"], (a["n"],))
+    samples = a["samples"]
+    return normal_triton(tensor(a["seeds_ptr"], samples), tensor(a["ids_ptr"], samples), a["stream"], (a["n"],))
 
 
 def launch_to_uint8(to_uint8_triton, a):
-    batch = a["total"] // a["pixels"] // a["channels"]
-    return to_uint8_triton(
-        tensor(a["x_ptr"], batch, a["channels"], a["pixels"], 1), rounding="round" if a["ROUND"] else "truncate"
+    x = torch.empty(
+        a["batch"], a["CHANNELS"], a["size"] // a["CHANNELS"], 1, dtype=TENSORS[a["x_ptr"][1:]], device="meta"
+    )
+    if a["channel_stride"] == 1 < a["CHANNELS"]:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return to_uint8_triton(x, rounding="round" if a["ROUND"] else "truncate")
+
+
+def launch_threshold(threshold_triton, a):
+    x = tensor(a["x_ptr"], 64, a["n"])
+    halves = 1 if a["GUIDED"] == "none" else 2
+    return threshold_triton(
+        x,
+        tensor(a["output_ptr"], halves * 64, a["n"]),
+        tensor(a["coefficients_ptr"], a["steps"], 11),
+        tensor(a["base_ptr"], 64),
+        a["offset"],
+        below=a["below"],
+        weight=a["weight"],
+        max_value=a["max_value"],
+        guidance=tensor(a["guidance_ptr"], 64),
+        conditional_first=True,
+        bound=tensor(a["bound_ptr"], 64),
     )
 
 
-LAUNCHES = {"step": launch_step, "q_sample": launch_q_sample, "normal": launch_normal, "to_uint8": launch_to_uint8}
+LAUNCHES = {
+    "step": launch_step,
+    "q_sample": launch_q_sample,
+    "normal": launch_normal,
+    "to_uint8": launch_to_uint8,
+    "threshold": launch_threshold,
+}
 
 
 def differences(specialisation):
@@ -123,21 +173,27 @@ def differences(specialisation):
     return [f"{k}: launched {launched[k]}, described {described[k]}" for k in launched if launched[k] != described[k]]
 
 
-def compiled(specialisation, target):
-    log = io.StringIO()
+def compiled(job):
+    target, name = job
     try:
-        with contextlib.redirect_stdout(log):
-            kernel = compile_for(specialisation, *target)
+        kernel = compile_for(NAMED[name], *sass.TARGETS[target])
+        row = sass.measure(NAMED[name], target, kernel)
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-    binary = next(kernel.asm[name] for name in BINARIES if name in kernel.asm)
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", log.getvalue())]
-    return {
-        "error": None,
-        "size": len(binary),
-        "spilled": sum(spilled) if spilled else None,
-        "ptx": kernel.asm.get("ptx", ""),
-    }
+        return target, name, {"error": f"{type(error).__name__}: {error}"}
+    return target, name, {"error": None, **row, "ptx": kernel.asm.get("ptx", "")}
+
+
+def changed():
+    """The row of the main step with one line of its kernel changed: a multiplication and a multiply-add more."""
+    source = Path(step_triton.__file__).read_text()
+    assert source.count(LINE) == 1
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "step_changed_triton.py"
+        path.write_text(source.replace(LINE, LONGER).replace("def step_kernel", "def step_changed_kernel"))
+        spec = importlib.util.spec_from_file_location("ddpm_fast.kernels.step_changed_triton", path)
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+        return sass.measure(Specialisation("changed", "step_changed", MAIN.arguments, 0), "sm_90")
 
 
 def refusals():
@@ -148,22 +204,22 @@ def refusals():
         {**MAIN.arguments, "temperature": 1.0},
     ):
         try:
-            compile_for(Specialisation("wrong", "step", arguments), *SM_90)
+            compile_for(Specialisation("wrong", "step", arguments, 0), *SM_90)
         except ValueError as error:
             said.append(str(error))
     return said
 
 
 def main():
-    with contextlib.suppress(AttributeError):
-        triton.knobs.nvidia.dump_ptxas_log = True  # says what was spilled; knobs are of Triton 3.4
-    named = {s.name: s for s in SPECIALISATIONS}
-    result = {
-        "sm_90": {name: compiled(s, SM_90) for name, s in named.items()},
-        **{target: {name: compiled(named[name], OTHERS[target]) for name in REPRESENTATIVE} for target in OTHERS},
-        "differences": {name: differences(s) for name, s in named.items()},
-        "refusals": refusals(),
-    }
+    jobs = [("sm_90", name) for name in NAMED]
+    jobs += [(target, name) for target in sass.TARGETS if target != "sm_90" for name in REPRESENTATIVE]
+    result = {target: {} for target in sass.TARGETS}
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for target, name, found in pool.imap(compiled, jobs, chunksize=4):
+            result[target][name] = found
+    result["differences"] = {name: differences(specialisation) for name, specialisation in NAMED.items()}
+    result["refusals"] = refusals()
+    result["changed"] = changed()
     print(json.dumps(result))
 
 

@@ -17,7 +17,9 @@ class Guarded:
     def __init__(self, shape, dtype=torch.float32, device="cpu", channels_last=False):
         self._buffer = torch.full((math.prod(shape) + 2 * MARGIN,), UNTOUCHED, dtype=dtype, device=device)
         middle = self._buffer[MARGIN:-MARGIN]
-        self.tensor = middle.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if channels_last else middle.view(shape)
+        self.tensor = (
+            middle.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if channels_last else middle.view(shape)
+        )
         if dtype.is_floating_point:
             self.tensor.fill_(float("nan"))
 

@@ -11,7 +11,7 @@ from ddpm_fast.kernels.step import COLUMNS, step
 
 BACKENDS = ("torch", "triton")
 STEPS = 7
-NORMAL_ATOL = 4e-4 if torch.cuda.is_available() else 4e-6  # of test_normal.py
+NORMAL_ATOL = 6e-4 if torch.cuda.is_available() else 4e-6  # of test_normal.py
 OPTIONS = {
     "bare": {},
     "philox": {"noise": "philox"},
@@ -201,7 +201,9 @@ def device_of(backend, kernel_device):
     return kernel_device if backend == "triton" else torch.device("cpu")
 
 
-def launch(p, backend, kernel_device, *, in_place=False, input_dtype=None, channels_last=False, timestep=None, **changes):
+def launch(
+    p, backend, kernel_device, *, in_place=False, input_dtype=None, channels_last=False, timestep=None, **changes
+):
     """Step with every output in a guarded buffer; returns x', x0 and model_input, timestep (float64 numpy)."""
     device = device_of(backend, kernel_device)
     (x, *rest), keywords = p.arguments(device)

@@ -17,12 +17,13 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 ROOT = Path(kernels.__file__).parents[2]
 ALL_OPERATIONS = """
 import torch
-from ddpm_fast.kernels import normal, q_sample, step, to_uint8
+from ddpm_fast.kernels import normal, q_sample, q_step, step, to_uint8
 seeds = torch.arange(2)
 z = normal(seeds, seeds, 0, (3, 4, 5))
 x = q_sample(z, seeds, torch.tensor([0.9, 0.5], dtype=torch.float64), seeds=seeds)
+x = q_step(x, seeds, torch.tensor([0.9, 0.5], dtype=torch.float64), seeds=seeds)
 base = torch.zeros(2, dtype=torch.int32)
-x = step(x, z, torch.ones(1, 8), torch.zeros(1, 2, dtype=torch.int32), base, seeds=seeds)
+x = step(x, z, torch.ones(1, 11), torch.zeros(1, 2, dtype=torch.int32), base, seeds=seeds)
 assert to_uint8(x).shape == (2, 4, 5, 3)
 """
 

@@ -11,7 +11,7 @@ from ddpm_fast.kernels.philox import Stream
 
 # Float32: the angle, up to 2 pi, is rounded to 2.4e-7 and met by a radius of up to 6.8. A GPU approximates the
 # logarithm besides, to 1e-7 where it comes near 0: a radius near 0 may be off by that number's square root.
-NORMAL_ATOL = 4e-4 if torch.cuda.is_available() else 4e-6
+NORMAL_ATOL = 6e-4 if torch.cuda.is_available() else 4e-6
 SHAPES = [(1,), (5,), (63,), (3, 4, 5), (64,), (65,), (1, 12, 12), (145,), (3, 33, 7), (2, 3, 4, 5), (3, 32, 32)]
 SEEDS = [0, 2**32 + 1, 2**64 - 3]
 

@@ -63,20 +63,30 @@ ERRORS = {
     ),
     "model_input integer": ({"model_input": long(2, 3, 4)}, "model_input must be one of"),
     "model_input cropped": (
-        {"x": torch.zeros(2, 3, 2, 2), "output": torch.zeros(2, 3, 2, 2), "model_input": torch.zeros(2, 3, 4, 4)[..., :2, :2]},
+        {
+            "x": torch.zeros(2, 3, 2, 2),
+            "output": torch.zeros(2, 3, 2, 2),
+            "model_input": torch.zeros(2, 3, 4, 4)[..., :2, :2],
+        },
         r"model_input must be contiguous, channels_last or the like, got strides \(48, 16, 4, 1\)",
     ),
-    "model_input expanded": ({"model_input": torch.zeros(2, 1, 4).expand(2, 3, 4)}, "model_input must be contiguous, chan"),
+    "model_input expanded": (
+        {"model_input": torch.zeros(2, 1, 4).expand(2, 3, 4)},
+        "model_input must be contiguous, chan",
+    ),
     "known without mask": ({"known": torch.zeros(2, 3, 4)}, "known and mask belong together"),
     "mask without known": ({"mask": torch.zeros(2, 3, 4)}, "known and mask belong together"),
     "known without seeds": (
-        {"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 3, 4)}, "known needs seeds: it is noised to the level"
+        {"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 3, 4)},
+        "known needs seeds: it is noised to the level",
     ),
     "mask of one channel": (
-        {"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 1, 4), "seeds": long(2)}, r"mask must have shape \(2, 3, 4\)"
+        {"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 1, 4), "seeds": long(2)},
+        r"mask must have shape \(2, 3, 4\)",
     ),
     "mask of bytes": (
-        {"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 3, 4).byte(), "seeds": long(2)}, "mask must be one of"
+        {"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 3, 4).byte(), "seeds": long(2)},
+        "mask must be one of",
     ),
     "known strided": ({"known": torch.zeros(2, 4, 3).mT}, "known must be contiguous"),
     "visit negative": ({"visit": -1}, r"visit must be an int in \[0, 2\^31\), got -1"),

@@ -1,0 +1,177 @@
+"""What every kernel costs, read from the machine code that the compiler makes: no GPU needed.
+
+    python benchmarks/sass.py                    all specialisations for all targets: benchmarks/results/sass.json and
+                                                 the table of docs/kernels.md; fails where a budget is exceeded
+    python benchmarks/sass.py step-engine-bf16   some of them, printed, for sm_90 alone; --code prints their code
+
+Compiled is the function that the host launches, with the types, constants and divisibilities of its launch
+(tests/kernels/test_compile.py compares them). Counted is the longest path through it (machine_code.py), divided by the
+elements a thread: with mask, lookup of the row and addresses in 64 bits, and everything else that is not an element's.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import machine_code
+from results import FOLDER, write_result
+
+from ddpm_fast.files import whole_file
+from ddpm_fast.kernels.specialisations import SPECIALISATIONS, Specialisation, compile_for
+
+PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+TARGETS: dict[str, tuple[str, int | str, int]] = {  # backend, architecture, warp size
+    "sm_80": ("cuda", 80, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What bounds an elementwise kernel.
+
+    Attributes:
+        target: of `TARGETS`.
+        processors: multiprocessors (compute units on AMD).
+        lanes: instructions, counted a thread, that a processor issues a clock.
+        clock: in GHz, the boost clock of the data sheet.
+        copy: GB/s, read and written together: measured on an H200 (90 % of its data sheet), 90 % of it elsewhere.
+    """
+
+    target: str
+    processors: int
+    lanes: int
+    clock: float
+    copy: float
+
+    def share_of_copy(self, instructions: float, size: float) -> float:
+        """The share of the copy bandwidth that remains when every instruction takes an issue slot; at most 1."""
+        arithmetic = self.processors * self.lanes * self.clock / instructions
+        return min(1.0, arithmetic / (self.copy / size))
+
+
+GPUS = {
+    "A100 80 GB": GPU("sm_80", 108, 128, 1.41, 0.9 * 2039),
+    "RTX 4090": GPU("sm_89", 128, 128, 2.52, 0.9 * 1008),
+    "H100 SXM": GPU("sm_90", 132, 128, 1.75, 0.9 * 3350),
+    "H200": GPU("sm_90", 132, 128, 1.75, 4300),
+    "B200": GPU("sm_100", 148, 128, 1.85, 0.9 * 8000),
+    "MI300X": GPU("gfx942", 304, 64, 2.1, 0.9 * 5300),
+}
+
+
+def code_of(kernel: Any) -> machine_code.Code:
+    """The machine code in one of Triton's compiled kernels."""
+    if "cubin" in kernel.asm:
+        return machine_code.of_cubin(kernel.asm["cubin"])
+    return machine_code.of_amdgcn(kernel.asm["amdgcn"])
+
+
+def measure(specialisation: Specialisation, target: str, kernel: Any = None) -> dict[str, Any]:
+    """One row of the table; counts are those of a thread, instructions also per element."""
+    code = code_of(compile_for(specialisation, *TARGETS[target]) if kernel is None else kernel)
+    counts = machine_code.count(machine_code.longest_path(code))
+    per_element = counts["instructions"] / specialisation.elements_per_thread()
+    size = specialisation.bytes_per_element()
+    return {
+        "name": specialisation.name,
+        "target": target,
+        "instructions_per_element": round(per_element, 2),
+        "budget": specialisation.budget if target == "sm_90" else None,
+        "elements_per_thread": specialisation.elements_per_thread(),
+        "bytes_per_element": size,
+        **counts,
+        **code.resources,
+        "share_of_copy": {
+            name: round(gpu.share_of_copy(per_element, size), 3) for name, gpu in GPUS.items() if gpu.target == target
+        },
+    }
+
+
+def complaints(rows: list[dict[str, Any]]) -> list[str]:
+    """Budgets that are exceeded, and spills."""
+    found = []
+    for row in rows:
+        where = f"{row['name']} on {row['target']}"
+        if row["budget"] is not None and row["instructions_per_element"] > row["budget"]:
+            found.append(f"{where}: {row['instructions_per_element']} instructions an element, budget {row['budget']}")
+        if row["stack"] or row["local"] or row["local_accesses"]:
+            found.append(f"{where}: spills, or keeps something in local memory")
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The page's table: a line a specialisation, sm_90 in full, the other targets in instructions an element."""
+    by_name: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row["name"], {})[row["target"]] = row
+    others = [target for target in TARGETS if target != "sm_90"]
+    head = ["specialisation", "instructions / element", "budget", "registers", "shared", "accesses", "bytes / element"]
+    head += [name for name, gpu in GPUS.items() if gpu.target == "sm_90"] + others
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, targets in by_name.items():
+        row = targets["sm_90"]
+        accesses = ", ".join(f"{count} {kind}" for kind, count in row["accesses"].items())
+        cells = [name, f"{row['instructions_per_element']:.1f}", f"{row['budget']:g}", row["registers"]]
+        cells += [row["shared_accesses"], accesses, f"{row['bytes_per_element']:g}"]
+        cells += [f"{share:.0%}" for share in row["share_of_copy"].values()]
+        cells += [
+            f"{targets[target]['instructions_per_element']:.1f}" if target in targets else "" for target in others
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def write_page(rows: list[dict[str, Any]]) -> None:
+    """Put the table in docs/kernels.md."""
+    head, rest = PAGE.read_text(encoding="utf-8").split("<!-- table sass -->\n")
+    _, tail = rest.split("<!-- end -->", 1)
+    with whole_file(PAGE) as part:
+        part.write_text(f"{head}<!-- table sass -->\n{table(rows)}\n<!-- end -->{tail}", encoding="utf-8")
+
+
+def _measure(job: tuple[str, str]) -> dict[str, Any]:
+    return measure(NAMED[job[0]], job[1])
+
+
+NAMED = {specialisation.name: specialisation for specialisation in SPECIALISATIONS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[[], *NAMED], help="default: all, for all targets")
+    parser.add_argument("--code", action="store_true", help="print the instructions of the counted path")
+    arguments = parser.parse_args()
+    if arguments.names:
+        for name in arguments.names:
+            print(json.dumps(measure(NAMED[name], "sm_90")))
+            if arguments.code:
+                path = machine_code.longest_path(code_of(compile_for(NAMED[name], *TARGETS["sm_90"])))
+                print("\n".join(f"{i.guard:6}{i.opcode:22}{i.operands}" for i in path))
+        return
+    jobs = [(name, target) for name in NAMED for target in TARGETS]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        rows = []
+        for row in pool.imap(_measure, jobs, chunksize=4):
+            rows.append(row)
+            print(
+                f"{row['name']:34}{row['target']:8}{row['instructions_per_element']:8.2f} instructions an element"
+                f"{row['registers']:5} registers  {row['accesses']}",
+                flush=True,
+            )
+    write_result("sass", rows)
+    write_page(rows)
+    found = complaints(rows)
+    print("\n".join(found) or f"{len(rows)} kernels within their budgets: {FOLDER / 'sass.json'}")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
