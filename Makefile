@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: sample test check bench clean
+.PHONY: sample test test-slow check sass bench bench-step clean
 
 sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 	$(BIN)/ddpm-fast sample --seeds 0-15 --out samples.png
@@ -11,10 +11,21 @@ sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 test: $(READY)  ## every test that needs no GPU; those that do are counted as skipped
 	$(BIN)/python -m pytest
 
+test-slow: $(READY)  ## the noise on 10^10 draws and more: minutes
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python benchmarks/noise_battery.py
+
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sass: $(READY)  ## what every kernel costs, from its machine code, for five GPUs; fails where a budget is exceeded
+	$(BIN)/python benchmarks/sass.py
+	$(BIN)/python benchmarks/sass_variants.py
+
+bench-step: $(READY)  ## the fused step on a GPU, under eight minutes
+	$(BIN)/python benchmarks/step.py
 
 bench: $(READY)  ## benchmarks for a CPU
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -9,6 +9,7 @@ VERSION = next(
     line.split('"')[1] for line in (ROOT / "ddpm_fast/__init__.py").read_text().splitlines() if "__version__ =" in line
 )
 TEST = ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", "scipy>=1.11", "scikit-learn>=1.4"]
+BENCH = ["matplotlib>=3.8"]
 
 setup(
     name="ddpm_fast",
@@ -23,8 +24,8 @@ setup(
     package_dir={"ddpm_fast": "ddpm_fast", "ddpm_fast.kernels": "kernels"},
     package_data={"ddpm_fast": ["py.typed", "weights/*/*"]},
     install_requires=[
-        "torch>=2.6",
-        'triton>=3.2; platform_system == "Linux"',
+        "torch>=2.8",
+        'triton>=3.4; platform_system == "Linux"',
         "numpy>=1.26",
         "einops>=0.8",
         "pillow>=10",
@@ -33,7 +34,8 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1"],
+        "bench": BENCH,
+        "dev": [*TEST, *BENCH, "ruff==0.17.6", "mypy==2.4.1"],
         "peers": ["diffusers>=0.35"],
     },
     entry_points={"console_scripts": ["ddpm-fast = ddpm_fast.cli:main"]},

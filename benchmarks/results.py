@@ -9,35 +9,54 @@ from typing import Any
 
 import torch
 
+import ddpm_fast
 from ddpm_fast.files import write_json
 from ddpm_fast.kernels.dispatch import has_triton
 
 FOLDER = Path(__file__).parent / "results"
 
 
-def environment() -> dict[str, Any]:
-    """Machine, versions and commit, as far as they say how to read a number."""
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """Machine, versions and commit, as far as they say how to read a number.
+
+    Args:
+        commit: where there is no git, what `git describe --always --dirty` says where there is.
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    dirty = bool(changes) if changes is not None else commit.endswith("-dirty") if commit else None
     return {
         "date": datetime.date.today().isoformat(),
         "gpu": gpu,
+        "driver": _driver() if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton") if has_triton() else None,
-        "ddpm_fast": version("ddpm_fast"),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "ddpm_fast": ddpm_fast.__version__,  # also where it is not installed
+        "commit": _git("rev-parse", "--short", "HEAD") or (commit.removesuffix("-dirty") if commit else None),
+        "uncommitted_changes": dirty,
     }
 
 
-def write_result(name: str, rows: Any) -> Path:
-    """Write `rows` with their environment to results/<name>.json."""
-    path = FOLDER / f"{name}.json"
-    FOLDER.mkdir(exist_ok=True)
-    write_json(path, {"environment": environment(), "rows": rows})
+def write_result(name: str, rows: Any, *, folder: Path = FOLDER, commit: str | None = None, **more: Any) -> Path:
+    """Write `rows` with their environment, and what else belongs to them, to results/<name>.json."""
+    path = folder / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    write_json(path, {"environment": environment(commit), **more, "rows": rows})
     return path
+
+
+def _driver() -> str | None:
+    """The GPU driver's version; torch does not tell it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(said.split()), None)
 
 
 def _processor() -> str:

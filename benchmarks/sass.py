@@ -51,10 +51,11 @@ class GPU:
     clock: float
     copy: float
 
-    def share_of_copy(self, instructions: float, size: float) -> float:
-        """The share of the copy bandwidth that remains when every instruction takes an issue slot; at most 1."""
-        arithmetic = self.processors * self.lanes * self.clock / instructions
-        return min(1.0, arithmetic / (self.copy / size))
+    def issue_slots(self, instructions: float, size: float) -> float:
+        """The share of the issue slots that `instructions` an element take where `size` bytes an element move at the
+        pace of a copy; above 1 arithmetic sets the pace, and the copy's pace divided by this number is reached.
+        """
+        return instructions * (self.copy / size) / (self.processors * self.lanes * self.clock)
 
 
 GPUS = {
@@ -89,8 +90,8 @@ def measure(specialisation: Specialisation, target: str, kernel: Any = None) -> 
         "bytes_per_element": size,
         **counts,
         **code.resources,
-        "share_of_copy": {
-            name: round(gpu.share_of_copy(per_element, size), 3) for name, gpu in GPUS.items() if gpu.target == target
+        "issue_slots": {
+            name: round(gpu.issue_slots(per_element, size), 3) for name, gpu in GPUS.items() if gpu.target == target
         },
     }
 
@@ -107,34 +108,39 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def bound(slots: float) -> str:
+    """What sets the pace, for the page: see `GPU.issue_slots`."""
+    return f"memory ({slots:.0%})" if slots <= 1 else f"arithmetic: {1 / slots:.0%}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The page's table: a line a specialisation, sm_90 in full, the other targets in instructions an element."""
+    """The page's table: a line a specialisation."""
     by_name: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["name"], {})[row["target"]] = row
     others = [target for target in TARGETS if target != "sm_90"]
-    head = ["specialisation", "instructions / element", "budget", "registers", "shared", "accesses", "bytes / element"]
-    head += [name for name, gpu in GPUS.items() if gpu.target == "sm_90"] + others
+    head = ["specialisation", "instructions / element", "budget", " / ".join(others), "registers", "shared", "accesses"]
+    head += ["bytes / element", *GPUS]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, targets in by_name.items():
         row = targets["sm_90"]
-        accesses = ", ".join(f"{count} {kind}" for kind, count in row["accesses"].items())
-        cells = [name, f"{row['instructions_per_element']:.1f}", f"{row['budget']:g}", row["registers"]]
-        cells += [row["shared_accesses"], accesses, f"{row['bytes_per_element']:g}"]
-        cells += [f"{share:.0%}" for share in row["share_of_copy"].values()]
-        cells += [
-            f"{targets[target]['instructions_per_element']:.1f}" if target in targets else "" for target in others
-        ]
+        slots = {gpu: share for each in targets.values() for gpu, share in each["issue_slots"].items()}
+        cells = [name, f"{row['instructions_per_element']:.1f}", f"{row['budget']:g}"]
+        cells += [" / ".join(f"{targets[target]['instructions_per_element']:.0f}" for target in others)]
+        cells += [row["registers"], row["shared_accesses"]]
+        cells += [", ".join(f"{count} {kind}" for kind, count in row["accesses"].items())]
+        cells += [f"{row['bytes_per_element']:g}", *(bound(slots[gpu]) for gpu in GPUS)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-def write_page(rows: list[dict[str, Any]]) -> None:
-    """Put the table in docs/kernels.md."""
-    head, rest = PAGE.read_text(encoding="utf-8").split("<!-- table sass -->\n")
+def write_page(name: str, content: str) -> None:
+    """Put `content` between the marks of table `name` in docs/kernels.md."""
+    mark = f"<!-- table {name} -->\n"
+    head, rest = PAGE.read_text(encoding="utf-8").split(mark)
     _, tail = rest.split("<!-- end -->", 1)
     with whole_file(PAGE) as part:
-        part.write_text(f"{head}<!-- table sass -->\n{table(rows)}\n<!-- end -->{tail}", encoding="utf-8")
+        part.write_text(f"{head}{mark}{content}\n<!-- end -->{tail}", encoding="utf-8")
 
 
 def _measure(job: tuple[str, str]) -> dict[str, Any]:
@@ -167,7 +173,7 @@ def main() -> None:
                 flush=True,
             )
     write_result("sass", rows)
-    write_page(rows)
+    write_page("sass", table(rows))
     found = complaints(rows)
     print("\n".join(found) or f"{len(rows)} kernels within their budgets: {FOLDER / 'sass.json'}")
     sys.exit(bool(found))

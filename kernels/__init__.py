@@ -7,6 +7,7 @@ the kernel and its launch, and is imported only when a kernel runs. Nothing here
 from ddpm_fast.kernels.normal import normal
 from ddpm_fast.kernels.q_sample import q_sample, q_step
 from ddpm_fast.kernels.step import step
+from ddpm_fast.kernels.threshold import threshold_bound
 from ddpm_fast.kernels.to_uint8 import to_uint8
 
-__all__ = ["normal", "q_sample", "q_step", "step", "to_uint8"]
+__all__ = ["normal", "q_sample", "q_step", "step", "threshold_bound", "to_uint8"]

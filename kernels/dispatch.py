@@ -56,7 +56,7 @@ def ptx() -> bool:
 
 
 def warps() -> int:
-    """Warps of 64 threads, four elements a thread in a block of 256: AMD's data centre GPUs have warps of 64."""
+    """Warps in 64 threads: AMD's data centre GPUs have warps of 64."""
     return 2 if torch.version.hip is None else 1
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -49,3 +50,13 @@ def layout_of(tensor: Tensor) -> Layout | None:
             return None
         pixels *= size
     return Layout(strides[0], strides[1], pixel_stride, shape[1], pixels)
+
+
+def with_layout(tensor: Tensor) -> tuple[Tensor, Layout]:
+    """`tensor`, or a contiguous copy where it has no layout, and the layout."""
+    layout = layout_of(tensor)
+    if layout is None:
+        tensor = tensor.contiguous(memory_format=torch.contiguous_format)
+        layout = layout_of(tensor)
+        assert layout is not None
+    return tensor, layout

@@ -57,7 +57,10 @@ class Specialisation:
 
     def elements_per_thread(self) -> float:
         """Elements that a thread works on; of a loop over the sample, in one turn."""
-        return self._module().ELEMENTS / (self.options().get("num_warps", 4) * 32)
+        from ddpm_fast.kernels import tile_triton
+
+        elements = tile_triton.ELEMENTS if self.op in ("step", "q_sample", "normal") else self._module().BLOCK
+        return elements / (self.options()["num_warps"] * 32)
 
     def bytes_per_element(self) -> float:
         """Bytes that must move between memory and processor for each element of the sample."""
@@ -71,7 +74,7 @@ class Specialisation:
 
     def on(self, backend: str, warp_size: int) -> "Specialisation":
         """The launch on another backend: portable arithmetic, and as many threads."""
-        warps = self.options().get("num_warps", 4) * 32 // warp_size
+        warps = self.options()["num_warps"] * 32 // warp_size
         changes: dict[str, Any] = {"num_warps": warps}
         if "PTX" in self.arguments:
             changes["PTX"] = backend == "cuda"
@@ -194,7 +197,7 @@ SMALL = {"pixels": 64, "n": 192, "q": 48, "output_batch": 192, "input_batch": 19
 
 # What the engine launches for a noise-predicting DDPM: float32 network, and bfloat16 network.
 ENGINE = _step("step-engine", 33, **PHILOX, **CLIP, **NEXT)
-MAIN = _with(ENGINE, "step-engine-bf16", 34, **HALF)
+MAIN = _with(ENGINE, "step-engine-bf16", 33, **HALF)
 # The step by itself
 STEP = _step("step-bf16-clip-philox", 32, **PHILOX, **CLIP, output_ptr="*bf16")
 
@@ -221,7 +224,7 @@ _TO_UINT8 = Specialisation(
     "to_uint8",
     {
         "x_ptr": "*fp32", "bytes_ptr": "*u8", "batch": 64, "size": 3072, "batch_stride": 3072, "channel_stride": 1024,
-        "pixel_stride": 1, "CHANNELS": 3, "ROUND": True, "enable_fp_fusion": False,
+        "pixel_stride": 1, "CHANNELS": 3, "ROUND": True, "num_warps": 4, "enable_fp_fusion": False,
     },
     23,
 )  # fmt: skip
@@ -240,58 +243,58 @@ _THRESHOLD = Specialisation(
 )  # fmt: skip
 
 SPECIALISATIONS = (
-    _step("step", 12),
+    _step("step", 11),
     _step("step-philox", 29, **PHILOX),
-    _step("step-tensor-noise", 13, **TENSOR),
+    _step("step-tensor-noise", 14, **TENSOR),
     _step("step-clip", 14, **CLIP),
     _step("step-bound", 17, **BOUND),
     _step("step-use-output", 13, USE_OUTPUT=True),
     _step("step-learned", 34, **PHILOX, **LEARNED),
     _step("step-guided", 15, **GUIDED),
     _step("step-guided-unconditional-first", 15, **GUIDED | {"GUIDED": "unconditional"}),
-    _step("step-inpaint", 50, **PHILOX, **KNOWN),
-    _step("step-x0", 12, **ORIGIN),
+    _step("step-inpaint", 49, **PHILOX, **KNOWN),
+    _step("step-x0", 11, **ORIGIN),
     _step("step-output-bf16", 12, output_ptr="*bf16"),
     _step("step-output-fp16", 12, output_ptr="*fp16"),
     _step("step-input-bf16", 13, **INPUT | {"input_ptr": "*bf16"}),
     _step("step-input-scaled", 14, **INPUT | {"input_ptr": "*bf16", "SCALE_INPUT": True}),
     _step("step-timestep", 12, **TIMESTEP),
     _step("step-output-channels-last", 25, **CHANNELS_LAST_OUTPUT, output_ptr="*bf16"),
-    _step("step-input-channels-last", 36, **INPUT | CHANNELS_LAST_INPUT | {"input_ptr": "*bf16"}),
+    _step("step-input-channels-last", 39, **INPUT | CHANNELS_LAST_INPUT | {"input_ptr": "*bf16"}),
     STEP,
     _with(STEP, "step-bf16-clip-philox-input", 33, **INPUT | {"input_ptr": "*bf16"}),
     _with(STEP, "step-bf16-clip-philox-guided", 36, **GUIDED),
     _with(STEP, "step-bf16-clip-philox-learned", 38, **LEARNED),
     ENGINE,
     MAIN,
-    _with(MAIN, "step-engine-fp16", 34, output_ptr="*fp16", input_ptr="*fp16"),
-    _with(MAIN, "step-engine-second-step", 34, offset=1),
-    _with(MAIN, "step-engine-batch-1", 34, batch=1),
-    _with(MAIN, "step-engine-one-row", 34, steps=1),
+    _with(MAIN, "step-engine-fp16", 33, output_ptr="*fp16", input_ptr="*fp16"),
+    _with(MAIN, "step-engine-second-step", 33, offset=1),
+    _with(MAIN, "step-engine-batch-1", 33, batch=1),
+    _with(MAIN, "step-engine-one-row", 33, steps=1),
     _with(MAIN, "step-engine-odd-size", 44, n=2, q=16, output_batch=2, input_batch=2),  # two moons
     _with(MAIN, "step-engine-channels-last", 65, **CHANNELS_LAST_OUTPUT | CHANNELS_LAST_INPUT),
     _with(  # few pixels a channel: 8 × 8
         MAIN, "step-engine-channels-last-small", 80, **CHANNELS_LAST_OUTPUT | CHANNELS_LAST_INPUT | SMALL
     ),
     _with(MAIN, "step-engine-guided", 39, **GUIDED),
-    _with(MAIN, "step-engine-learned", 40, **LEARNED),
+    _with(MAIN, "step-engine-learned", 39, **LEARNED),
     _with(MAIN, "step-engine-learned-guided", 46, **LEARNED, **GUIDED),
     _with(MAIN, "step-engine-thresholding-x0", 38, **BOUND | {"clip": 0.0}, **ORIGIN),
-    _with(MAIN, "step-engine-inpaint", 55, **KNOWN),
-    _with(MAIN, "step-engine-inpaint-bool", 58, **KNOWN | {"mask_ptr": "*u1"}),
-    _with(MAIN, "step-engine-latents", 32, clip=0.0, CLIP="none"),
-    _with(MAIN, "step-engine-ddim-eta", 35, USE_OUTPUT=True),
+    _with(MAIN, "step-engine-inpaint", 56, **KNOWN),
+    _with(MAIN, "step-engine-inpaint-bool", 59, **KNOWN | {"mask_ptr": "*u1"}),
+    _with(MAIN, "step-engine-latents", 31, clip=0.0, CLIP="none"),
+    _with(MAIN, "step-engine-ddim-eta", 34, USE_OUTPUT=True),
     _with(MAIN, "step-engine-dit", 37, **GUIDED, output_batch=6144, clip=0.0, CLIP="none"),  # variance left unread
     _with(MAIN, "step-engine-x0", 34, **ORIGIN),
-    _with(MAIN, "step-engine-multiple-of-16", 34, n=1200, q=304, output_batch=1200, input_batch=1200),
-    _with(MAIN, "step-engine-huge", 35, n=HUGE, q=HUGE // 4, output_batch=HUGE, input_batch=HUGE),
-    _step("step-scheduler", 15, **TENSOR, **CLIP),  # a generator's noise, x' alone: diffusers' DDPMScheduler.step
+    _with(MAIN, "step-engine-multiple-of-16", 33, n=1200, q=304, output_batch=1200, input_batch=1200),
+    _with(MAIN, "step-engine-huge", 34, n=HUGE, q=HUGE // 4, output_batch=HUGE, input_batch=HUGE),
+    _step("step-scheduler", 16, **TENSOR, **CLIP),  # a generator's noise, x' alone: diffusers' DDPMScheduler.step
     _step("step-scheduler-x0", 16, **TENSOR, **CLIP, **ORIGIN),
-    _step("step-scheduler-learned", 22, **TENSOR, **CLIP, **ORIGIN, **LEARNED),  # guided-diffusion's p_sample
-    _step("step-scheduler-ddim", 15, **CLIP, USE_OUTPUT=True),
+    _step("step-scheduler-learned", 21, **TENSOR, **CLIP, **ORIGIN, **LEARNED),  # guided-diffusion's p_sample
+    _step("step-scheduler-ddim", 14, **CLIP, USE_OUTPUT=True),
     _with(ENGINE, "step-engine-generator", 17, seeds_ptr=None, **TENSOR),
-    _with(ENGINE, "step-engine-ddim", 16, seeds_ptr=None, NOISE="none", USE_OUTPUT=True),
-    _with(ENGINE, "step-engine-guided-batch-1", 37, batch=1, **GUIDED),
+    _with(ENGINE, "step-engine-ddim", 17, seeds_ptr=None, NOISE="none", USE_OUTPUT=True),
+    _with(ENGINE, "step-engine-guided-batch-1", 38, batch=1, **GUIDED),
     _Q_SAMPLE,
     _with(_Q_SAMPLE, "q_sample-tensor", 12, seeds_ptr=None, z_ptr="*fp32", STREAM=None),
     _with(_Q_SAMPLE, "q_sample-int32", 27, t_ptr="*i32"),

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.kernels.dispatch import ptx, warps
-from ddpm_fast.kernels.layout import layout_of
+from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.philox import Stream, quarter
 from ddpm_fast.kernels.philox_triton import polar4, tie
 from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, load4, sample_index
@@ -246,11 +246,8 @@ def step_triton(
     """Launch `step_kernel`; the contract is `kernels.step.step`."""
     batch, channels = x.shape[:2]
     n = x[0].numel()
-    source = layout_of(output)
-    if source is None:  # a crop, say: its pixels lie at no one stride
-        output = output.contiguous()
-        source = layout_of(output)
-    target = None if model_input is None else layout_of(model_input)
+    output, source = with_layout(output)
+    target = None if model_input is None else with_layout(model_input)[1]
     noise = "tensor" if z is not None else "philox" if seeds is not None else "none"
     limit = "bound" if bound is not None else "fixed" if clip is not None else "none"
     order = "none" if guidance is None else "conditional" if conditional_first else "unconditional"
@@ -264,7 +261,7 @@ def step_triton(
         *((source.channel, source.pixel) if strided_output else (None, None)),
         channels * source.channel if learned else None,
         target.batch if target else None,
-        *((target.channel, target.pixel) if strided_input else (None, None)),
+        *((target.channel, target.pixel) if target and strided_input else (None, None)),
         NOISE=noise, CLIP=limit, USE_OUTPUT=use_output, LEARNED=learned, GUIDED=order,
         INPAINT_KNOWN=known is not None, WRITE_X0=x0_new is not None, WRITE_INPUT=model_input is not None,
         SCALE_INPUT=scale_input, WRITE_TIMESTEP=timestep is not None,

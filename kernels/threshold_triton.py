@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm_fast.kernels.dispatch import ptx
-from ddpm_fast.kernels.layout import layout_of
+from ddpm_fast.kernels.dispatch import ptx, warps
+from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.step_triton import COLUMNS, place, to_float32
 
-BLOCK, WARPS = 2048, 8
-ELEMENTS = BLOCK  # a program takes all of a sample, this many at a time
+BLOCK = 2048  # a program takes all of a sample, this many at a time
 INFINITY = tl.constexpr(0x7F800000)  # the bits of infinity: those of NaN are greater
 NONE = tl.constexpr(0x7FFFFFFF)
 
@@ -115,16 +114,14 @@ def threshold_triton(
     bound: Tensor,
 ) -> Tensor:
     """Launch `threshold_kernel`; the contract is `kernels.threshold.threshold_bound`."""
-    layout = layout_of(output)
-    if layout is None:  # a crop, say: its pixels lie at no one stride
-        output = output.contiguous()
-        layout = layout_of(output)
+    output, layout = with_layout(output)
     strided = not layout.row_major
     threshold_kernel[(len(x),)](
         x, output, coefficients, base, guidance, bound,
         offset, len(coefficients), x[0].numel(), below, weight, max_value,
         *((layout.pixels, layout.batch, layout.channel, layout.pixel) if strided else (None, layout.batch, None, None)),
         GUIDED="none" if guidance is None else "conditional" if conditional_first else "unconditional",
-        STRIDED_OUTPUT=strided, ONE_WRAP=strided and layout.pixels >= BLOCK, PTX=ptx(), BLOCK=BLOCK, num_warps=WARPS,
+        STRIDED_OUTPUT=strided, ONE_WRAP=strided and layout.pixels >= BLOCK,
+        PTX=ptx(), BLOCK=BLOCK, num_warps=4 * warps(),
     )  # fmt: skip
     return bound

@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm_fast.kernels.layout import layout_of
+from ddpm_fast.kernels.dispatch import warps
+from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.tile_triton import ROWS, sample_index
 
-BLOCK = ELEMENTS = 1024  # bytes a program
+BLOCK = 1024  # bytes a program
 HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 2^23: adding it leaves no bits for a fraction, so the sum rounds to even
 
 
@@ -41,15 +42,12 @@ def to_uint8_kernel(
 def to_uint8_triton(x: Tensor, *, rounding: str = "round") -> Tensor:
     """Launch `to_uint8_kernel`; the contract is `kernels.to_uint8.to_uint8`."""
     batch, channels, height, width = x.shape
-    layout = layout_of(x)
-    if layout is None:  # a crop: its pixels lie at no one stride
-        x = x.contiguous()
-        layout = layout_of(x)
+    x, layout = with_layout(x)
     result = torch.empty(batch, height, width, channels, dtype=torch.uint8, device=x.device)
     size = channels * height * width
     to_uint8_kernel[(triton.cdiv(size, BLOCK), min(batch, ROWS.value), triton.cdiv(batch, ROWS.value))](
         x, result, batch, size, layout.batch, layout.channel, layout.pixel,
-        CHANNELS=channels, ROUND=rounding == "round", BLOCK=BLOCK,
+        CHANNELS=channels, ROUND=rounding == "round", BLOCK=BLOCK, num_warps=2 * warps(),
         enable_fp_fusion=False,  # fused, value * 255 + HALF_EVEN rounds once: another byte at some halves
     )  # fmt: skip
     return result

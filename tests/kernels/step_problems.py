@@ -202,11 +202,16 @@ def device_of(backend, kernel_device):
 
 
 def launch(
-    p, backend, kernel_device, *, in_place=False, input_dtype=None, channels_last=False, timestep=None, **changes
-):
-    """Step with every output in a guarded buffer; returns x', x0 and model_input, timestep (float64 numpy)."""
+    p, backend, kernel_device, *, in_place=False, input_dtype=None, channels_last=False, timestep=None, layout=None,
+    **changes,
+):  # fmt: skip
+    """Step with every output in a guarded buffer; returns x', x0, model_input and timestep.
+
+    `layout` lays the network's output out anew.
+    """
     device = device_of(backend, kernel_device)
-    (x, *rest), keywords = p.arguments(device)
+    (x, output, *rest), keywords = p.arguments(device)
+    output = output if layout is None else layout(output)
     halves = 2 if "guidance" in p.arrays else 1
     new, x0 = Guarded(x.shape, device=device), Guarded(x.shape, device=device)
     following = Guarded((halves * len(x),), torch.int64, device)
@@ -222,6 +227,7 @@ def launch(
         model_input = buffers[-1].tensor
     result = step(
         x,
+        output,
         *rest,
         **keywords | changes,
         x_new=new.tensor,

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_problems import BACKENDS, OPTIONS, STEPS, Problem, assert_near, device_of, judge, launch, make, rounded
+from step_problems import BACKENDS, OPTIONS, STEPS, assert_near, device_of, judge, launch, make, rounded
 
+from ddpm_fast.kernels import tile_triton
 from ddpm_fast.kernels.step import COLUMNS, step, step_torch
 
 SHAPES = [
@@ -14,6 +16,14 @@ SHAPES = [
     (2, 2, 40), (2, 2, 3, 4, 5), (1, 3, 32, 32),
 ]  # fmt: skip
 FEW_SHAPES = [(3, 5), (2, 3, 4, 5), (2, 3, 33, 7)]
+
+LAYOUTS = {
+    "channels last": lambda output: output.movedim(1, -1).contiguous().movedim(-1, 1),
+    "slice of the channels": lambda output: torch.cat([output, output.flip(1)], 1)[:, : output.shape[1]],
+    "every second element": lambda output: torch.stack([output, output + 1], -1)[..., 0],
+    "batch innermost": lambda output: output.movedim(0, -1).contiguous().movedim(-1, 0),
+    "rows apart, at no one stride": lambda output: torch.cat([output, output + 1], -1)[..., : output.shape[-1]],
+}
 
 
 class TestAgainstFloat64:
@@ -88,30 +98,63 @@ class TestAgainstFloat64:
         assert not x0.any()
 
     @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
     @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 2, 24, 17)], ids=str)
     @pytest.mark.parametrize("options", ["learned guided", "bfloat16 output"])
-    def test_output_of_any_layout(self, options, shape, backend, kernel_device, monkeypatch):
+    def test_output_of_any_layout(self, options, shape, layout, backend, kernel_device):
         """A network that answers in channels_last, or with a part of something larger."""
         p = make(shape, **OPTIONS[options])
         plain, x0, _, _ = launch(p, backend, kernel_device)
-        arguments = Problem.arguments
-        for layout in (
-            lambda output: output.contiguous(memory_format=torch.channels_last),
-            lambda output: torch.cat([output, output.flip(1)], 1)[:, : output.shape[1]],  # a slice of the channels
-            lambda output: torch.stack([output, output + 1], -1)[..., 0],  # every second element
-            lambda output: output.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),  # the batch innermost
-            lambda output: torch.nn.functional.pad(output, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],  # a crop: no one stride
-        ):
+        assert not layout(p.arguments()[0][1]).is_contiguous()
+        result, origin, _, _ = launch(p, backend, kernel_device, layout=layout)
+        assert torch.equal(result, plain)
+        assert torch.equal(origin, x0)
 
-            def strided(self, *args, layout=layout, **kwargs):
-                (x, output, *rest), keywords = arguments(self, *args, **kwargs)
-                assert not layout(output).is_contiguous()
-                return (x, layout(output), *rest), keywords
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_strides_of_more_than_31_bits(self, backend, kernel_device):
+        """The second sample lies 2^31 + 64 elements after the first, in the network's output and in its next input."""
+        far = 2**31 + 64
+        p = make((2, 3, 4, 4), noise="philox", output_dtype=torch.float16)
+        expected, _, expected_input, _ = launch(p, backend, kernel_device, input_dtype=torch.float16)
+        device = device_of(backend, kernel_device)
+        (x, output, *rest), keywords = p.arguments(device)
+        spread = [  # memory that nobody touches is not taken
+            torch.empty(far + 48, dtype=torch.float16, device=device).as_strided((2, 3, 4, 4), (far, 16, 4, 1))
+            for _ in range(2)
+        ]
+        spread[0].copy_(output)
+        result = step(x, spread[0], *rest, **keywords, model_input=spread[1], backend=backend)
+        assert torch.equal(result, expected)
+        assert torch.equal(spread[1], expected_input)
 
-            monkeypatch.setattr(Problem, "arguments", strided)
-            result, origin, _, _ = launch(p, backend, kernel_device)
-            assert torch.equal(result, plain)
-            assert torch.equal(origin, x0)
+    def test_more_samples_than_a_grid_has_rows(self, kernel_device, monkeypatch):
+        """65,535 samples fill the second dimension of a grid; here 3 do. For compiled kernels see below."""
+        if torch.cuda.is_available():
+            pytest.skip("only the interpreter reads the number anew")
+        p = make((7, 2, 9), noise="philox")
+        expected, _, _, _ = launch(p, "triton", kernel_device)
+        monkeypatch.setattr(tile_triton, "ROWS", tl.constexpr(3))
+        assert tile_triton.grid(7, 18) == (1, 3, 3)
+        result, _, _, _ = launch(p, "triton", kernel_device)
+        assert torch.equal(result, expected)
+
+    @pytest.mark.gpu
+    def test_more_than_2_to_the_31_elements(self):
+        """Ten times the rows of a grid, and 8 GB of state: the last sample is what it is by itself."""
+        batch = 2**31 // 3072 + 2
+        if torch.cuda.mem_get_info()[0] < 20e9:
+            pytest.skip("needs 20 GB of memory on the GPU")
+        p = make((1, 3, 1024), noise="philox", limit="clip", output_dtype=torch.bfloat16)
+        (x, output, coefficients, ids, base, offset), keywords = p.arguments("cuda")
+        alone = step(x, output, coefficients, ids, base, offset, **keywords)
+        state = torch.zeros(batch, 3, 1024, device="cuda")
+        outputs = torch.zeros(batch, 3, 1024, dtype=torch.bfloat16, device="cuda")
+        state[-1], outputs[-1] = x[0], output[0]
+        seeds = keywords["seeds"].expand(batch)
+        step(state, outputs, coefficients, ids, base.expand(batch), offset, **keywords | {"seeds": seeds}, x_new=state)
+        assert state.numel() > 2**31
+        assert torch.equal(state[-1], alone[0])
+        assert torch.equal(state[0], state[batch // 2])  # the same seed, the same zeros
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_strided_vectors(self, backend, kernel_device):
@@ -268,6 +311,7 @@ def test_triton_is_the_twin(kernel_device, data):
     p = make(shape, **{name: data.draw(strategy, name) for name, strategy in choose.items()})
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]), "model_input")
     options = {name: data.draw(st.booleans(), name) for name in ("in_place", "channels_last", "scale_input")}
+    options["layout"] = data.draw(st.sampled_from([None, *LAYOUTS.values()]), "layout")
     results = [launch(p, backend, kernel_device, input_dtype=dtype, **options) for backend in BACKENDS]
     _, _, new_bound, origin_bound = judge(p)
     (new, x0, _, timestep), (new_triton, x0_triton, _, timestep_triton) = results
