@@ -172,13 +172,13 @@ class TestOneStep:
         assert np.all(abs(x_t - expected) <= bound + 1e-7 * deviation * abs(z))
 
     def test_all_steps_have_the_law_of_the_closed_form(self, backend, kernel_device):
-        """x_t of 40 single steps: mean sqrt(alpha_bar) x_0, variance 1 - alpha_bar; noise of its own."""
+        """x_t of 12 single steps: mean sqrt(alpha_bar) x_0, variance 1 - alpha_bar; noise of its own."""
         device = device_of(backend, kernel_device)
-        alphas = torch.linspace(0.999, 0.9, 40, dtype=torch.float64, device=device)
-        seeds, n = torch.arange(4, device=device), 5000
+        alphas = torch.linspace(0.99, 0.7, 12, dtype=torch.float64, device=device)
+        seeds, n = torch.arange(4, device=device), 2000
         x = torch.full((4, n), 2.0, device=device)
-        at_once = q_sample(x, torch.full_like(seeds, 39), alphas.cumprod(0), seeds=seeds, backend=backend)
-        for t in range(40):
+        at_once = q_sample(x, torch.full_like(seeds, 11), alphas.cumprod(0), seeds=seeds, backend=backend)
+        for t in range(12):
             x = q_step(x, torch.full_like(seeds, t), alphas, seeds=seeds, x_t=x, backend=backend)
         alpha_bar = alphas.prod().item()
         for x_t in (x, at_once):
