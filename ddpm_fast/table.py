@@ -38,6 +38,7 @@ class StepTable:
         known_scale, known_sigma: sqrt(alpha_bar_s) and sqrt(1 - alpha_bar_s), which noise a known image to where the
             step goes.
         input_scale: what the network's input is multiplied by; 1 in all samplers here.
+        draws: bool: whether a plain loop draws noise at the step, used or not; where torch generators are followed.
         learned: whether the second half of the output's channels sets the variance.
         doubled: whether the network's output has twice the channels of x.
     """
@@ -55,6 +56,7 @@ class StepTable:
     known_scale: Array
     known_sigma: Array
     input_scale: Array
+    draws: Array
     learned: bool
     doubled: bool
 
@@ -89,6 +91,7 @@ def build_table(config: SamplerConfig) -> StepTable:
     quiet = np.arange(len(t)) == len(t) - 1
     if config.noise_free == "t_zero":
         quiet = t == 0
+    sigma = np.where(quiet, 0.0, config.temperature * sigma)
     return StepTable(
         timestep=t,
         noise_id=t,
@@ -97,12 +100,13 @@ def build_table(config: SamplerConfig) -> StepTable:
         c_x0=c_x0,
         c_x=c_x,
         c_out=c_out,
-        sigma=np.where(quiet, 0.0, config.temperature * sigma),
+        sigma=sigma,
         log_min=log_min,
         log_max=log_max,
         known_scale=np.sqrt(alpha_bar_s),
         known_sigma=np.sqrt(1 - alpha_bar_s),
         input_scale=np.ones_like(alpha_bar),
+        draws=sigma != 0,
         learned=learned,
         doubled=config.variance_type in ("learned", "learned_range"),
     )

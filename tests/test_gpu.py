@@ -140,7 +140,7 @@ def test_the_embedded_model_draws_the_same_moons_on_both_devices():
 def test_nothing_waits_for_the_device_between_the_first_and_the_last_replay(monkeypatch):
     sampler = Sampler(on_gpu(), SHAPE, num_inference_steps=50, execution="graph")
     sampler(seeds=0)
-    (graph,) = sampler._graphs.values()
+    (graph,) = sampler.loop._graphs.values()
     replay, calls = graph.replay, []
 
     def watched():

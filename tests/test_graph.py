@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import Wavy
 
-import ddpm_fast.engine
+import ddpm_fast.loop
 from ddpm_fast.graph import WARMUPS, CaptureError, _first_reason
 from ddpm_fast.sample import Sampler, sample
 
@@ -37,8 +37,8 @@ class Refused:
 
 @pytest.fixture
 def recording(monkeypatch):
-    monkeypatch.setattr(ddpm_fast.engine, "can_capture", lambda device: True)
-    monkeypatch.setattr(ddpm_fast.engine, "StepGraph", Replayed)
+    monkeypatch.setattr(ddpm_fast.loop, "can_capture", lambda device: True)
+    monkeypatch.setattr(ddpm_fast.loop, "StepGraph", Replayed)
     Replayed.made = Replayed.replays = 0
 
 
@@ -81,7 +81,7 @@ def test_previews_callbacks_and_guidance_replay_one_step_at_a_time(recording, ke
 
 
 def test_a_network_that_cannot_be_captured_runs_eagerly_and_says_so_once(recording, monkeypatch, caplog):
-    monkeypatch.setattr(ddpm_fast.engine, "StepGraph", Refused)
+    monkeypatch.setattr(ddpm_fast.loop, "StepGraph", Refused)
     sampler = Sampler(Wavy(2, 2), SHAPE, num_inference_steps=5)
     with caplog.at_level(logging.WARNING, "ddpm_fast"):
         first, _ = sampler(seeds=1), sampler(seeds=2)
@@ -93,7 +93,7 @@ def test_a_network_that_cannot_be_captured_runs_eagerly_and_says_so_once(recordi
 
 
 def test_demanding_a_graph_makes_that_an_error(recording, monkeypatch):
-    monkeypatch.setattr(ddpm_fast.engine, "StepGraph", Refused)
+    monkeypatch.setattr(ddpm_fast.loop, "StepGraph", Refused)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: operation not permitted"):
         sample(Wavy(2, 2), SHAPE, num_inference_steps=5, seeds=1, execution="graph")
 
@@ -135,7 +135,7 @@ def test_nan_in_a_replayed_walk_names_the_step(recording, monkeypatch):
         return torch.where(t[0] == 40, torch.full_like(x, torch.nan), x)
 
     sampler = Sampler(model, SHAPE, timesteps=range(90, -1, -10))
-    monkeypatch.setattr(sampler, "_look_at_every_step", False)
+    monkeypatch.setattr(sampler.loop, "_look_at_every_step", False)
     for source in ({"seeds": 1}, {"generator": torch.Generator().manual_seed(0)}):
         with pytest.raises(FloatingPointError, match=r"step 5 of 10 \(timestep 40\)"):
             sampler(**source)

@@ -1,0 +1,274 @@
+"""The loop around the network: buffers, table and graph built once, then walked many times."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_fast.config import SamplerConfig
+from ddpm_fast.graph import CaptureError, StepGraph, can_capture
+from ddpm_fast.kernels.dispatch import choose_backend, on_device
+from ddpm_fast.kernels.step import implementation
+from ddpm_fast.kernels.threshold import threshold_bound
+from ddpm_fast.network import Network
+from ddpm_fast.noise import Noise
+from ddpm_fast.progress import Progress
+from ddpm_fast.table import StepTable
+from ddpm_fast.validate import one_of, whole
+
+logger = logging.getLogger("ddpm_fast")
+
+EXECUTIONS = ("auto", "graph", "eager")
+
+Correction = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What becomes of the origin estimate.
+
+    Attributes:
+        limit: largest |x0|, or None.
+        ratio: of dynamic thresholding, instead: the quantile of |x0| that becomes the bound, or None; with
+        max_value: the largest bound.
+    """
+
+    limit: float | None = None
+    ratio: float | None = None
+    max_value: float = 1.0
+
+    @classmethod
+    def of(cls, config: SamplerConfig) -> "Clipping":
+        """What the options say."""
+        if config.thresholding:
+            return cls(ratio=config.dynamic_thresholding_ratio, max_value=config.sample_max_value)
+        return cls(limit=config.clip_sample_range if config.clip_sample else None)
+
+
+class Loop:
+    """Walks a table with a network, from any noise.
+
+    Args:
+        network: on its own fixed buffers.
+        table: the rows to walk.
+        clipping: of the origin estimate.
+        guidance: float32 [B], where the network is guided.
+        correction: called as correction(step, x, output) before every step; what it returns is added to x after it.
+            Such a walk is never recorded.
+        keep_x0: always write the origin estimate to `x0`.
+        execution, steps_per_replay, backend: those of `Sampler`.
+
+    Attributes:
+        x: the state, float32 [B, C, ...]; a buffer, to be copied.
+        x0: the origin estimate of the last step, where it is written; zeros before the first.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        table: StepTable,
+        clipping: Clipping,
+        *,
+        guidance: Tensor | None = None,
+        correction: Correction | None = None,
+        keep_x0: bool = False,
+        execution: str = "auto",
+        steps_per_replay: int = 1,
+        backend: str | None = None,
+    ) -> None:
+        one_of("execution", execution, EXECUTIONS)
+        whole("steps_per_replay", steps_per_replay, 1)
+        self.network = network
+        self.table = table
+        self.clipping = clipping
+        self.device = network.device
+        if execution == "graph" and not can_capture(self.device):
+            raise ValueError(f"execution='graph' needs a CUDA device, got {self.device}")
+        self.execution = "eager" if correction is not None else execution
+        self.steps_per_replay = steps_per_replay
+        self.correction = correction
+        self.keep_x0 = keep_x0
+
+        batch, *sizes = network.output_shape
+        batch = network.batch
+        self.shape = (batch, network.input.shape[1], *sizes[1:])
+        self.backend = choose_backend(self.device, backend)
+        self._step = implementation(self.backend)  # the buffers are the loop's own: nothing to check
+        self._coefficients = table.coefficients(self.device)
+        self._ids = table.ids(self.device)
+        self._base = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self._seeds = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self._guidance = guidance
+        self.x = torch.zeros(self.shape, device=self.device)
+        self.x0: Tensor | None = torch.zeros_like(self.x) if keep_x0 else None
+        self._z: Tensor | None = None
+        self._use_output = bool(np.any(table.c_out != 0))
+        self._noisy = bool(np.any(table.sigma != 0))
+        # On the CPU looking for NaN costs nothing; on a GPU it would stall the queue, so there one looks at the end.
+        self._look_at_every_step = self.device.type == "cpu"
+        self._graphs: dict[tuple[int, str, bool], StepGraph] = {}
+
+    def steps(
+        self,
+        noise: Noise,
+        x_T: Tensor | None = None,
+        *,
+        previews: bool = False,
+        every_step: bool = False,
+        progress: bool | str | None = None,
+    ) -> Iterator[int]:
+        """Walk; after every replay (with `every_step`, after every step) the number of steps done so far.
+
+        What is asked for in between stands in `x`, and with `previews` in `x0`. To be drawn to the end, or left.
+
+        Raises:
+            FloatingPointError: NaN, or an infinity that no clipping bounds; says at which step.
+            RuntimeError: execution="graph" and the network cannot be captured.
+        """
+        previews = previews or self.keep_x0
+        if previews and self.x0 is None:
+            self.x0 = torch.zeros_like(self.x)
+        with on_device(self.device), torch.no_grad():
+            kind = "none" if not self._noisy else "philox" if noise.in_kernel else "tensor"
+            stride = 1 if every_step or kind == "tensor" else self.steps_per_replay
+            graph = self._graph(stride, kind, previews)
+            stride = stride if graph else 1
+            self._start(noise, x_T)
+        bar = Progress(len(self.table), self.device, progress)
+        finished = False
+        try:
+            for done in range(0, len(self.table), stride):
+                with on_device(self.device), torch.no_grad():
+                    self._advance(done, graph, noise, kind, previews)
+                reached = min(done + stride, len(self.table))
+                bar.advance(reached - done)
+                if reached == len(self.table) and not self._is_finite():
+                    raise FloatingPointError(self._find_not_finite(noise, x_T, kind))
+                yield reached
+            finished = True
+        finally:
+            bar.close(finished)
+
+    def run(self, noise: Noise, x_T: Tensor | None = None, *, progress: bool | str | None = None) -> Tensor:
+        """Walk to the end and return a copy of x: float32 [B, C, ...]."""
+        for _ in self.steps(noise, x_T, progress=progress):
+            pass
+        return self.x.clone()
+
+    def _advance(self, done: int, graph: StepGraph | None, noise: Noise, kind: str, previews: bool) -> None:
+        z = noise.z(done)
+        if graph is None:
+            self._step_eagerly(done, z if kind == "tensor" else None, kind, previews)
+        else:
+            if z is not None and kind == "tensor":
+                self._z.copy_(z, non_blocking=True)  # type: ignore[union-attr]
+            graph.replay()
+        if self._look_at_every_step and not self._is_finite():
+            raise FloatingPointError(self._not_finite_error(done))
+
+    def _start(self, noise: Noise, x_T: Tensor | None) -> None:
+        """Put every buffer where the first step expects it."""
+        self._base.zero_()
+        if noise.in_kernel:
+            self._seeds.copy_(noise.seeds)  # type: ignore[arg-type]
+        start = noise.x_T() if x_T is None else x_T
+        self.x.copy_(start)
+        if self.x0 is not None:
+            self.x0.zero_()
+        self.network.timestep.fill_(int(self.table.timestep[0]))
+        for half in self.network.input.split(self.shape[0]):
+            half.copy_(start)
+
+    def _step_eagerly(self, number: int, z: Tensor | None, kind: str, previews: bool) -> None:
+        if self.backend == "torch":
+            self._iterate(number, 0, z, kind, previews)
+        else:
+            self._iterate(self._base, 0, z, kind, previews, number)
+            self._base.add_(1)
+
+    def _iterate(
+        self, base: Tensor | int, offset: int, z: Tensor | None, kind: str, previews: bool, number: int | None = None
+    ) -> None:
+        """Network and step, on the fixed buffers."""
+        output = self.network()
+        extra = None
+        if self.correction is not None:
+            extra = self.correction(base if isinstance(base, int) else number or 0, self.x, output)
+        clipping, bound = self.clipping, None
+        if clipping.ratio is not None:
+            bound = threshold_bound(
+                self.x, output, self._coefficients, base, offset, ratio=clipping.ratio, max_value=clipping.max_value,
+                guidance=self._guidance, backend=self.backend,
+            )  # fmt: skip
+        self._step(
+            self.x,
+            output,
+            self._coefficients,
+            self._ids,
+            base,
+            offset,
+            seeds=self._seeds if kind == "philox" else None,
+            z=z,
+            clip=clipping.limit if bound is None else None,
+            bound=bound,
+            guidance=self._guidance,
+            learned=self.table.learned,
+            use_output=self._use_output,
+            x_new=self.x,
+            x0_new=self.x0 if previews else None,
+            model_input=self.network.input,
+            timestep=self.network.timestep,
+        )
+        if extra is not None:
+            self.x.add_(extra)
+            for half in self.network.input.split(self.shape[0]):
+                half.copy_(self.x)
+
+    def _graph(self, stride: int, kind: str, previews: bool) -> StepGraph | None:
+        """The graph of `stride` steps, recorded on first use; None where steps run eagerly."""
+        if self.execution == "eager" or not can_capture(self.device):
+            return None
+        if kind == "tensor" and self._z is None:
+            self._z = torch.zeros_like(self.x)
+        key = (stride, kind, previews)
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = StepGraph(lambda: self._body(stride, kind, previews), self.device)
+            except CaptureError as error:
+                if self.execution == "graph":
+                    raise RuntimeError(f"the network cannot be captured in a CUDA graph: {error}") from error
+                logger.warning("the network cannot be captured in a CUDA graph (%s): running eagerly", error)
+                self.execution = "eager"
+                return None
+        return self._graphs[key]
+
+    def _body(self, stride: int, kind: str, previews: bool) -> None:
+        for offset in range(stride):
+            self._iterate(self._base, offset, self._z if kind == "tensor" else None, kind, previews)
+        self._base.add_(stride)
+
+    def _is_finite(self) -> bool:
+        # One sum tells in all but the rarest case: that of finite numbers whose sum is not.
+        return math.isfinite(self.x.sum().item()) or bool(torch.isfinite(self.x).all())
+
+    def _find_not_finite(self, noise: Noise, x_T: Tensor | None, kind: str) -> str:
+        """Walk once more, looking after every step: that is how a GPU run finds out where it went wrong."""
+        noise.restart()
+        with on_device(self.device), torch.no_grad():
+            self._start(noise, x_T)
+            for done in range(len(self.table)):
+                self._step_eagerly(done, noise.z(done), kind, previews=self.keep_x0)
+                if not self._is_finite():
+                    return self._not_finite_error(done)
+        return "the model returned NaN or infinity at some step, but not when the walk was repeated"
+
+    def _not_finite_error(self, number: int) -> str:
+        bad = (~torch.isfinite(self.x).flatten(1).all(1)).nonzero().flatten().tolist()
+        return (
+            f"the model returned NaN or infinity at step {number} of {len(self.table)} "
+            f"(timestep {self.table.timestep[number]}), for sample {', '.join(map(str, bad[:5]))} of the batch"
+        )
