@@ -22,6 +22,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
+@torch.no_grad()
 def step(
     x: Tensor,
     output: Tensor,

@@ -185,6 +185,13 @@ class TestOutputs:
         within, _, _, _ = launch(p, backend, kernel_device, in_place=True)
         assert torch.equal(within, apart)
 
+    def test_gradients_are_not_followed(self, backend, kernel_device):
+        p = make((2, 3, 4, 5), noise="philox")
+        (x, output, *rest), keywords = p.arguments(device_of(backend, kernel_device))
+        result = step(x.requires_grad_(), output, *rest, **keywords, backend=backend)
+        assert not result.requires_grad
+        assert torch.equal(result, launch(p, backend, kernel_device)[0])
+
     def test_makes_its_own_target(self, backend, kernel_device):
         p = make((2, 3, 4, 5), noise="philox")
         positional, keywords = p.arguments(device_of(backend, kernel_device))
