@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv/.peers
 
-.PHONY: sample test test-slow check sass bench bench-step clean
+.PHONY: sample peers test test-slow check sass bench bench-step clean
 
 sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 	$(BIN)/ddpm-fast sample --seeds 0-15 --out samples.png
 
-test: $(READY)  ## every test that needs no GPU; those that do are counted as skipped
+peers: $(PEERS)  ## the libraries whose models can be accelerated; the tests compare with them
+
+test: $(READY) $(PEERS)  ## every test that needs no GPU; those that do are counted as skipped
 	$(BIN)/python -m pytest
 
 test-slow: $(READY)  ## the noise on 10^10 draws and more: minutes
@@ -35,6 +38,12 @@ $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)
+
+# denoising-diffusion-pytorch names packages that sampling does not need and that would replace torch.
+$(PEERS): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt diffusers accelerate ema-pytorch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps denoising-diffusion-pytorch pytorch-fid
+	touch $(PEERS)
 
 clean:  ## remove what was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -14,6 +14,7 @@ from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.loop import Clipping, Loop
 from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise
+from ddpm_fast.progress import Show
 from ddpm_fast.seeding import Seeds, resolve_seeds
 from ddpm_fast.table import build_table
 
@@ -121,7 +122,7 @@ class Sampler:
         output: str = "sample",
         output_steps: Sequence[int] | None = None,
         callback: Callback | None = None,
-        progress: bool | str | None = None,
+        progress: Show = None,
     ) -> Any:
         """Walk from noise to data.
 
@@ -135,7 +136,7 @@ class Sampler:
                 way ("x0") or the states themselves ("trajectory").
             output_steps: step numbers, 0 … steps - 1, after which to keep a frame; default ten, evenly spread.
             callback: called as callback(step, timestep, x) after every step, x a copy of the state.
-            progress: a bar on stderr, with a label if it is a text; None shows it on terminals only.
+            progress: a bar on stderr, with a label if it is a text; None shows it on terminals only; or a tqdm bar.
 
         Returns:
             x_0, float32 [B, C, ...] (or what `decode` made of it); a `SampleResult` unless output is "sample".

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,14 @@ from ddpm_fast.kernels.step import implementation
 from ddpm_fast.kernels.threshold import threshold_bound
 from ddpm_fast.network import Network
 from ddpm_fast.noise import Noise
-from ddpm_fast.progress import Progress
+from ddpm_fast.progress import Progress, Show
 from ddpm_fast.table import StepTable
 from ddpm_fast.validate import one_of, whole
 
 logger = logging.getLogger("ddpm_fast")
 
 EXECUTIONS = ("auto", "graph", "eager")
+LOOK = 16  # steps between two looks for NaN on a CPU
 
 Correction = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -98,8 +100,9 @@ class Loop:
         self.shape = (batch, network.input.shape[1], *sizes[1:])
         self.backend = choose_backend(self.device, backend)
         self._step = implementation(self.backend)  # the buffers are the loop's own: nothing to check
-        self._coefficients = table.coefficients(self.device)
-        self._ids = table.ids(self.device)
+        self._rows: tuple[Any, Any] = table.coefficients(self.device), table.ids(self.device)
+        # For eager PyTorch steps, all samples in one row: numbers cost a third of what tensors do.
+        self._row_lists: tuple[Any, Any] = self._rows[0].tolist(), self._rows[1].tolist()
         self._base = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._guidance = guidance
@@ -108,8 +111,6 @@ class Loop:
         self._z: Tensor | None = None
         self._use_output = bool(np.any(table.c_out != 0))
         self._noisy = bool(np.any(table.sigma != 0))
-        # On the CPU looking for NaN costs nothing; on a GPU it would stall the queue, so there one looks at the end.
-        self._look_at_every_step = self.device.type == "cpu"
         self._graphs: dict[tuple[int, str, bool], StepGraph] = {}
 
     def steps(
@@ -119,7 +120,7 @@ class Loop:
         *,
         previews: bool = False,
         every_step: bool = False,
-        progress: bool | str | None = None,
+        progress: Show = None,
     ) -> Iterator[int]:
         """Walk; after every replay (with `every_step`, after every step) the number of steps done so far.
 
@@ -138,6 +139,8 @@ class Loop:
             graph = self._graph(stride, kind, previews)
             stride = stride if graph else 1
             self._start(noise, x_T)
+        # On a GPU looking for NaN would stall the queue, so there one looks at the end.
+        look = len(self.table) if self.device.type == "cuda" else 1 if every_step else LOOK
         bar = Progress(len(self.table), self.device, progress)
         finished = False
         try:
@@ -146,14 +149,17 @@ class Loop:
                     self._advance(done, graph, noise, kind, previews)
                 reached = min(done + stride, len(self.table))
                 bar.advance(reached - done)
-                if reached == len(self.table) and not self._is_finite():
-                    raise FloatingPointError(self._find_not_finite(noise, x_T, kind))
+                if (reached == len(self.table) or reached % look == 0) and not self._is_finite():
+                    known = look == 1
+                    raise FloatingPointError(
+                        self._not_finite_error(done) if known else self._find_not_finite(noise, x_T, kind)
+                    )
                 yield reached
             finished = True
         finally:
             bar.close(finished)
 
-    def run(self, noise: Noise, x_T: Tensor | None = None, *, progress: bool | str | None = None) -> Tensor:
+    def run(self, noise: Noise, x_T: Tensor | None = None, *, progress: Show = None) -> Tensor:
         """Walk to the end and return a copy of x: float32 [B, C, ...]."""
         for _ in self.steps(noise, x_T, progress=progress):
             pass
@@ -167,8 +173,6 @@ class Loop:
             if z is not None and kind == "tensor":
                 self._z.copy_(z, non_blocking=True)  # type: ignore[union-attr]
             graph.replay()
-        if self._look_at_every_step and not self._is_finite():
-            raise FloatingPointError(self._not_finite_error(done))
 
     def _start(self, noise: Noise, x_T: Tensor | None) -> None:
         """Put every buffer where the first step expects it."""
@@ -195,20 +199,21 @@ class Loop:
     ) -> None:
         """Network and step, on the fixed buffers."""
         output = self.network()
+        coefficients, ids = self._row_lists if isinstance(base, int) else self._rows
         extra = None
         if self.correction is not None:
             extra = self.correction(base if isinstance(base, int) else number or 0, self.x, output)
         clipping, bound = self.clipping, None
         if clipping.ratio is not None:
             bound = threshold_bound(
-                self.x, output, self._coefficients, base, offset, ratio=clipping.ratio, max_value=clipping.max_value,
+                self.x, output, coefficients, base, offset, ratio=clipping.ratio, max_value=clipping.max_value,
                 guidance=self._guidance, backend=self.backend,
             )  # fmt: skip
         self._step(
             self.x,
             output,
-            self._coefficients,
-            self._ids,
+            coefficients,
+            ids,
             base,
             offset,
             seeds=self._seeds if kind == "philox" else None,

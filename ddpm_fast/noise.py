@@ -127,7 +127,7 @@ class GeneratorNoise:
     def restart(self) -> None:
         """Go back to the first draw."""
         if self.generator is None:
-            _global(self.device).set_state(self._states[0])
+            global_generator(self.device).set_state(self._states[0])
         for g, state in zip(self._generators(), self._states, strict=False):
             g.set_state(state)
 
@@ -141,7 +141,7 @@ class GeneratorNoise:
 
     def _get_states(self) -> list[Tensor]:
         if self.generator is None:
-            return [_global(self.device).get_state()]
+            return [global_generator(self.device).get_state()]
         return [g.get_state() for g in self._generators()]
 
     def _generators(self) -> list[torch.Generator]:
@@ -155,12 +155,12 @@ class GeneratorNoise:
             device = self.device if self.generator is None else self.generator.device
             whole = (copies * batch, *sizes)
             z = torch.randn(whole, generator=self.generator, device=device, dtype=self.dtype)
-            return z[:batch].to(self.device, torch.float32)
+            return (z if copies == 1 else z[:batch]).to(self.device, torch.float32)
         rows = [torch.randn((1, *sizes), generator=g, device=g.device, dtype=self.dtype) for g in self.generator]
         return torch.cat([row.to(self.device, torch.float32) for row in rows])
 
 
-def _global(device: torch.device) -> torch.Generator:
+def global_generator(device: torch.device) -> torch.Generator:
     """torch's own generator of the device."""
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]

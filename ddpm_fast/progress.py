@@ -1,9 +1,13 @@
 """A progress bar that never makes the host wait for the device."""
 
 from collections import deque
+from typing import TypeAlias
 
 import torch
+from tqdm import tqdm as std_tqdm
 from tqdm.auto import tqdm
+
+Show: TypeAlias = bool | str | std_tqdm | None  # what `progress` may be
 
 
 class Progress:
@@ -11,13 +15,16 @@ class Progress:
 
     Args:
         total: steps.
-        show: True or a label, False, or None for a bar on terminals only.
+        show: True or a label, False, None for a bar on terminals only, or a tqdm bar to go on with.
         every: on CUDA, steps between two events.
     """
 
-    def __init__(self, total: int, device: torch.device, show: bool | str | None, every: int = 10) -> None:
-        label = show if isinstance(show, str) else None
-        self._bar = tqdm(total=total, unit="step", desc=label, disable=None if show is None else not show)
+    def __init__(self, total: int, device: torch.device, show: Show, every: int = 10) -> None:
+        if isinstance(show, std_tqdm):
+            self._bar = show
+        else:
+            label = show if isinstance(show, str) else None
+            self._bar = tqdm(total=total, unit="step", desc=label, disable=None if show is None else not show)
         self._events: deque[torch.cuda.Event] | None = None
         if device.type == "cuda" and not self._bar.disable:
             self._events = deque()
@@ -41,6 +48,6 @@ class Progress:
 
     def close(self, finished: bool) -> None:
         """End the bar; `finished` says that all steps are done."""
-        if finished:
+        if finished and not self._bar.disable:
             self._bar.update(self._bar.total - self._bar.n)
         self._bar.close()

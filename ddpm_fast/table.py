@@ -9,6 +9,7 @@ so a sampler is six numbers a row. They are computed in float64. Notation: alpha
 belongs to the timestep s that the step goes to, alpha = alpha_bar / alpha_bar_s and beta = 1 - alpha.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,29 @@ class StepTable:
     draws: Array
     learned: bool
     doubled: bool
+
+    @classmethod
+    def of(
+        cls,
+        timestep: Timesteps,
+        columns: Mapping[str, Array],
+        *,
+        draws: Array,
+        learned: bool = False,
+        doubled: bool = False,
+    ) -> "StepTable":
+        """The table with these columns, and with what does nothing in all others.
+
+        Args:
+            timestep: what the network is told; also the noise id.
+            columns: name → [steps].
+            draws, learned, doubled: see above.
+        """
+        zero, one = np.zeros(len(timestep)), np.ones(len(timestep))
+        idle = dict.fromkeys(COLUMNS, zero) | {"log_min": -one, "log_max": one, "input_scale": one}
+        filled = idle | {name: np.asarray(column, np.float64) for name, column in columns.items()}
+        ids = np.asarray(timestep, np.int64)
+        return cls(ids, ids % 2**31, **filled, draws=np.asarray(draws, bool), learned=learned, doubled=doubled)
 
     def __len__(self) -> int:
         return len(self.timestep)

@@ -1,6 +1,7 @@
 """The step from x_t to x_{t-1}: any row of any sampler's table, in one pass over memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,8 +111,8 @@ def step(
 def step_torch(
     x: Tensor,
     output: Tensor,
-    coefficients: Tensor,
-    ids: Tensor,
+    coefficients: Tensor | list[list[float]],
+    ids: Tensor | list[list[int]],
     base: Tensor | int,
     offset: int = 0,
     *,
@@ -134,7 +135,8 @@ def step_torch(
 ) -> Tensor:
     """The PyTorch twin of `step`; computes in the dtype of x, float64 included (coefficients in that dtype too).
 
-    With an int as `base` all samples are in that row, which must be inside the table: a third of the operations.
+    With an int as `base` all samples are in that row, which must be inside the table: a third of the operations, and
+    fewer still where coefficients and ids are lists.
     """
     row = Rows(coefficients, base, offset, x.dim())
     out, variance = split_output(x, output, guidance, conditional_first)
@@ -144,95 +146,127 @@ def step_torch(
         x0 = x0.clamp_(-limit, limit).div_(limit)
     elif clip is not None:
         x0.clamp_(-clip, clip)
-    new = (row.c_x * x).add_(row.c_x0 * x0)
+    new = row.scaled(x, row.c_x, row.target(x_new))
+    row.add(new, row.c_x0, x0)
     if use_output:
-        new.add_(row.c_out * out)
+        row.add(new, row.c_out, out)
     if seeds is not None and z is None:
         z = row.noise(seeds, ids, philox.Stream.STEP, visit, x)
     if z is not None:
-        sigma = row.sigma
         if learned:
             share = variance.add(1).mul_(0.5)
-            deviation = share.mul_(row.log_max - row.log_min).add_(row.log_min).mul_(0.5).exp_().mul_(sigma)
-            sigma = torch.where(sigma == 0, sigma, deviation)  # no noise is no noise, whatever the network says
-        new.add_(sigma * z)
+            deviation = share.mul_(row.log_max - row.log_min).add_(row.log_min).mul_(0.5).exp_().mul_(row.sigma)
+            new.add_(row.where_noisy(deviation).mul_(z))
+        else:
+            row.add(new, row.sigma, z)
     if known is not None and mask is not None and seeds is not None:
-        noised = (row.known_scale * known).add_(
-            row.known_sigma * row.noise(seeds, ids, philox.Stream.INPAINT, visit, x)
-        )
+        noised = row.scaled(known, row.known_scale)
+        row.add(noised, row.known_sigma, row.noise(seeds, ids, philox.Stream.INPAINT, visit, x))
         keep = mask.to(x.dtype)
-        new = noised.mul_(keep).add_(new.mul_(1 - keep))
+        new.mul_(1 - keep).add_(noised.mul_(keep))
 
     row.write(x_new, new)
     if x0_new is not None:
         row.write(x0_new, x0)
     if model_input is not None:
         scaled = row.next_input_scale() * x_new if scale_input else x_new
-        for half in model_input.split(len(x)):
+        for half in halves(model_input, len(x)):
             row.write(half, scaled)
     if timestep is not None:
-        for half in timestep.split(len(x)):
-            row.write_next(half, ids[:, 0])
+        for half in halves(timestep, len(x)):
+            row.write_next(half, ids)
     return x_new
 
 
 class Rows:
     """The rows that the samples are in: a row each, or one (an int) for all.
 
-    The columns are attributes, tensors [B, 1, ...] or [] that broadcast over the samples.
+    The columns are attributes: tensors [B, 1, ...] that broadcast over the samples, or numbers, which cost a third of
+    the operations.
     """
 
-    def __init__(self, coefficients: Tensor, base: Tensor | int, offset: int, dim: int) -> None:
+    def __init__(self, coefficients: Tensor | list[list[float]], base: Tensor | int, offset: int, dim: int) -> None:
+        self.coefficients = coefficients
         self.steps = len(coefficients)
-        self.input_scales = coefficients[:, -1]
         self.active: Tensor | None = None
         self.shape = (-1,) + (1,) * (dim - 1)
+        columns: Any
         if isinstance(base, int):
             self.row: Tensor | int = base + offset
-            chosen = coefficients[self.row]
+            columns = coefficients[self.row]
+            if isinstance(columns, Tensor):
+                columns = columns.tolist()
+        elif isinstance(coefficients, list):
+            raise TypeError("coefficients are a tensor where every sample has a row of its own")
         else:
             row = base.long() + offset
             self.active = (row >= 0) & (row < self.steps)
             self.row = row.clamp(0, self.steps - 1)
-            chosen = coefficients[self.row].T.unflatten(1, self.shape)
+            columns = coefficients[self.row].T.unflatten(1, self.shape).unbind(0)
         (
             self.a, self.b, self.c_x0, self.c_x, self.c_out, self.sigma, self.log_min, self.log_max,
             self.known_scale, self.known_sigma, _,
-        ) = chosen.unbind(0)  # fmt: skip
+        ) = columns  # fmt: skip
 
     def origin(self, x: Tensor, out: Tensor) -> Tensor:
         """The origin estimate before it is clipped."""
-        return (self.a * x).add_(self.b * out)
+        return self.add(self.scaled(x, self.a), self.b, out)
+
+    def scaled(self, x: Tensor, column: Any, out: Tensor | None = None) -> Tensor:
+        """column x, in `out` or in a new tensor."""
+        return torch.mul(x, column, out=out)
+
+    def add(self, total: Tensor, column: Any, values: Tensor) -> Tensor:
+        """Add column values to `total`, in place."""
+        return total.add_(values, alpha=column) if self.active is None else total.add_(column * values)
+
+    def target(self, x_new: Tensor) -> Tensor | None:
+        """Where the new state may be built: in `x_new` itself, unless some samples must stay as they are."""
+        return x_new if self.active is None else None
+
+    def where_noisy(self, deviation: Tensor) -> Tensor:
+        """`deviation`, and 0 in rows whose sigma is 0: no noise is no noise, whatever the network says."""
+        if self.active is not None:
+            return torch.where(self.sigma == 0, self.sigma, deviation)
+        return deviation if self.sigma else torch.zeros_like(deviation)
 
     def per_sample(self, values: Tensor) -> Tensor:
         """[B] as [B, 1, ...]."""
         return values.view(self.shape)
 
-    def noise(self, seeds: Tensor, ids: Tensor, stream: int, visit: int, x: Tensor) -> Tensor:
+    def noise(self, seeds: Tensor, ids: Tensor | list[list[int]], stream: int, visit: int, x: Tensor) -> Tensor:
         """Normals of `stream` at the samples' noise ids, in the shape and dtype of x."""
-        noise_ids = ids[:, 1][self.row].expand(len(x))
+        noise_ids = torch.as_tensor(ids, device=x.device)[:, 1][self.row].expand(len(x))
         return philox.normals(seeds, noise_ids, stream, x[0].numel(), visit, x.dtype).view_as(x)
 
-    def next_input_scale(self) -> Tensor:
-        """input_scale of the samples' next rows: [B, 1, ...] or []."""
+    def next_input_scale(self) -> Any:
+        """input_scale of the samples' next rows: [B, 1, ...] or a number."""
         if isinstance(self.row, int):
-            return self.input_scales[min(self.row + 1, self.steps - 1)]
-        return self.per_sample(self.input_scales[(self.row + 1).clamp(max=self.steps - 1)])
+            return float(self.coefficients[min(self.row + 1, self.steps - 1)][-1])
+        assert isinstance(self.coefficients, Tensor)
+        return self.per_sample(self.coefficients[:, -1][(self.row + 1).clamp(max=self.steps - 1)])
 
     def write(self, target: Tensor, values: Tensor) -> None:
         """Put `values` in `target` where a sample's row is inside the table."""
         if self.active is None:
-            target.copy_(values)
+            if target is not values:
+                target.copy_(values)
         else:
             torch.where(self.per_sample(self.active), values.to(target.dtype), target, out=target)
 
-    def write_next(self, target: Tensor, column: Tensor) -> None:
-        """Put `column` at the samples' next rows in `target`, where there is one."""
+    def write_next(self, target: Tensor, ids: Tensor | list[list[int]]) -> None:
+        """Put the timestep of the samples' next rows in `target`, where there is one."""
         if isinstance(self.row, int):
-            target.copy_(column[min(self.row + 1, self.steps - 1)])
+            target.fill_(int(ids[min(self.row + 1, self.steps - 1)][0]))
         elif self.active is not None:
-            following = column[(self.row + 1).clamp(max=self.steps - 1)].to(target.dtype)
+            assert isinstance(ids, Tensor)
+            following = ids[:, 0][(self.row + 1).clamp(max=self.steps - 1)].to(target.dtype)
             torch.where(self.active, following, target, out=target)
+
+
+def halves(tensor: Tensor, batch: int) -> Sequence[Tensor]:
+    """`tensor` in pieces of `batch` samples: itself, or the two halves of a guided batch."""
+    return (tensor,) if len(tensor) == batch else tensor.split(batch)
 
 
 def split_output(

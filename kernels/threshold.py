@@ -11,7 +11,7 @@ from ddpm_fast.kernels.step import Rows, split_output
 def threshold_bound(
     x: Tensor,
     output: Tensor,
-    coefficients: Tensor,
+    coefficients: Tensor | list[list[float]],
     base: Tensor | int,
     offset: int = 0,
     *,
@@ -29,8 +29,8 @@ def threshold_bound(
     NaN. Nothing waits for the device.
 
     Args:
-        x, output, coefficients, base, offset, guidance, conditional_first: those of `step`; base may be an int, one
-            row for all samples, on the PyTorch path.
+        x, output, coefficients, base, offset, guidance, conditional_first: those of `step`; on the PyTorch path base
+            may be an int, one row for all samples, and coefficients then a list.
         ratio: in [0, 1].
         max_value: >= 1.
         bound: where to write; None makes a new tensor. On a GPU the bound of a sample whose row is outside the table
@@ -57,8 +57,8 @@ def threshold_bound(
             x, output, coefficients, base, offset, below=below, weight=weight, max_value=max_value, guidance=guidance,
             conditional_first=conditional_first, bound=bound,
         )  # fmt: skip
-    if isinstance(base, int):
-        raise ValueError("base must be a tensor where the kernel runs, got an int")
+    if not isinstance(base, Tensor) or not isinstance(coefficients, Tensor):
+        raise ValueError("base and coefficients must be tensors where the kernel runs")
     from ddpm_fast.kernels.threshold_triton import threshold_triton
 
     with on_device(x.device):
@@ -71,7 +71,7 @@ def threshold_bound(
 def _threshold_torch(
     x: Tensor,
     output: Tensor,
-    coefficients: Tensor,
+    coefficients: Tensor | list[list[float]],
     base: Tensor | int,
     offset: int,
     *,
