@@ -1,0 +1,264 @@
+"""diffusers' unconditional and class-conditional pipelines, walked by the engine.
+
+Signatures, progress bar, files and images are diffusers'; `seeds=` is new. A scheduler that is neither DDPM nor DDIM (a
+DPMSolver put into the pipeline, say) runs as it does in diffusers.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, LDMPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ddpm_fast.adapters.diffusers_schedulers import FastDDIMScheduler, FastDDPMScheduler
+from ddpm_fast.adapters.diffusers_tables import clipping_of, table_of
+from ddpm_fast.adapters.walk import Options, Walker, adopt
+from ddpm_fast.seeding import Seeds
+from ddpm_fast.validate import one_of, whole
+
+logger = logging.getLogger("ddpm_fast")
+
+Generators = torch.Generator | list[torch.Generator] | None
+Output: TypeAlias = ImagePipelineOutput | tuple[Any]
+
+_STEPS = (DDPMScheduler.step, DDIMScheduler.step, FastDDPMScheduler.step, FastDDIMScheduler.step)
+_OUTPUTS = ("pil", "np", "numpy", "pt", None)
+
+
+def is_supported(scheduler: Any) -> bool:
+    """Whether the engine can walk in the scheduler's place."""
+    supported = isinstance(scheduler, (DDPMScheduler, DDIMScheduler)) and type(scheduler).step in _STEPS
+    if not supported:
+        logger.info("%s is not accelerated: the pipeline runs as in diffusers", type(scheduler).__name__)
+    return supported
+
+
+class _Fast:
+    """What the pipelines share."""
+
+    _stock: ClassVar[type]
+    _walker: Walker
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        pipeline = super().__new__(cls)  # not in __init__, whose signature tells diffusers the components
+        pipeline._walker = Walker(Options())
+        return pipeline
+
+    @property
+    def last_seeds(self) -> list[int] | None:
+        """The seeds of the last call's images, one each; None where a generator or a global seed made the noise."""
+        return self._walker.last_seeds
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the folder that the pipeline of diffusers writes: it loads here and there."""
+        adopt(self, self._stock).save_pretrained(save_directory, **kwargs)
+
+    def _walk(
+        self,
+        network: Any,
+        shape: Sequence[int],
+        steps: int,
+        generator: Generators,
+        seeds: Seeds,
+        *,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        x_T: Callable[[], Tensor] | None = None,
+        doubled: bool = False,
+        **conditioning: Any,
+    ) -> Tensor:
+        """Walk from noise to x_0, float32.
+
+        Args:
+            network: a component of the pipeline.
+            shape, steps, generator, seeds, eta, use_clipped_model_output: those of the call.
+            x_T: draws the start from the generator, in pipelines that draw all other noise from the global one.
+            doubled: see `table_of`.
+            conditioning: further arguments of `Walker.loop`.
+        """
+        scheduler, device = self.scheduler, self._execution_device  # type: ignore[attr-defined]
+        whole("batch_size", shape[0], 1)
+        whole("num_inference_steps", steps, 1)
+        hooked = any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in network.modules())
+        if not hooked and network.device != device:
+            raise ValueError(f"the pipeline runs on {device}, but its network is on {network.device}: pipe.to(...)")
+        scheduler.set_timesteps(steps)
+        eta = eta if isinstance(scheduler, DDIMScheduler) else 0.0
+        table = table_of(scheduler, eta=eta, use_clipped_model_output=use_clipped_model_output, doubled=doubled)
+        _check_channels(network, shape[1], table.doubled, table.learned)
+        loop = self._walker.loop(
+            lambda *args, **kwargs: network(*args, **kwargs),  # the network's device and dtype are settled here
+            shape,
+            table,
+            clipping_of(scheduler),
+            owner=network,
+            device=device,
+            dtype=network.dtype,
+            execution="eager" if hooked else None,  # hooks move weights while they run
+            **conditioning,
+        )
+        guided = loop.network.guided
+        if x_T is None:
+            noise, start = self._walker.noise(generator, loop, seeds=seeds, dtype=network.dtype), None
+        else:
+            noise = self._walker.noise(
+                generator, loop, seeds=seeds, dtype=network.dtype, copies=2 if guided else 1, z_from_global=True
+            )
+            start = None if self._walker.last_seeds is not None else x_T()
+        bar = self.progress_bar(total=len(table))  # type: ignore[attr-defined]
+        return loop.run(noise, start, progress=bar)
+
+    def _images(self, images: Tensor, output_type: str | None, return_dict: bool) -> Output:
+        """Images on [-1, 1] as the caller wants them."""
+        images = (images / 2 + 0.5).clamp(0, 1)
+        result: Any = images
+        if output_type != "pt":
+            result = images.float().cpu().permute(0, 2, 3, 1).numpy()
+            if output_type == "pil":
+                result = self.numpy_to_pil(result)  # type: ignore[attr-defined]
+        self.maybe_free_model_hooks()  # type: ignore[attr-defined]
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+
+class FastDDPMPipeline(_Fast, DDPMPipeline):
+    """DDPMPipeline, walked by the engine."""
+
+    _stock = DDPMPipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 1000,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        seeds: Seeds = None,
+    ) -> Output:
+        """Draw images: the arguments of DDPMPipeline, and `seeds`, one an image (an int s means s, s + 1, …)."""
+        if not is_supported(self.scheduler):
+            return super().__call__(batch_size, generator, num_inference_steps, output_type, return_dict)
+        one_of("output_type", output_type, _OUTPUTS)
+        x = self._walk(self.unet, _image_shape(self.unet, batch_size), num_inference_steps, generator, seeds)
+        return self._images(x.to(self.unet.dtype) if output_type == "pt" else x, output_type, return_dict)
+
+
+class FastDDIMPipeline(_Fast, DDIMPipeline):
+    """DDIMPipeline, walked by the engine."""
+
+    _stock = DDIMPipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        seeds: Seeds = None,
+    ) -> Output:
+        """Draw images: the arguments of DDIMPipeline, and `seeds`, one an image (an int s means s, s + 1, …)."""
+        if not is_supported(self.scheduler):
+            return super().__call__(
+                batch_size, generator, eta, num_inference_steps, use_clipped_model_output, output_type, return_dict
+            )
+        one_of("output_type", output_type, _OUTPUTS)
+        x = self._walk(
+            self.unet, _image_shape(self.unet, batch_size), num_inference_steps, generator, seeds,
+            eta=eta, use_clipped_model_output=bool(use_clipped_model_output),
+        )  # fmt: skip
+        return self._images(x.to(self.unet.dtype) if output_type == "pt" else x, output_type, return_dict)
+
+
+class FastLDMPipeline(_Fast, LDMPipeline):
+    """LDMPipeline, its latents walked by the engine."""
+
+    _stock = LDMPipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        seeds: Seeds = None,
+        **kwargs: Any,
+    ) -> Output:
+        """Draw images: the arguments of LDMPipeline, and `seeds`, one an image (an int s means s, s + 1, …)."""
+        if not is_supported(self.scheduler):
+            return super().__call__(batch_size, generator, eta, num_inference_steps, output_type, return_dict, **kwargs)
+        one_of("output_type", output_type, _OUTPUTS)
+        shape = _image_shape(self.unet, batch_size)
+        x = self._walk(
+            self.unet, shape, num_inference_steps, generator, seeds, eta=eta,
+            x_T=lambda: randn_tensor(shape, generator=generator),  # drawn on the CPU in float32, there too
+        )  # fmt: skip
+        images = self.vqvae.decode((x / self.vqvae.config.scaling_factor).to(self.vqvae.dtype)).sample
+        return self._images(images, output_type, return_dict)
+
+
+class FastDiTPipeline(_Fast, DiTPipeline):
+    """DiTPipeline, its latents walked by the engine; guidance is fused into the step."""
+
+    _stock = DiTPipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 4.0,
+        generator: Generators = None,
+        num_inference_steps: int = 50,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        seeds: Seeds = None,
+    ) -> Output:
+        """Draw images: the arguments of DiTPipeline, and `seeds`, one an image (an int s means s, s + 1, …)."""
+        if not is_supported(self.scheduler):
+            return super().__call__(
+                class_labels, guidance_scale, generator, num_inference_steps, output_type, return_dict
+            )
+        one_of("output_type", output_type, _OUTPUTS)
+        if getattr(self.scheduler, "variance_type", "").startswith("learned"):
+            raise ValueError("variance_type: DiTPipeline drops the network's variance, so it cannot be learned")
+        config, device = self.transformer.config, self._execution_device
+        labels = torch.tensor(class_labels, device=device).reshape(-1)
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        conditioning: dict[str, Any] = {"model_kwargs": {"class_labels": labels}}
+        if guidance_scale > 1:
+            nothing = torch.full_like(labels, 1000)  # the class that stands for none
+            conditioning |= {"uncond_kwargs": {"class_labels": nothing}, "guidance_scale": guidance_scale}
+        x = self._walk(
+            self.transformer, shape, num_inference_steps, generator, seeds,
+            x_T=lambda: randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype),
+            doubled=config.out_channels == 2 * config.in_channels, **conditioning,
+        )  # fmt: skip
+        images = self.vae.decode((x / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return self._images(images, output_type, return_dict)
+
+
+def _image_shape(unet: Any, batch: int) -> tuple[int, ...]:
+    size = unet.config.sample_size
+    return (batch, unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
+def _check_channels(network: Any, channels: int, doubled: bool, learned: bool) -> None:
+    config: Mapping[str, Any] = getattr(network, "config", {})
+    out = config.get("out_channels")
+    if out is not None and out != channels * (2 if doubled else 1):
+        why = "needs a network with twice the channels" if learned else "takes a network with as many as its input"
+        raise ValueError(f"out_channels: the network returns {out} channels for {channels}; the variance_type {why}")

@@ -1,0 +1,192 @@
+"""What all adapters share: an object's state under a faster class, where noise comes from, and the last walk's loop."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.loop import EXECUTIONS, Clipping, Correction, Loop
+from ddpm_fast.network import Model, Network
+from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise, global_generator
+from ddpm_fast.seeding import Seeds, resolve_seeds
+from ddpm_fast.table import StepTable
+from ddpm_fast.validate import one_of, whole
+
+NOISES = ("auto", "library", "philox")
+_HUMAN = 2**32  # torch's own seeds are drawn from 2^64 numbers (2^53 on CUDA); people's are small
+
+T = TypeVar("T")
+
+
+def adopt(obj: Any, cls: type[T], **attributes: Any) -> T:
+    """`obj` as an instance of `cls`, a subclass of its class: another object that shares all that `obj` holds."""
+    fast = cls.__new__(cls)
+    fast.__dict__.update(obj.__dict__)
+    fast.__dict__.update(attributes)
+    return fast
+
+
+def is_globally_seeded(device: torch.device) -> bool:
+    """Whether torch.manual_seed was called with a number below 2^32, and not by torch itself."""
+    return global_generator(device).initial_seed() < _HUMAN
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an accelerated object walks.
+
+    Attributes:
+        noise: where noise comes from when no generator is passed: "library", torch's global generator in the order
+            in which the library draws; "philox", a seed a sample; "auto", the library's if torch.manual_seed was
+            called (with a seed below 2^32), else philox.
+        execution, steps_per_replay, backend: those of `Sampler`.
+    """
+
+    noise: str = "auto"
+    execution: str = "auto"
+    steps_per_replay: int = 1
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("noise", self.noise, NOISES)
+        one_of("execution", self.execution, EXECUTIONS)
+        whole("steps_per_replay", self.steps_per_replay, 1)
+        one_of("backend", self.backend, (None, "torch", "triton"))
+
+
+class Walker:
+    """Makes loops, and keeps the last one: the same walk again costs no new buffers and no new graph.
+
+    Attributes:
+        options: how to walk.
+        last_seeds: the seeds of the last walk, one a sample; None where its noise came from a generator.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.last_seeds: list[int] | None = None
+        self._key: tuple[Any, ...] | None = None
+        self._loop: Loop | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[Options]]:
+        return Walker, (self.options,)  # a copy walks in the same way; buffers and graphs are not copied
+
+    def loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        table: StepTable,
+        clipping: Clipping,
+        *,
+        owner: Any,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        guidance_scale: float | None = None,
+        correction: Correction | None = None,
+        keep_x0: bool = False,
+        execution: str | None = None,
+    ) -> Loop:
+        """The loop of a walk; the one of the walk before if nothing but the values of tensors in kwargs differs.
+
+        Args:
+            model: what the loop calls; compared by
+            owner: what makes it the same model: anything hashable, all of it kept alive.
+            shape, device, dtype, model_kwargs, uncond_kwargs: those of `Network`.
+            table, clipping, correction, keep_x0: those of `Loop`.
+            guidance_scale: for all samples.
+            execution: instead of that of the options.
+        """
+        shape = tuple(shape)
+        rows = (table.coefficients().numpy().tobytes(), table.ids().numpy().tobytes(), table.draws.tobytes())
+        kwargs = {**(model_kwargs or {}), **{f"uncond {name}": v for name, v in (uncond_kwargs or {}).items()}}
+        key = (owner, shape, rows, table.learned, table.doubled, clipping, device, dtype, _signature(kwargs),
+               guidance_scale, correction, keep_x0, execution)  # fmt: skip
+        if self._loop is None or key != self._key:
+            self.free()
+            channels = shape[1] * (2 if table.doubled else 1)
+            scale = None if guidance_scale is None else torch.full(shape[:1], float(guidance_scale), device=device)
+            network = Network(model, shape, channels, model_kwargs, uncond_kwargs, device, dtype)
+            self._loop = Loop(
+                network,
+                table,
+                clipping,
+                guidance=scale,
+                correction=correction,
+                keep_x0=keep_x0,
+                execution=execution or self.options.execution,
+                steps_per_replay=self.options.steps_per_replay,
+                backend=self.options.backend,
+            )
+            self._key = key
+        elif kwargs:
+            self._loop.network.update_kwargs(model_kwargs or {}, uncond_kwargs)
+        return self._loop
+
+    def free(self) -> None:
+        """Let go of the last loop's buffers and graphs."""
+        self._key = self._loop = None
+
+    def noise(
+        self,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        loop: Loop,
+        *,
+        seeds: Seeds = None,
+        dtype: torch.dtype = torch.float32,
+        copies: int = 1,
+        z_from_global: bool = False,
+    ) -> Noise:
+        """The walk's noise: from seeds, from generators, or as the options say.
+
+        Args:
+            generator, dtype, copies: those of `GeneratorNoise`.
+            loop: whose walk it is.
+            seeds: one a sample.
+            z_from_global: for libraries that draw x_T alone from the generator; the caller then draws it.
+
+        Raises:
+            ValueError, TypeError: seeds and generators; too few or too many of them; a generator on another device.
+        """
+        if seeds is not None and generator is not None:
+            raise ValueError("noise comes from seeds or from generators, not from both")
+        if isinstance(generator, (list, tuple)) and len(generator) == 1:
+            generator = generator[0]
+        choice = self.options.noise
+        library = choice == "library" or (choice == "auto" and is_globally_seeded(loop.device))
+        if seeds is None and (generator is not None or library):
+            self.last_seeds = None
+            noise = GeneratorNoise(generator, loop.shape, loop.table, loop.device, dtype=dtype, copies=copies)
+            if not z_from_global or generator is None:
+                return noise
+            return GeneratorNoise(None, loop.shape, loop.table, loop.device, dtype=dtype, copies=copies)
+        if seeds is None:
+            seeds = int(torch.randint(2**48, ()))  # follows torch.manual_seed, whatever the seed
+        self.last_seeds = resolve_seeds(seeds, loop.shape[0])
+        return PhiloxNoise(self.last_seeds, loop.shape, loop.table, loop.device, loop.backend)
+
+
+def _signature(kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What must be equal for new values to fit into old buffers."""
+    return tuple(
+        (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, _Same(value))
+        for name, value in sorted(kwargs.items())
+    )
+
+
+class _Same:
+    """Compares by value where that is plain, else by identity; never asks for a hash."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same):
+            return False
+        plain = isinstance(self.value, (bool, int, float, str, type(None))) and type(self.value) is type(other.value)
+        return self.value is other.value or (plain and self.value == other.value)
+
+    __hash__ = None  # type: ignore[assignment]
