@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
-.PHONY: sample peers test test-slow check sass bench bench-step clean
+.PHONY: sample peers test test-slow check sass bench bench-step diffusers-suite clean
 
 sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 	$(BIN)/ddpm-fast sample --seeds 0-15 --out samples.png
@@ -29,6 +29,10 @@ sass: $(READY)  ## what every kernel costs, from its machine code, for five GPUs
 
 bench-step: $(READY)  ## the fused step on a GPU, under eight minutes
 	$(BIN)/python benchmarks/step.py
+
+diffusers-suite: $(PEERS)  ## diffusers' own scheduler tests on our classes: make diffusers-suite TESTS=path-to-a-checkout
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torchsde
+	$(BIN)/python benchmarks/diffusers_suite.py $(TESTS)
 
 bench: $(READY)  ## benchmarks for a CPU
 	$(BIN)/python -m pytest benchmarks --benchmark-only

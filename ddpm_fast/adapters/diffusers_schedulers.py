@@ -2,9 +2,11 @@
 
     pipe.scheduler = accelerate(pipe.scheduler)     # of any pipeline
 
-On a CPU, and where a gradient is wanted, `step` is diffusers' own, and so are its results to the bit.
+On a CPU, where a gradient is wanted, and for a configuration that the engine does not know, `step` is diffusers' own,
+and so are its results to the bit.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from ddpm_fast.adapters.diffusers_tables import clipping_of, table_of
 from ddpm_fast.kernels.step import step
 from ddpm_fast.kernels.threshold import threshold_bound
 
+logger = logging.getLogger("ddpm_fast")
+
 __all__ = ["FastDDIMScheduler", "FastDDPMScheduler", "SchedulerMixin"]
 
 
@@ -26,14 +30,12 @@ class _Rows:
     """A scheduler's table on a device.
 
     Attributes:
-        key: what the table was made from.
         positions: timestep → row.
         draws: whether diffusers draws noise, by row.
     """
 
-    def __init__(self, scheduler: Any, key: tuple[Any, ...], device: torch.device, **options: Any) -> None:
+    def __init__(self, scheduler: Any, device: torch.device, **options: Any) -> None:
         table = table_of(scheduler, **options)
-        self.key = key
         self.coefficients, self.ids = table.coefficients(device), table.ids(device)
         self.positions = {t: row for row, t in enumerate(table.timestep.tolist())}
         self.draws = table.draws.tolist()
@@ -45,22 +47,29 @@ class _Fused:
     """The fused step, whatever the scheduler."""
 
     _backend: str | None = None  # a chosen backend is used on a CPU, too
-    _cached: _Rows | None = None
+    _cached: tuple[tuple[Any, ...], _Rows | None] | None = None  # what the rows were made from, and they
 
     def _fuses(self, model_output: Tensor, sample: Tensor) -> bool:
         wants_gradient = torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad)
         floats = sample.dtype != torch.float64 and model_output.dtype != torch.float64
         return (sample.is_cuda or self._backend is not None) and floats and not wants_gradient
 
-    def _rows(self, device: torch.device, **options: Any) -> _Rows:
+    def _rows(self, device: torch.device, **options: Any) -> _Rows | None:
+        """The table of the scheduler as it is now; None for a configuration that is left to diffusers."""
         key = (self.timesteps, self.alphas_cumprod, device, *options.values())  # type: ignore[attr-defined]
-        cached = self._cached
-        if cached is None or not all(old is new or _equal(old, new) for old, new in zip(cached.key, key, strict=True)):
-            self._cached = cached = _Rows(self, key, device, **options)
-        return cached
+        if self._cached is None or not all(map(_same, self._cached[0], key)):
+            try:
+                rows = _Rows(self, device, **options)
+            except ValueError as reason:
+                logger.info("%s is left to diffusers: %s", type(self).__name__, reason)
+                rows = None
+            self._cached = key, rows
+        return self._cached[1]
 
-    def _row(self, rows: _Rows, timestep: Any) -> int | None:
+    def _row(self, rows: _Rows | None, timestep: Any) -> int | None:
         """The row of a timestep: of an element of `timesteps` from its place in memory, so that no device is asked."""
+        if rows is None:
+            return None
         timesteps: Tensor = self.timesteps  # type: ignore[attr-defined]
         if isinstance(timestep, Tensor) and timestep.numel() == 1:
             if timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
@@ -105,7 +114,7 @@ class FastDDPMScheduler(_Fused, DDPMScheduler):
             return super().step(model_output, timestep, sample, generator, return_dict)
         rows = self._rows(sample.device)
         row = self._row(rows, timestep)
-        if row is None:
+        if rows is None or row is None:
             return super().step(model_output, timestep, sample, generator, return_dict)
         z = _draw(sample.shape, generator, model_output) if rows.draws[row] else None
         x_new, x0 = self._fused(rows, row, model_output, sample, z)
@@ -151,5 +160,5 @@ def _draw(shape: torch.Size, generator: Any, like: Tensor) -> Tensor:
     return randn_tensor(shape, generator=generator, device=like.device, dtype=like.dtype).to(torch.float32)
 
 
-def _equal(old: Any, new: Any) -> bool:
-    return not isinstance(old, Tensor) and not isinstance(new, Tensor) and old == new
+def _same(old: Any, new: Any) -> bool:
+    return old is new or (not isinstance(old, Tensor) and not isinstance(new, Tensor) and old == new)

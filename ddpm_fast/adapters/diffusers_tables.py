@@ -62,7 +62,7 @@ def check_config(scheduler: DDPMScheduler | DDIMScheduler) -> None:
         raise ValueError(f"prediction_type must be one of {PREDICTIONS}, got {config.prediction_type!r}")
     if config.thresholding and not config.sample_max_value >= 1:
         raise ValueError(f"sample_max_value must be >= 1 with thresholding, got {config.sample_max_value!r}")
-    if not isinstance(scheduler, DDPMScheduler):
+    if not isinstance(scheduler, DDPMScheduler) or scheduler.variance_type in VARIANCES:
         return
     if scheduler.variance_type == "learned":
         raise ValueError(
@@ -70,8 +70,7 @@ def check_config(scheduler: DDPMScheduler | DDIMScheduler) -> None:
             "is a log-variance in the models trained so (NaN wherever it is negative); use 'learned_range', or "
             "ddpm_fast.sample.Sampler, where 'learned' is a log-variance"
         )
-    if scheduler.variance_type not in VARIANCES:
-        raise ValueError(f"variance_type must be one of {VARIANCES}, got {scheduler.variance_type!r}")
+    raise ValueError(f"variance_type must be one of {VARIANCES}, got {scheduler.variance_type!r}")
 
 
 def _ddpm_table(scheduler: DDPMScheduler, t: Tensor, alpha_bars: Tensor, doubled: bool) -> StepTable:
