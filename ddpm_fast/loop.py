@@ -62,6 +62,8 @@ class Loop:
         correction: called as correction(step, x, output) before every step; what it returns is added to x after it.
             Such a walk is never recorded.
         keep_x0: always write the origin estimate to `x0`.
+        inference_mode: run under torch.inference_mode, which spares the host work; not for a network or a correction
+            that takes gradients inside, nor for one that keeps tensors and is trained later.
         execution, steps_per_replay, backend: those of `Sampler`.
 
     Attributes:
@@ -78,6 +80,7 @@ class Loop:
         guidance: Tensor | None = None,
         correction: Correction | None = None,
         keep_x0: bool = False,
+        inference_mode: bool = False,
         execution: str = "auto",
         steps_per_replay: int = 1,
         backend: str | None = None,
@@ -94,6 +97,7 @@ class Loop:
         self.steps_per_replay = steps_per_replay
         self.correction = correction
         self.keep_x0 = keep_x0
+        self._no_gradients = torch.inference_mode if inference_mode else torch.no_grad
 
         batch, *sizes = network.output_shape
         batch = network.batch
@@ -133,11 +137,12 @@ class Loop:
         previews = previews or self.keep_x0
         if previews and self.x0 is None:
             self.x0 = torch.zeros_like(self.x)
-        with on_device(self.device), torch.no_grad():
+        with on_device(self.device), self._no_gradients():
             kind = "none" if not self._noisy else "philox" if noise.in_kernel else "tensor"
             stride = 1 if every_step or kind == "tensor" else self.steps_per_replay
             graph = self._graph(stride, kind, previews)
             stride = stride if graph else 1
+            noise.begin()
             self._start(noise, x_T)
         # On a GPU looking for NaN would stall the queue, so there one looks at the end.
         look = len(self.table) if self.device.type == "cuda" else 1 if every_step else LOOK
@@ -145,7 +150,7 @@ class Loop:
         finished = False
         try:
             for done in range(0, len(self.table), stride):
-                with on_device(self.device), torch.no_grad():
+                with on_device(self.device), self._no_gradients():
                     self._advance(done, graph, noise, kind, previews)
                 reached = min(done + stride, len(self.table))
                 bar.advance(reached - done)
@@ -263,7 +268,7 @@ class Loop:
     def _find_not_finite(self, noise: Noise, x_T: Tensor | None, kind: str) -> str:
         """Walk once more, looking after every step: that is how a GPU run finds out where it went wrong."""
         noise.restart()
-        with on_device(self.device), torch.no_grad():
+        with on_device(self.device), self._no_gradients():
             self._start(noise, x_T)
             for done in range(len(self.table)):
                 self._step_eagerly(done, noise.z(done), kind, previews=self.keep_x0)

@@ -26,8 +26,11 @@ class Noise(Protocol):
     in_kernel: bool
     seeds: Tensor | None
 
+    def begin(self) -> None:
+        """Remember this place."""
+
     def restart(self) -> None:
-        """Go back to the first draw."""
+        """Go back to where it began."""
 
     def x_T(self) -> Tensor:
         """The start of the walk: [B, C, ...]."""
@@ -61,8 +64,11 @@ class PhiloxNoise:
         self._first = 0
         self._block: Tensor | None = None
 
+    def begin(self) -> None:
+        """Remember this place: nothing to do, no draw depends on another."""
+
     def restart(self) -> None:
-        """Go back to the first draw: nothing to do, no draw depends on another."""
+        """Go back to where it began: nothing to do."""
 
     def x_T(self) -> Tensor:
         """The start of the walk: [B, C, ...]."""
@@ -122,10 +128,14 @@ class GeneratorNoise:
         self.dtype = dtype
         self.copies = copies
         self._draws = table.draws.tolist()
+        self._states: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Remember this place."""
         self._states = self._get_states()
 
     def restart(self) -> None:
-        """Go back to the first draw."""
+        """Go back to where it began."""
         if self.generator is None:
             global_generator(self.device).set_state(self._states[0])
         for g, state in zip(self._generators(), self._states, strict=False):
