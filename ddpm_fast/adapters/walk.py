@@ -88,6 +88,7 @@ class Walker:
         guidance_scale: float | None = None,
         correction: Correction | None = None,
         keep_x0: bool = False,
+        inference_mode: bool = False,
         execution: str | None = None,
     ) -> Loop:
         """The loop of a walk; the one of the walk before if nothing but the values of tensors in kwargs differs.
@@ -96,7 +97,7 @@ class Walker:
             model: what the loop calls; compared by
             owner: what makes it the same model: anything hashable, all of it kept alive.
             shape, device, dtype, model_kwargs, uncond_kwargs: those of `Network`.
-            table, clipping, correction, keep_x0: those of `Loop`.
+            table, clipping, correction, keep_x0, inference_mode: those of `Loop`.
             guidance_scale: for all samples.
             execution: instead of that of the options.
         """
@@ -104,7 +105,7 @@ class Walker:
         rows = (table.coefficients().numpy().tobytes(), table.ids().numpy().tobytes(), table.draws.tobytes())
         kwargs = {**(model_kwargs or {}), **{f"uncond {name}": v for name, v in (uncond_kwargs or {}).items()}}
         key = (owner, shape, rows, table.learned, table.doubled, clipping, device, dtype, _signature(kwargs),
-               guidance_scale, correction, keep_x0, execution)  # fmt: skip
+               guidance_scale, correction, keep_x0, inference_mode, execution)  # fmt: skip
         if self._loop is None or key != self._key:
             self.free()
             channels = shape[1] * (2 if table.doubled else 1)
@@ -117,6 +118,7 @@ class Walker:
                 guidance=scale,
                 correction=correction,
                 keep_x0=keep_x0,
+                inference_mode=inference_mode,
                 execution=execution or self.options.execution,
                 steps_per_replay=self.options.steps_per_replay,
                 backend=self.options.backend,
