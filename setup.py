@@ -20,7 +20,7 @@ setup(
     author="The ddpm_fast authors",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["ddpm_fast", "ddpm_fast.data", "ddpm_fast.kernels", "ddpm_fast.models"],
+    packages=["ddpm_fast", "ddpm_fast.adapters", "ddpm_fast.data", "ddpm_fast.kernels", "ddpm_fast.models"],
     package_dir={"ddpm_fast": "ddpm_fast", "ddpm_fast.kernels": "kernels"},
     package_data={"ddpm_fast": ["py.typed", "weights/*/*"]},
     install_requires=[
@@ -36,7 +36,8 @@ setup(
         "test": TEST,
         "bench": BENCH,
         "dev": [*TEST, *BENCH, "ruff==0.17.6", "mypy==2.4.1"],
-        "peers": ["diffusers>=0.35"],
+        "diffusers": ["diffusers>=0.35"],
+        "lucidrains": ["denoising-diffusion-pytorch>=2.3.4"],
     },
     entry_points={"console_scripts": ["ddpm-fast = ddpm_fast.cli:main"]},
     classifiers=[

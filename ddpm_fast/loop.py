@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.graph import CaptureError, StepGraph, can_capture
 from ddpm_fast.kernels.dispatch import choose_backend, on_device
-from ddpm_fast.kernels.step import implementation
+from ddpm_fast.kernels.step import implementation, rows_on_host
 from ddpm_fast.kernels.threshold import threshold_bound
 from ddpm_fast.network import Network
 from ddpm_fast.noise import Noise
@@ -105,13 +105,13 @@ class Loop:
         self.backend = choose_backend(self.device, backend)
         self._step = implementation(self.backend)  # the buffers are the loop's own: nothing to check
         self._rows: tuple[Any, Any] = table.coefficients(self.device), table.ids(self.device)
-        # For eager PyTorch steps, all samples in one row: numbers cost a third of what tensors do.
-        self._row_lists: tuple[Any, Any] = self._rows[0].tolist(), self._rows[1].tolist()
+        self._rows_on_host = rows_on_host(*self._rows)
         self._base = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._guidance = guidance
         self.x = torch.zeros(self.shape, device=self.device)
-        self.x0: Tensor | None = torch.zeros_like(self.x) if keep_x0 else None
+        # The PyTorch step builds it there anyway.
+        self.x0: Tensor | None = torch.zeros_like(self.x) if keep_x0 or self.backend == "torch" else None
         self._z: Tensor | None = None
         self._use_output = bool(np.any(table.c_out != 0))
         self._noisy = bool(np.any(table.sigma != 0))
@@ -126,7 +126,7 @@ class Loop:
         every_step: bool = False,
         progress: Show = None,
     ) -> Iterator[int]:
-        """Walk; after every replay (with `every_step`, after every step) the number of steps done so far.
+        """Walk; from time to time (with `every_step`, after every step) the number of steps done so far.
 
         What is asked for in between stands in `x`, and with `previews` in `x0`. To be drawn to the end, or left.
 
@@ -144,20 +144,22 @@ class Loop:
             stride = stride if graph else 1
             noise.begin()
             self._start(noise, x_T)
+        at_once = 1 if every_step else max(stride, LOOK // stride * stride)
         # On a GPU looking for NaN would stall the queue, so there one looks at the end.
-        look = len(self.table) if self.device.type == "cuda" else 1 if every_step else LOOK
+        look = len(self.table) if self.device.type == "cuda" else at_once
         bar = Progress(len(self.table), self.device, progress)
         finished = False
         try:
-            for done in range(0, len(self.table), stride):
+            for first in range(0, len(self.table), at_once):
+                reached = min(first + at_once, len(self.table))
                 with on_device(self.device), self._no_gradients():
-                    self._advance(done, graph, noise, kind, previews)
-                reached = min(done + stride, len(self.table))
-                bar.advance(reached - done)
+                    for done in range(first, reached, stride):
+                        self._advance(done, graph, noise, kind, previews)
+                        bar.advance(min(stride, reached - done))
                 if (reached == len(self.table) or reached % look == 0) and not self._is_finite():
                     known = look == 1
                     raise FloatingPointError(
-                        self._not_finite_error(done) if known else self._find_not_finite(noise, x_T, kind)
+                        self._not_finite_error(first) if known else self._find_not_finite(noise, x_T, kind)
                     )
                 yield reached
             finished = True
@@ -204,7 +206,7 @@ class Loop:
     ) -> None:
         """Network and step, on the fixed buffers."""
         output = self.network()
-        coefficients, ids = self._row_lists if isinstance(base, int) else self._rows
+        coefficients, ids = self._rows_on_host if isinstance(base, int) else self._rows
         extra = None
         if self.correction is not None:
             extra = self.correction(base if isinstance(base, int) else number or 0, self.x, output)
@@ -229,7 +231,7 @@ class Loop:
             learned=self.table.learned,
             use_output=self._use_output,
             x_new=self.x,
-            x0_new=self.x0 if previews else None,
+            x0_new=self.x0 if previews or self.backend == "torch" else None,
             model_input=self.network.input,
             timestep=self.network.timestep,
         )

@@ -129,6 +129,8 @@ class GeneratorNoise:
         self.copies = copies
         self._draws = table.draws.tolist()
         self._states: list[Tensor] = []
+        # On a generator's own device and in its dtype; drawing into one place spares the allocation.
+        self._drawn: Tensor | None = None
 
     def begin(self) -> None:
         """Remember this place."""
@@ -143,11 +145,15 @@ class GeneratorNoise:
 
     def x_T(self) -> Tensor:
         """The start of the walk: [B, C, ...]."""
-        return self._draw(1)
+        return self._draw(self._empty(1))
 
     def z(self, step: int) -> Tensor | None:
-        """The noise of step number `step`, or None where nothing is drawn."""
-        return self._draw(self.copies) if self._draws[step] else None
+        """The noise of step number `step`, until the next is asked for; None where nothing is drawn."""
+        if not self._draws[step]:
+            return None
+        if self._drawn is None:
+            self._drawn = self._empty(self.copies)
+        return self._draw(self._drawn)
 
     def _get_states(self) -> list[Tensor]:
         if self.generator is None:
@@ -159,15 +165,19 @@ class GeneratorNoise:
             return []
         return [self.generator] if isinstance(self.generator, torch.Generator) else list(self.generator)
 
-    def _draw(self, copies: int) -> Tensor:
-        batch, *sizes = self.shape
-        if self.generator is None or isinstance(self.generator, torch.Generator):
-            device = self.device if self.generator is None else self.generator.device
-            whole = (copies * batch, *sizes)
-            z = torch.randn(whole, generator=self.generator, device=device, dtype=self.dtype)
-            return (z if copies == 1 else z[:batch]).to(self.device, torch.float32)
-        rows = [torch.randn((1, *sizes), generator=g, device=g.device, dtype=self.dtype) for g in self.generator]
-        return torch.cat([row.to(self.device, torch.float32) for row in rows])
+    def _empty(self, copies: int) -> Tensor:
+        own = self.generator if isinstance(self.generator, torch.Generator) else None
+        device = self.device if own is None else own.device
+        return torch.empty((copies * self.shape[0], *self.shape[1:]), dtype=self.dtype, device=device)
+
+    def _draw(self, z: Tensor) -> Tensor:
+        """Draw into z; its first batch as float32 on the device of the walk."""
+        if isinstance(self.generator, Sequence):
+            rows = (torch.randn(z[:1].shape, generator=g, device=g.device, dtype=self.dtype) for g in self.generator)
+            return torch.cat([row.to(self.device, torch.float32) for row in rows])
+        z.normal_(generator=self.generator)
+        batch = self.shape[0]
+        return (z if len(z) == batch else z[:batch]).to(self.device, torch.float32)
 
 
 def global_generator(device: torch.device) -> torch.Generator:

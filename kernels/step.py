@@ -111,7 +111,7 @@ def step(
 def step_torch(
     x: Tensor,
     output: Tensor,
-    coefficients: Tensor | list[list[float]],
+    coefficients: Tensor | list[list[Any]],
     ids: Tensor | list[list[int]],
     base: Tensor | int,
     offset: int = 0,
@@ -136,11 +136,11 @@ def step_torch(
     """The PyTorch twin of `step`; computes in the dtype of x, float64 included (coefficients in that dtype too).
 
     With an int as `base` all samples are in that row, which must be inside the table: a third of the operations, and
-    fewer still where coefficients and ids are lists.
+    fewer still where coefficients and ids are those of `rows_on_host`.
     """
     row = Rows(coefficients, base, offset, x.dim())
     out, variance = split_output(x, output, guidance, conditional_first)
-    x0 = row.origin(x, out)
+    x0 = row.origin(x, out, row.target(x0_new))
     if bound is not None:
         limit = row.per_sample(bound.to(x.dtype))
         x0 = x0.clamp_(-limit, limit).div_(limit)
@@ -154,6 +154,7 @@ def step_torch(
         z = row.noise(seeds, ids, philox.Stream.STEP, visit, x)
     if z is not None:
         if learned:
+            assert variance is not None
             share = variance.add(1).mul_(0.5)
             deviation = share.mul_(row.log_max - row.log_min).add_(row.log_min).mul_(0.5).exp_().mul_(row.sigma)
             new.add_(row.where_noisy(deviation).mul_(z))
@@ -170,12 +171,25 @@ def step_torch(
         row.write(x0_new, x0)
     if model_input is not None:
         scaled = row.next_input_scale() * x_new if scale_input else x_new
-        for half in halves(model_input, len(x)):
+        for half in halves(model_input, x.shape[0]):
             row.write(half, scaled)
     if timestep is not None:
-        for half in halves(timestep, len(x)):
+        for half in halves(timestep, x.shape[0]):
             row.write_next(half, ids)
     return x_new
+
+
+# Columns that multiply a tensor by themselves. A 0-dim tensor does that in half the time of a number.
+_FACTORS = tuple(COLUMNS.index(name) for name in ("a", "c_x", "known_scale"))
+
+
+def rows_on_host(coefficients: Tensor, ids: Tensor) -> tuple[list[list[Any]], list[list[int]]]:
+    """Coefficients and ids as `step_torch` reads them fastest when all samples are in one row."""
+    rows: list[list[Any]] = coefficients.tolist()
+    for column in _FACTORS:
+        for row, factor in zip(rows, coefficients[:, column].cpu().unbind(), strict=True):
+            row[column] = factor
+    return rows, ids.tolist()
 
 
 class Rows:
@@ -185,7 +199,7 @@ class Rows:
     the operations.
     """
 
-    def __init__(self, coefficients: Tensor | list[list[float]], base: Tensor | int, offset: int, dim: int) -> None:
+    def __init__(self, coefficients: Tensor | list[list[Any]], base: Tensor | int, offset: int, dim: int) -> None:
         self.coefficients = coefficients
         self.steps = len(coefficients)
         self.active: Tensor | None = None
@@ -208,9 +222,9 @@ class Rows:
             self.known_scale, self.known_sigma, _,
         ) = columns  # fmt: skip
 
-    def origin(self, x: Tensor, out: Tensor) -> Tensor:
-        """The origin estimate before it is clipped."""
-        return self.add(self.scaled(x, self.a), self.b, out)
+    def origin(self, x: Tensor, out: Tensor, target: Tensor | None = None) -> Tensor:
+        """The origin estimate before it is clipped, in `target` or in a new tensor."""
+        return self.add(self.scaled(x, self.a, target), self.b, out)
 
     def scaled(self, x: Tensor, column: Any, out: Tensor | None = None) -> Tensor:
         """column x, in `out` or in a new tensor."""
@@ -220,9 +234,9 @@ class Rows:
         """Add column values to `total`, in place."""
         return total.add_(values, alpha=column) if self.active is None else total.add_(column * values)
 
-    def target(self, x_new: Tensor) -> Tensor | None:
-        """Where the new state may be built: in `x_new` itself, unless some samples must stay as they are."""
-        return x_new if self.active is None else None
+    def target(self, tensor: Tensor | None) -> Tensor | None:
+        """Where a result may be built: in `tensor` itself, unless some samples must stay as they are."""
+        return tensor if self.active is None else None
 
     def where_noisy(self, deviation: Tensor) -> Tensor:
         """`deviation`, and 0 in rows whose sigma is 0: no noise is no noise, whatever the network says."""
@@ -266,17 +280,18 @@ class Rows:
 
 def halves(tensor: Tensor, batch: int) -> Sequence[Tensor]:
     """`tensor` in pieces of `batch` samples: itself, or the two halves of a guided batch."""
-    return (tensor,) if len(tensor) == batch else tensor.split(batch)
+    return (tensor,) if tensor.shape[0] == batch else tensor.split(batch)
 
 
 def split_output(
     x: Tensor, output: Tensor, guidance: Tensor | None, conditional_first: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The (guided) prediction and the second half of the channels, in the dtype of x."""
+) -> tuple[Tensor, Tensor | None]:
+    """The (guided) prediction and, if there is one, the second half of the channels, in the dtype of x."""
     batch, channels = x.shape[:2]
-    output = output.to(x.dtype)
+    if output.dtype is not x.dtype:
+        output = output.to(x.dtype)
     if guidance is None:
-        return output[:, :channels], output[:, channels:]
+        return (output, None) if output.shape[1] == channels else (output[:, :channels], output[:, channels:])
     first, second = output.split(batch)
     conditional, unconditional = (first, second) if conditional_first else (second, first)
     scale = guidance.to(x.dtype).view(batch, *(1,) * (x.dim() - 1))

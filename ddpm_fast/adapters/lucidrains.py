@@ -197,7 +197,7 @@ class _Fast:
             keep_x0=conditioned,
             inference_mode=not self._keyword,  # as the library does, in two dimensions
         )
-        loop.network.model.x0 = loop.x0  # type: ignore[attr-defined]
+        loop.network.model.x0 = loop.x0 if conditioned else None  # type: ignore[attr-defined]
         return loop
 
     def _walk(self, loop: Loop, x_T: Tensor | None = None, *, keep: bool = False) -> list[Tensor]:

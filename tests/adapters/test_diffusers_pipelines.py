@@ -125,7 +125,7 @@ def test_fixed_large_log_is_not_a_number_there_and_has_the_law_of_fixed_large_he
 
 def test_ddpm_pipeline_with_a_ddim_scheduler():
     stock = quiet(DDPMPipeline(unet(), DDIMScheduler()))
-    assert difference(stock, {"num_inference_steps": 10}) <= SAME
+    assert difference(stock, {"num_inference_steps": 10}) <= 5 * SAME
 
 
 @pytest.mark.parametrize(("make", "options"), [(ddpm, {}), (ddim, {"eta": 1.0}), (ddim, {"eta": 0.0})])
