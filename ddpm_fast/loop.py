@@ -71,6 +71,7 @@ class Loop:
         x0: the origin estimate of the last step, where it is written; zeros before the first.
     """
 
+    @torch.inference_mode(False)  # buffers made inside it could not be written outside
     def __init__(
         self,
         network: Network,
@@ -136,7 +137,8 @@ class Loop:
         """
         previews = previews or self.keep_x0
         if previews and self.x0 is None:
-            self.x0 = torch.zeros_like(self.x)
+            with torch.inference_mode(False):
+                self.x0 = torch.zeros_like(self.x)
         with on_device(self.device), self._no_gradients():
             kind = "none" if not self._noisy else "philox" if noise.in_kernel else "tensor"
             stride = 1 if every_step or kind == "tensor" else self.steps_per_replay
@@ -245,7 +247,8 @@ class Loop:
         if self.execution == "eager" or not can_capture(self.device):
             return None
         if kind == "tensor" and self._z is None:
-            self._z = torch.zeros_like(self.x)
+            with torch.inference_mode(False):
+                self._z = torch.zeros_like(self.x)
         key = (stride, kind, previews)
         if key not in self._graphs:
             try:

@@ -31,6 +31,7 @@ class Network:
         timestep: the t that it reads next, int64 [B or 2B].
     """
 
+    @torch.inference_mode(False)  # buffers made inside it could not be written outside
     def __init__(
         self,
         model: Model,

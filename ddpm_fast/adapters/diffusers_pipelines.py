@@ -83,9 +83,10 @@ class _Fast:
         scheduler, device = self.scheduler, self._execution_device  # type: ignore[attr-defined]
         whole("batch_size", shape[0], 1)
         whole("num_inference_steps", steps, 1)
-        hooked = any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in network.modules())
-        if not hooked and network.device != device:
-            raise ValueError(f"the pipeline runs on {device}, but its network is on {network.device}: pipe.to(...)")
+        hooked = any("_hf_hook" in vars(m) or "_diffusers_hook" in vars(m) for m in network.modules())
+        own, dtype = next(network.parameters()).device, network.dtype
+        if not hooked and own != device:
+            raise ValueError(f"the pipeline runs on {device}, but its network is on {own}: pipe.to(...)")
         scheduler.set_timesteps(steps)
         eta = eta if isinstance(scheduler, DDIMScheduler) else 0.0
         table = table_of(scheduler, eta=eta, use_clipped_model_output=use_clipped_model_output, doubled=doubled)
@@ -97,16 +98,16 @@ class _Fast:
             clipping_of(scheduler),
             owner=network,
             device=device,
-            dtype=network.dtype,
+            dtype=dtype,
             execution="eager" if hooked else None,  # hooks move weights while they run
             **conditioning,
         )
         guided = loop.network.guided
         if x_T is None:
-            noise, start = self._walker.noise(generator, loop, seeds=seeds, dtype=network.dtype), None
+            noise, start = self._walker.noise(generator, loop, seeds=seeds, dtype=dtype), None
         else:
             noise = self._walker.noise(
-                generator, loop, seeds=seeds, dtype=network.dtype, copies=2 if guided else 1, z_from_global=True
+                generator, loop, seeds=seeds, dtype=dtype, copies=2 if guided else 1, z_from_global=True
             )
             start = None if self._walker.last_seeds is not None else x_T()
         bar = self.progress_bar(total=len(table))  # type: ignore[attr-defined]
