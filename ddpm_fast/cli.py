@@ -14,14 +14,16 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import images
+from ddpm_fast.adapters.checkpoints import load_model, parse_arguments
 from ddpm_fast.config import SAMPLERS, SamplerConfig
 from ddpm_fast.engine import Sampler
 from ddpm_fast.info import describe, path_taken
 from ddpm_fast.kernels import to_uint8
-from ddpm_fast.models.checkpoint import EMBEDDED, Checkpoint, load_checkpoint
+from ddpm_fast.models.checkpoint import EMBEDDED, Checkpoint
 from ddpm_fast.network import checked_device, default_device
 from ddpm_fast.seeding import parse_seeds, resolve_seeds
 from ddpm_fast.training import Trainer, TrainingConfig
+from ddpm_fast.validate import whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -33,6 +35,13 @@ Draw samples and write them as a picture grid, a folder of pictures or an array.
   ddpm-fast sample --seeds 0-49999 --out moons.npz      uint8 [N, H, W, C] in arr_0, as FID scripts read it
   ddpm-fast sample --seeds 7 --out folder               folder/000007.png
   ddpm-fast sample --sampler ddim --steps 50 …          fifty deterministic steps instead of a thousand
+
+--model takes a checkpoint folder of ddpm-fast, or models of other libraries:
+
+  --model folder                                        diffusers: a DDPMPipeline, a DDIMPipeline or a UNet2DModel
+  --model model-7.pt --model-args args.json             lucidrains: {"unet": {"dim": 64, …}, "diffusion": {…}}
+  --model 64x64.pt --model-args="$MODEL_FLAGS"          guided-diffusion, with a checkout of it on PYTHONPATH
+  --model package.module:factory                        your own: a function that returns (model, (C, H, W))
 
 Image k depends on seed k alone: any batch size, any order and any split over machines gives the same images."""
 
@@ -79,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     sample = _command(commands, "sample", "draw samples", SAMPLE_HELP, _sample)
     sample.add_argument("--out", default="samples.png", help=".png, .npz or a folder (default: %(default)s)")
     sample.add_argument("--seeds", help="one sample a seed: 7, 0-15 or 1,4,9-12 (default: 16 fresh ones)")
-    sample.add_argument("--model", default=EMBEDDED, metavar="FOLDER", help="checkpoint (default: the embedded moons)")
+    sample.add_argument("--model", default=EMBEDDED, metavar="MODEL", help="see above (default: the embedded moons)")
+    sample.add_argument("--model-args", metavar="ARGS", help="what the model was made with: JSON, its file, or flags")
+    sample.add_argument("--label", type=int, metavar="CLASS", help="class of all samples, if the model has classes")
     sample.add_argument("--steps", type=int, help="steps of the walk (default: all that the model was trained on)")
     sample.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's, ddpm for the moons")
     sample.add_argument("--eta", type=float, help="noise of ddim, 0 … 1 (default: 0)")
@@ -118,7 +129,9 @@ def _sample(arguments: argparse.Namespace) -> None:
     seeds = resolve_seeds(None, 16) if arguments.seeds is None else parse_seeds(arguments.seeds)
     resolve_seeds(seeds, len(seeds))
     device = checked_device(arguments.device) if arguments.device else default_device()
-    checkpoint = load_checkpoint(arguments.model, device)
+    given = None if arguments.model_args is None else parse_arguments(arguments.model_args)
+    checkpoint = load_model(arguments.model, given, device)
+    _check_label(checkpoint, arguments.label)
     config = SamplerConfig.from_options(_options(arguments), checkpoint.diffusion)
     kind = images.check_output(arguments.out, checkpoint.shape, seeds)
 
@@ -126,11 +139,12 @@ def _sample(arguments: argparse.Namespace) -> None:
     about = {
         "version": ddpm_fast.__version__,
         "model": "embedded moons32" if Path(arguments.model) == EMBEDDED else Path(arguments.model).resolve().name,
+        **({} if arguments.label is None else {"label": arguments.label}),
         "dtype": arguments.dtype,
         "config": config.to_dict(),
     }
     done: list[images.Bytes] = []
-    for part, pictures in _draw(checkpoint, config, seeds, arguments):
+    for part, pictures in _draw(checkpoint, config, seeds, device, arguments):
         if kind == "folder":
             images.save(arguments.out, pictures, part, about)  # what is done stays, whatever happens to the rest
         else:
@@ -145,6 +159,17 @@ def _sample(arguments: argparse.Namespace) -> None:
         print(f"path: {path_taken(device)}")
 
 
+def _check_label(checkpoint: Checkpoint, label: int | None) -> None:
+    if checkpoint.label is None:
+        if label is not None:
+            raise ValueError(f"the model knows no classes, got --label {label}")
+        return
+    count = checkpoint.label[1]
+    if label is None:
+        raise ValueError(f"the model draws one of {count} classes: say which, --label 0 … {count - 1}")
+    whole("--label", label, 0, count - 1)
+
+
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     names = {"steps": "num_inference_steps", "sampler": "sampler", "eta": "eta", "temperature": "temperature"}
     given = {names[name]: getattr(arguments, name) for name in names}
@@ -152,7 +177,11 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _draw(
-    checkpoint: Checkpoint, config: SamplerConfig, seeds: Sequence[int], arguments: argparse.Namespace
+    checkpoint: Checkpoint,
+    config: SamplerConfig,
+    seeds: Sequence[int],
+    device: torch.device,
+    arguments: argparse.Namespace,
 ) -> Iterator[tuple[Sequence[int], images.Bytes]]:
     """The samples a batch at a time: their seeds, and uint8 [n, H, W, C]."""
     sampler: Sampler | None = None
@@ -160,9 +189,17 @@ def _draw(
     for number, part in enumerate(batches, 1):
         if sampler is None or sampler.shape[0] != len(part):
             shape = (len(part), *checkpoint.shape)
-            sampler = Sampler(checkpoint.model, shape, config=config, dtype=DTYPES[arguments.dtype])
-        label = f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"
-        x = sampler(seeds=part, progress=False if arguments.quiet else label)
+            label = {} if checkpoint.label is None else {checkpoint.label[0]: torch.full(shape[:1], arguments.label)}
+            sampler = Sampler(
+                checkpoint.model,
+                shape,
+                model_kwargs=label,
+                config=config,
+                device=device,
+                dtype=DTYPES[arguments.dtype],
+            )
+        title = f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"
+        x = sampler(seeds=part, progress=False if arguments.quiet else title)
         yield part, to_uint8(x).cpu().numpy()
 
 

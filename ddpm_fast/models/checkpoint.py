@@ -30,16 +30,18 @@ class Checkpoint:
     """A network with the diffusion that it was trained for.
 
     Attributes:
-        model: the network, in eval mode, float32.
+        model: the network, in eval mode.
         diffusion: what it was trained on: schedule, prediction type; the defaults of sampling from it.
         shape: shape of one sample, (C, H, W).
         about: anything else that config.json says (data set, training).
+        label: of a class-conditional network, the keyword that it takes a class by, and how many classes there are.
     """
 
-    model: UNet
+    model: Any
     diffusion: SamplerConfig
     shape: tuple[int, ...]
     about: dict[str, Any]
+    label: tuple[str, int] | None = None
 
 
 def save_checkpoint(

@@ -1,0 +1,360 @@
+"""Models on disk, of this package or of another library: what `ddpm-fast sample --model` takes.
+
+Weights are read as safetensors or with weights_only=True: nothing in a file is run. `module:factory` runs code, the
+caller's own.
+"""
+
+import importlib
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddpm_fast.config import SamplerConfig
+from ddpm_fast.models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from ddpm_fast.network import checked_device
+from ddpm_fast.table import origin_estimate
+from ddpm_fast.times import Retimed, scaled_times
+from ddpm_fast.validate import known_names
+
+Arguments = Mapping[str, Any]
+
+_PREDICTIONS = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+_MEANS = {"EPSILON": "epsilon", "START_X": "sample"}
+_FROM_SCHEDULERS = (
+    "num_train_timesteps", "beta_start", "beta_end", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing",
+    "steps_offset", "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio",
+    "sample_max_value", "variance_type", "set_alpha_to_one",
+)  # fmt: skip
+
+
+def load_model(
+    source: str | Path, arguments: Arguments | None = None, device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """Load a model with what it was trained for.
+
+    Args:
+        source: a checkpoint folder of this package; a diffusers folder, of a DDPMPipeline, a DDIMPipeline or a
+            UNet2DModel; a lucidrains Trainer's `model-N.pt`; a guided- or improved-diffusion checkpoint; or
+            "module:factory", a function that returns one of these models, or (model, shape) or (model, shape, config),
+            shape (C, H, W) and config a `SamplerConfig` or its fields.
+        arguments: of a diffusers folder: changes to the configuration, fields of `SamplerConfig`. Of a Trainer's file:
+            {"unet": {…}, "diffusion": {…}}, what Unet and GaussianDiffusion were made with. Of a guided-diffusion
+            file: its MODEL_FLAGS and DIFFUSION_FLAGS, and use_ddim and clip_denoised. Of a factory: its keywords.
+        device: where the network goes.
+
+    Raises:
+        ValueError, TypeError: in one sentence, what is missing, broken, or not supported.
+    """
+    device = checked_device(device)
+    given = dict(arguments or {})
+    text, path = str(source), Path(source)
+    if not path.exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
+        return _placed(_from_factory(text, given), device)
+    if path.is_file():
+        return _placed(_from_weights(path, given), device)
+    kind = _diffusers_class(path)
+    if kind is None:
+        if given:
+            raise ValueError(f"a checkpoint folder says itself what it holds: no arguments, got {min(given)}")
+        return load_checkpoint(path, device)
+    return _placed(_from_diffusers(path, kind, given), device)
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """The model's arguments: a JSON object, the path of a file with one, or flags as guided-diffusion takes them.
+
+    Raises:
+        ValueError: none of them.
+    """
+    if text.lstrip().startswith("-"):
+        words = shlex.split(text)
+        if len(words) % 2 or not all(re.fullmatch(r"--[A-Za-z]\w*", name) for name in words[::2]):
+            raise ValueError(f"flags look like --image_size 64 --learn_sigma True, got {text!r}")
+        return {name[2:]: _value(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    where = "the model's arguments"
+    if not text.lstrip().startswith("{"):
+        where = text
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the model's arguments are JSON, flags or a file: cannot read {where}") from error
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: must be a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _value(word: str) -> Any:
+    plain = {"True": True, "False": False, "true": True, "false": False}
+    if word in plain:
+        return plain[word]
+    return next((kind(word) for kind in (int, float) if _is(kind, word)), word)
+
+
+def _is(kind: type, word: str) -> bool:
+    try:
+        kind(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _placed(found: Checkpoint, device: torch.device) -> Checkpoint:
+    """On its device, in eval mode; raise unless the samples are images."""
+    if len(found.shape) != 3:
+        raise ValueError(f"only images (C, H, W) are written to files, got samples of shape {found.shape}")
+    if isinstance(found.model, nn.Module):
+        found.model.eval().requires_grad_(False).to(device)
+    return found
+
+
+# diffusers
+
+
+def _diffusers_class(folder: Path) -> str | None:
+    """The class that a diffusers folder names; None for another folder."""
+    for name in ("model_index.json", "config.json"):
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict) and isinstance(config.get("_class_name"), str):
+            return config["_class_name"]
+    return None
+
+
+def _from_diffusers(folder: Path, kind: str, arguments: Arguments) -> Checkpoint:
+    if kind not in ("DDPMPipeline", "DDIMPipeline", "UNet2DModel"):
+        raise ValueError(
+            f"{folder} holds a {kind}; the command line draws from a DDPMPipeline, DDIMPipeline or UNet2DModel: of "
+            "others ddpm_fast.accelerate takes DiTPipeline, LDMPipeline and the schedulers"
+        )
+    diffusers = _library("diffusers", "diffusers")
+    try:
+        loaded = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded as a {kind}: {str(error).splitlines()[0]}") from error
+    found = _of_unet(loaded, SamplerConfig()) if kind == "UNet2DModel" else _of_pipeline(loaded)
+    config = SamplerConfig.from_options(arguments, found.diffusion)
+    return Checkpoint(found.model, config, found.shape, found.about, found.label)
+
+
+def _of_pipeline(pipeline: Any) -> Checkpoint:
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    scheduler = pipeline.scheduler
+    if not isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
+        raise ValueError(f"the pipeline's {type(scheduler).__name__} is not supported: DDPMScheduler or DDIMScheduler")
+    fields = {name: scheduler.config[name] for name in _FROM_SCHEDULERS if scheduler.config.get(name) is not None}
+    schedule = scheduler.config.beta_schedule
+    if scheduler.config.trained_betas is not None or schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        fields["trained_betas"] = scheduler.betas.tolist()
+        fields["rescale_betas_zero_snr"] = False  # done in there
+    else:
+        fields["beta_schedule"] = schedule
+    if isinstance(scheduler, DDIMScheduler):
+        fields |= {"sampler": "ddim", "previous_timestep": "stride", "num_inference_steps": 50}
+    else:
+        fields["noise_free"] = "t_zero"
+    return _of_unet(pipeline.unet, SamplerConfig.from_options(fields))
+
+
+def _of_unet(unet: Any, config: SamplerConfig) -> Checkpoint:
+    size = unet.config.sample_size
+    if size is None:
+        raise ValueError("the UNet2DModel does not say how large its images are: sample_size is missing in its config")
+    sizes = (size, size) if isinstance(size, int) else tuple(size)
+    label = None
+    if getattr(unet.config, "num_class_embeds", None):
+        label = ("class_labels", int(unet.config.num_class_embeds))
+    return Checkpoint(unet, config, (unet.config.in_channels, *sizes), {}, label)
+
+
+# denoising-diffusion-pytorch, guided-diffusion, improved-diffusion
+
+
+def _from_weights(path: Path, arguments: Arguments) -> Checkpoint:
+    if not arguments:
+        raise ValueError(
+            f"{path} holds weights alone: pass the arguments that the model was made with, "
+            '{"unet": {…}, "diffusion": {…}} for lucidrains, MODEL_FLAGS for guided-diffusion'
+        )
+    if arguments.keys() & {"unet", "diffusion"}:
+        return _from_trainer(path, arguments)
+    return _from_guided(path, arguments)
+
+
+def _from_trainer(path: Path, arguments: Arguments) -> Checkpoint:
+    library = _library("denoising_diffusion_pytorch", "denoising-diffusion-pytorch")
+    from ddpm_fast.adapters.lucidrains import load_trainer_checkpoint
+
+    known_names("section", arguments, ("unet", "diffusion"))
+    unet = library.Unet(**arguments.get("unet", {}))
+    learned = bool(arguments.get("unet", {}).get("learned_variance"))
+    kind = library.LearnedGaussianDiffusion if learned else library.GaussianDiffusion
+    return _of_lucidrains(load_trainer_checkpoint(path, kind(unet, **arguments.get("diffusion", {}))))
+
+
+def _of_lucidrains(diffusion: Any) -> Checkpoint:
+    from denoising_diffusion_pytorch import GaussianDiffusion, LearnedGaussianDiffusion
+
+    if not isinstance(diffusion, GaussianDiffusion):
+        raise ValueError(f"{type(diffusion).__name__} is not known to the command line: GaussianDiffusion of images is")
+    learned = isinstance(diffusion, LearnedGaussianDiffusion)
+    fields: dict[str, Any] = {
+        "num_train_timesteps": diffusion.num_timesteps,
+        "trained_betas": diffusion.betas.tolist(),
+        "prediction_type": "epsilon" if learned else _PREDICTIONS[diffusion.objective],
+        "variance_type": "learned_range" if learned else "fixed_small",
+    }
+    if diffusion.is_ddim_sampling:
+        times = np.linspace(-1, diffusion.num_timesteps - 1, diffusion.sampling_timesteps + 1).astype(np.float32)
+        fields |= {
+            "sampler": "ddim",
+            "eta": diffusion.ddim_sampling_eta,
+            "ddim_direction": "x0",
+            "timesteps": times.astype(np.int64)[:0:-1].tolist(),
+        }
+    config = SamplerConfig(**fields)
+    model = SelfConditioned(diffusion.model, config) if diffusion.self_condition else diffusion.model
+    return Checkpoint(model, config, (diffusion.channels, *diffusion.image_size), {})
+
+
+class SelfConditioned(nn.Module):
+    """A network that is shown its own last origin estimate (Chen et al. 2022), in any walk whose timesteps fall.
+
+    Args:
+        model: called as model(x, t, last), last the clipped x0 of the step before; zeros in the first.
+        config: schedule and prediction type of its training.
+    """
+
+    a: Tensor
+    b: Tensor
+    last: Tensor
+    t: Tensor
+
+    def __init__(self, model: nn.Module, config: SamplerConfig) -> None:
+        super().__init__()
+        self.model = model
+        for name, column in zip("ab", origin_estimate(config.prediction_type, config.alphas_cumprod()), strict=True):
+            self.register_buffer(name, torch.from_numpy(column).float(), persistent=False)
+        self.register_buffer("last", torch.zeros(0), persistent=False)
+        self.register_buffer("t", torch.zeros(0, dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """What the network says; all that is remembered stays on the device, so that a CUDA graph can hold it."""
+        if self.last.shape != x.shape:
+            self.last, self.t = torch.zeros_like(x), torch.full_like(t, -1)
+        column = (-1,) + (1,) * (x.dim() - 1)
+        falling = (t < self.t).view(column)  # else a new walk has begun
+        output = self.model(x, t, torch.where(falling, self.last, 0))
+        self.last.copy_((self.a[t].view(column) * x + self.b[t].view(column) * output).clamp(-1, 1))
+        self.t.copy_(t)
+        return output
+
+
+def _from_guided(path: Path, arguments: Arguments) -> Checkpoint:
+    from ddpm_fast.adapters.guided_diffusion import space_timesteps
+
+    library = _guided_library()
+    defaults = library.model_and_diffusion_defaults()
+    known_names("flag", arguments, (*defaults, "use_ddim", "clip_denoised"))
+    flags = {**defaults, **{name: value for name, value in arguments.items() if name in defaults}}
+    respacing = str(flags.pop("timestep_respacing"))
+    flags = {name: str(value) if isinstance(defaults[name], str) else value for name, value in flags.items()}
+    model, diffusion = library.create_model_and_diffusion(**flags, timestep_respacing="")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a file of another kind can fail in any way
+        raise CheckpointError(f"{path} is no file of weights: torch.load cannot read it") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path} is no guided-diffusion checkpoint, which maps names to tensors")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+        raise CheckpointError(f"{path} does not fit its flags: {reason}") from error
+    steps = diffusion.num_timesteps
+    ddim = bool(arguments.get("use_ddim", False))
+    config = SamplerConfig(
+        num_train_timesteps=steps,
+        trained_betas=diffusion.betas.tolist(),
+        prediction_type=_MEANS[diffusion.model_mean_type.name],
+        variance_type=diffusion.model_var_type.name.lower(),
+        clip_sample=bool(arguments.get("clip_denoised", True)),
+        sampler="ddim" if ddim else "ddpm",
+        ddim_direction="x0" if ddim else "output",
+        timesteps=sorted(space_timesteps(steps, respacing), reverse=True) if respacing else None,
+    )
+    if flags.get("use_fp16"):
+        model.convert_to_fp16()
+    classes = getattr(model, "num_classes", None)
+    size = int(flags["image_size"])
+    rescaled = Retimed(model, scaled_times(steps, 1000 / steps)) if diffusion.rescale_timesteps else model
+    return Checkpoint(rescaled, config, (3, size, size), {}, ("y", classes) if classes else None)
+
+
+def _guided_library() -> Any:
+    for package in ("guided_diffusion", "improved_diffusion"):
+        try:
+            return importlib.import_module(f"{package}.script_util")
+        except ModuleNotFoundError as error:
+            if error.name and not error.name.startswith(package):
+                raise ValueError(f"{package} needs {error.name}, which is not installed") from error
+    raise ValueError(
+        "guided-diffusion makes its networks itself and is not on PyPI: put a checkout of it, or of "
+        "improved-diffusion, on PYTHONPATH"
+    )
+
+
+# module:factory
+
+
+def _from_factory(text: str, arguments: Arguments) -> Checkpoint:
+    module, _, name = text.partition(":")
+    try:
+        factory: Any = importlib.import_module(module)
+        for part in name.split("."):
+            factory = getattr(factory, part)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{text}: no module {error.name!r}: is its folder on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise ValueError(f"{text}: {error}") from error
+    if not callable(factory):
+        raise TypeError(f"{text} must be a function that returns a model, it is a {type(factory).__name__}")
+    made = factory(**arguments)
+    if isinstance(made, Checkpoint):
+        return made
+    if isinstance(made, tuple) and len(made) in (2, 3) and callable(made[0]):
+        model, shape, *rest = made
+        config = rest[0] if rest else SamplerConfig()
+        config = config if isinstance(config, SamplerConfig) else SamplerConfig.from_options(config)
+        return Checkpoint(model, config, tuple(shape), {})
+    origins = {base.__module__.partition(".")[0] for base in type(made).__mro__}
+    if "diffusers" in origins and hasattr(made, "scheduler") and hasattr(made, "unet"):
+        return _of_pipeline(made)
+    if "denoising_diffusion_pytorch" in origins and isinstance(made, nn.Module) and hasattr(made, "betas"):
+        return _of_lucidrains(made)
+    raise TypeError(
+        f"{text} must return (model, shape), (model, shape, config), a DDPMPipeline, a DDIMPipeline or a lucidrains "
+        f"GaussianDiffusion, got {type(made).__name__}"
+    )
+
+
+def _library(package: str, distribution: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"the model is of {distribution}, which cannot be imported here: {error}") from error
