@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
-.PHONY: sample peers test test-slow check sass bench bench-step diffusers-suite clean
+.PHONY: sample peers test test-slow check sass bench bench-step examples diffusers-suite clean
 
 sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 	$(BIN)/ddpm-fast sample --seeds 0-15 --out samples.png
@@ -34,9 +34,17 @@ diffusers-suite: $(PEERS)  ## diffusers' own scheduler tests on our classes: mak
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torchsde
 	$(BIN)/python benchmarks/diffusers_suite.py $(TESTS)
 
-bench: $(READY)  ## benchmarks for a CPU
+bench: $(PEERS)  ## benchmarks for a CPU; GUIDED=path-to-a-checkout adds guided-diffusion
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/adapters.py $(if $(GUIDED),--guided-diffusion $(GUIDED))
+
+# denoising-diffusion-pytorch imports torchvision for its trainer; the tests' stand-in will do here.
+examples: $(PEERS)  ## models of other libraries before and after; GUIDED=path-to-a-checkout adds guided-diffusion
+	$(BIN)/python examples/with_diffusers.py
+	PYTHONPATH=tests/adapters $(BIN)/python -c "import standins; standins.run('examples/with_lucidrains.py')"
+	$(BIN)/python examples/with_your_own_network.py
+	$(if $(GUIDED),PYTHONPATH=$(GUIDED) $(BIN)/python examples/with_guided_diffusion.py)
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv

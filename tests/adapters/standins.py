@@ -1,6 +1,7 @@
 """denoising-diffusion-pytorch imports torchvision for its training data; sampling never touches it."""
 
 import importlib.util
+import runpy
 import sys
 import types
 
@@ -16,6 +17,13 @@ class _Inert(types.ModuleType):
             raise RuntimeError(f"torchvision's {name} is a stand-in")
 
         return unavailable
+
+
+def run(script):
+    """Run a script with it."""
+    stand_in_for_torchvision()
+    sys.argv = [script]
+    runpy.run_path(script, run_name="__main__")
 
 
 def stand_in_for_torchvision():
