@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the files in benchmarks/results.
+"""Write the tables of README.md and docs/migration.md from the files in benchmarks/results.
 
 python benchmarks/tables.py            rewrites what stands between <!-- table NAME --> and <!-- end -->
 """
@@ -93,29 +93,110 @@ def counts() -> str:
     return "\n".join([*lines, "| instructions an element | " + " | ".join(found) + " |"])
 
 
-TABLES: dict[str, Callable[[], str]] = {"quality": quality, "overhead": overhead, "counts": counts, "step": step}
+def accelerated() -> str:
+    """The originals' loops and the accelerated ones, shortly."""
+    result = _result("cpu__adapters")
+    operations = {(row["library"], row["walk"]): row for row in result["counts"]}
+    ends = {(row["library"], row["walk"]): row for row in result["rows"] if row["network"] == "real"}
+    lines = [
+        "| | steps | sampler, µs a step: theirs | ours | ratio | limit | with a small U-Net, all | operations a step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if row["network"] != "light" or row["batch"] != 1:
+            continue
+        key = row["library"], row["walk"]
+        counted = operations[key]
+        lines.append(
+            f"| {row['library']}, {row['walk']} | {row['steps']} | {row['theirs_us']:.0f} | {row['ours_us']:.0f} "
+            f"| {row['ratio']:.2f} | {row['limit']} | {ends[key]['end_to_end_ratio']:.2f} "
+            f"| {counted['theirs_operations']:.0f} → {counted['ours_operations']:.0f} |"
+        )
+    return "\n".join(lines)
 
 
-def filled(text: str) -> str:
-    """`text` with every marked table made anew."""
-    for name, table in TABLES.items():
+def adapters() -> str:
+    """The same with everything that was measured."""
+    result = _result("cpu__adapters")
+    ends = {(row["library"], row["walk"]): row for row in result["rows"] if row["network"] == "real"}
+    lines = [
+        "| | batch | steps | sampler, µs a step: theirs | ours | ratio (of 7 rounds) | `randn`, µs | end to end "
+        "| largest difference |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if row["network"] != "light":
+            continue
+        end = ends[row["library"], row["walk"]] if row["batch"] == 1 else None
+        whole = f"{end['end_to_end_ratio']:.3f} ({end['control_ratio']:.3f})" if end else "-"
+        lines.append(
+            f"| {row['library']}, {row['walk']} | {row['batch']} | {row['steps']} | {row['theirs_us']:.0f} "
+            f"| {row['ours_us']:.0f} | {row['ratio']:.2f} ({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f}) "
+            f"| {result['randn_us'][str(row['batch'])]:.0f} | {whole} | {row['largest_difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def operations() -> str:
+    """What torch dispatches for a step."""
+    lines = [
+        "| | operations: theirs | ours | kernels of theirs on a GPU | waits of theirs |",
+        "|---|---|---|---|---|",
+    ]
+    for row in _result("cpu__adapters")["counts"]:
+        lines.append(
+            f"| {row['library']}, {row['walk']} | {row['theirs_operations']:.0f} | {row['ours_operations']:.1f} "
+            f"| {row['theirs_kernels']:.0f} | {row['theirs_waits']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def bfloat16() -> str:
+    """How far half precision is from float32."""
+    found = _result("cpu__adapters")["bfloat16_difference"]
+    return (
+        "| 1000 steps, a small U-Net with random weights | diffusers | accelerated |\n|---|---|---|\n"
+        f"| network in bfloat16, largest difference to float32 | {found['theirs']:.3f} | {found['ours']:.3f} |"
+    )
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "accelerated": accelerated,
+        "quality": quality,
+        "overhead": overhead,
+        "counts": counts,
+        "step": step,
+    },
+    "docs/migration.md": {"bfloat16": bfloat16, "adapters": adapters, "operations": operations},
+}
+
+
+def filled(page: str) -> str:
+    """The page's text with every marked table made anew."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, table in PAGES[page].items():
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         text, count = re.subn(pattern, lambda found, table=table: f"{found[1]}{table()}\n{found[2]}", text, flags=re.S)
         if count != 1:
-            raise ValueError(f"README.md must have the table {name!r} once, found it {count} times")
+            raise ValueError(f"{page} must have the table {name!r} once, found it {count} times")
     return text
 
 
+def _result(name: str):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def _rows(name: str):
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    return _result(name)["rows"]
 
 
 def main() -> None:
-    """Rewrite README.md."""
-    path = ROOT / "README.md"
-    text = filled(path.read_text(encoding="utf-8"))
-    with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+    """Rewrite the pages."""
+    for page in PAGES:
+        text = filled(page)
+        with whole_file(ROOT / page) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -353,3 +353,15 @@ def test_an_object_with_sample_and_a_tuple_are_understood():
 
 def test_numpy_sizes_are_sizes():
     assert sample(Wavy(2, 2), np.array([2, 2, 3]), seeds=0, num_inference_steps=2).shape == (2, 2, 3)
+
+
+def test_a_sampler_made_and_called_in_inference_mode_works_outside():
+    conv = torch.nn.Conv2d(3, 3, 1)
+    with torch.inference_mode():
+        sampler = Sampler(lambda x, t: conv(x), (2, 3, 4, 4), num_inference_steps=3, device="cpu")
+        inside = sampler(seeds=0)
+        sampler(seeds=0, output="x0")
+    outside = sampler(seeds=0)
+    assert torch.equal(inside, outside)
+    assert not outside.is_inference()
+    assert sampler(seeds=0, output="x0").frames is not None

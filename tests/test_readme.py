@@ -1,17 +1,19 @@
-"""README.md: its numbers are those of the result files, and its code runs."""
+"""The pages: their numbers are those of the result files, and their code runs."""
 
 import re
 from pathlib import Path
 
+import pytest
 import tables
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
-def test_tables_are_those_of_the_result_files():
-    text = README.read_text(encoding="utf-8")
-    assert tables.filled(text) == text
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_tables_are_those_of_the_result_files(page):
+    assert tables.filled(page) == (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_the_python_code_runs():
@@ -22,3 +24,17 @@ def test_the_python_code_runs():
         exec(block, names)
     assert names["images"].shape == (16, 3, 32, 32)
     assert names["walk"].frames.shape == (3, 64, 3, 32, 32)
+
+
+def test_the_code_of_the_migration_page_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/migration.md").read_text(encoding="utf-8"), flags=re.S)
+    names = {}
+    exec(block, names)
+    assert names["images"].shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
