@@ -58,12 +58,23 @@ def accelerate(obj: Any, options: Options) -> Any:
     """The fast diffusion for `obj`; see `ddpm_fast.accelerate`."""
     one_of("model_mean_type", obj.model_mean_type.name, MEANS)
     one_of("model_var_type", obj.model_var_type.name, VARIANCES)
-    kind = type(obj)
+    kind: Any = type(obj)
     if not issubclass(kind, _Fast):
         _refuse_overrides(obj)
-        loops = {name: _loop_method(kind, name) for name in _LOOPS if hasattr(kind, name)}
-        kind = type(f"Fast{kind.__name__}", (_Fast, kind), {"__module__": __name__, **loops})
+        kind = _fast(kind)
     return adopt(obj, kind, _walker=Walker(options), _walking=False)
+
+
+@functools.cache
+def _fast(kind: Any) -> Any:
+    loops = {name: _loop_method(kind, name) for name in _LOOPS if hasattr(kind, name)}
+    return type(f"Fast{kind.__name__}", (_Fast, kind), {"__module__": __name__, **loops})
+
+
+def _blank(kind: Any) -> Any:
+    """An instance without its state, as pickle wants it: classes made on the fly have no address."""
+    cls = _fast(kind)
+    return cls.__new__(cls)
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
@@ -263,6 +274,9 @@ class _Fast:
 
     _walker: Walker
     _walking: bool
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (type(self).__bases__[1],), {**self.__dict__, "_walking": False}
 
     @property
     def last_seeds(self) -> list[int] | None:

@@ -62,8 +62,14 @@ def accelerate(obj: Any, options: Options) -> Any:
 
 
 @functools.cache
-def _joined(fast: Any, kind: Any) -> type:
+def _joined(fast: Any, kind: Any) -> Any:
     return type(f"Fast{kind.__name__}", (fast, kind), {"__module__": __name__})
+
+
+def _blank(fast: Any, kind: Any) -> Any:
+    """An instance without its state, as pickle wants it: classes made on the fly have no address."""
+    cls = _joined(fast, kind)
+    return cls.__new__(cls)
 
 
 def load_trainer_checkpoint(path: str | Path, diffusion: Any, ema: bool = True) -> Any:
@@ -124,6 +130,9 @@ class _Fast:
     if TYPE_CHECKING:  # the rest is the library's
 
         def __getattr__(self, name: str) -> Any: ...
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, type(self).__bases__, self.__dict__
 
     @property
     def last_seeds(self) -> list[int] | None:

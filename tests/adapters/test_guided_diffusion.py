@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import pickle
 from pathlib import Path
 
 import guided_standin
@@ -222,6 +223,16 @@ def test_the_original_is_left_alone():
         assert np.array_equal(value, before[name])
     assert isinstance(fast, guided_standin.SpacedDiffusion)
     assert type(accelerate(fast)) is type(fast)
+
+
+def test_copies_through_pickle():
+    fast = accelerate(made(respacing="5,3,2", steps=50))
+    torch.manual_seed(0)
+    expected = fast.p_sample_loop(plain_network, SHAPE, device="cpu")
+    for copied in (pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast)):
+        assert type(copied) is type(fast)
+        torch.manual_seed(0)
+        assert torch.equal(copied.p_sample_loop(plain_network, SHAPE, device="cpu"), expected)
 
 
 @pytest.mark.parametrize("kind", [GaussianDiffusion, ImprovedDiffusion])

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+import pickle
 import sys
 from types import SimpleNamespace
 
@@ -245,6 +246,21 @@ def test_training_copies_and_accelerating_again():
     expected = fast.sample(2)
     torch.manual_seed(0)
     assert torch.equal(EMA(fast).ema_model.sample(2), expected)
+
+
+@pytest.mark.parametrize("made", [diffusion, learned, diffusion_1d])
+def test_copies(made):
+    fast = accelerate(made(objective="pred_noise"))
+    torch.manual_seed(0)
+    expected = fast.sample(2)
+    copies = [copy.deepcopy(fast)]
+    if made is diffusion_1d:  # the library's Unet cannot be pickled, its Unet1D can
+        copies.append(pickle.loads(pickle.dumps(fast)))
+    for copied in copies:
+        assert type(copied) is type(fast)
+        assert copied.model is not fast.model
+        torch.manual_seed(0)
+        assert torch.equal(copied.sample(2), expected)
 
 
 def test_networks_trained_between_two_walks():
