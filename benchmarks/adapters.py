@@ -159,16 +159,22 @@ def diffusers_cases() -> list[Case]:
     ]
 
 
+def stand_in_for_torchvision() -> None:
+    """denoising-diffusion-pytorch imports torchvision for its trainer; sampling does without."""
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is not None:
+        return
+    for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.util.spec_from_loader(name, None)
+        module.__dict__.update(transforms=None, utils=None, Compose=None)
+        sys.modules[name] = module
+    sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
+    sys.modules["torchvision"].utils = sys.modules["torchvision.utils"]
+
+
 def lucidrains_cases() -> list[Case]:
     """GaussianDiffusion by p_sample_loop and by ddim_sample."""
-    if importlib.util.find_spec("torchvision") is None:  # needed by its trainer alone
-        for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
-            module = types.ModuleType(name)
-            module.__spec__ = importlib.util.spec_from_loader(name, None)
-            module.__dict__.update(transforms=None, utils=None, Compose=None)
-            sys.modules[name] = module
-        sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
-        sys.modules["torchvision"].utils = sys.modules["torchvision.utils"]
+    stand_in_for_torchvision()
     from denoising_diffusion_pytorch import GaussianDiffusion
 
     def build(ddim: bool) -> Callable[[nn.Module, int], Any]:

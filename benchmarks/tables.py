@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/migration.md from the files in benchmarks/results.
+"""Write the tables of README.md and of pages in docs/ from the files in benchmarks/results.
 
 python benchmarks/tables.py            rewrites what stands between <!-- table NAME --> and <!-- end -->
 """
@@ -151,6 +151,24 @@ def operations() -> str:
     return "\n".join(lines)
 
 
+def hoisting() -> str:
+    """What leaves the networks, and what that saves."""
+    lines = [
+        "| network | operations | of t | of the condition or nothing | of both | neutral | left | tables, MB "
+        "| plain, ms | hoisted, ms | speed-up (p20 to p80) | built in, s | largest difference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in _rows("cpu__hoisting"):
+        lines.append(
+            f"| {row['network']} | {row['before']} | {row['of_t']} | {row['of_condition']} | {row['of_both']} "
+            f"| {row['neutral']} | {row['after']} | {row['tables']}, {row['table_bytes'] / 1e6:.1f} "
+            f"| {row['plain_ms']:.1f} | {row['hoisted_ms']:.1f} "
+            f"| {row['speedup']:.2f} ({row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}) | {row['build_s']:.1f} "
+            f"| {row['largest_difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
 def bfloat16() -> str:
     """How far half precision is from float32."""
     found = _result("cpu__adapters")["bfloat16_difference"]
@@ -169,6 +187,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "step": step,
     },
     "docs/migration.md": {"bfloat16": bfloat16, "adapters": adapters, "operations": operations},
+    "docs/network.md": {"hoisting": hoisting},
 }
 
 

@@ -60,6 +60,9 @@ class Sampler:
             graph on CUDA where the network allows it.
         steps_per_replay: steps in one graph.
         backend: "triton" or "torch" kernels; None chooses by device.
+        optimize: "hoist" takes out of the loop what in the network does not depend on x (`ddpm_fast.hoist`): a few
+            seconds when the sampler is built, less in every step. A network that cannot be traced runs as it is, and
+            the log says why.
         config: a `SamplerConfig`, such as a checkpoint's; the options are changes to it.
         options: the fields of `SamplerConfig`.
 
@@ -87,6 +90,7 @@ class Sampler:
         execution: str = "auto",
         steps_per_replay: int = 1,
         backend: str | None = None,
+        optimize: str | None = None,
         config: SamplerConfig | None = None,
         **options: Any,
     ) -> None:
@@ -109,6 +113,7 @@ class Sampler:
             execution=execution,
             steps_per_replay=steps_per_replay,
             backend=backend,
+            optimize=optimize,
         )
 
     def __call__(

@@ -24,6 +24,7 @@ from ddpm_fast.validate import one_of, whole
 logger = logging.getLogger("ddpm_fast")
 
 EXECUTIONS = ("auto", "graph", "eager")
+OPTIMIZATIONS = (None, "hoist")
 LOOK = 16  # steps between two looks for NaN on a CPU
 
 Correction = Callable[[int, Tensor, Tensor], Tensor]
@@ -64,7 +65,7 @@ class Loop:
         keep_x0: always write the origin estimate to `x0`.
         inference_mode: run under torch.inference_mode, which spares the host work; not for a network or a correction
             that takes gradients inside, nor for one that keeps tensors and is trained later.
-        execution, steps_per_replay, backend: those of `Sampler`.
+        execution, steps_per_replay, backend, optimize: those of `Sampler`.
 
     Attributes:
         x: the state, float32 [B, C, ...]; a buffer, to be copied.
@@ -85,8 +86,10 @@ class Loop:
         execution: str = "auto",
         steps_per_replay: int = 1,
         backend: str | None = None,
+        optimize: str | None = None,
     ) -> None:
         one_of("execution", execution, EXECUTIONS)
+        one_of("optimize", optimize, OPTIMIZATIONS)
         whole("steps_per_replay", steps_per_replay, 1)
         self.network = network
         self.table = table
@@ -117,6 +120,9 @@ class Loop:
         self._use_output = bool(np.any(table.c_out != 0))
         self._noisy = bool(np.any(table.sigma != 0))
         self._graphs: dict[tuple[int, str, bool], StepGraph] = {}
+        if optimize == "hoist":
+            with on_device(self.device):
+                network.hoist(table.timestep.tolist())
 
     def steps(
         self,
@@ -140,6 +146,8 @@ class Loop:
             with torch.inference_mode(False):
                 self.x0 = torch.zeros_like(self.x)
         with on_device(self.device), self._no_gradients():
+            if self.network.refresh():
+                self._graphs.clear()
             kind = "none" if not self._noisy else "philox" if noise.in_kernel else "tensor"
             stride = 1 if every_step or kind == "tensor" else self.steps_per_replay
             graph = self._graph(stride, kind, previews)
@@ -207,7 +215,7 @@ class Loop:
         self, base: Tensor | int, offset: int, z: Tensor | None, kind: str, previews: bool, number: int | None = None
     ) -> None:
         """Network and step, on the fixed buffers."""
-        output = self.network()
+        output = self.network(base if isinstance(base, int) else None)
         coefficients, ids = self._rows_on_host if isinstance(base, int) else self._rows
         extra = None
         if self.correction is not None:

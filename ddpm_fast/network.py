@@ -3,11 +3,13 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ddpm_fast.hoist import Hoisted, HoistError
 
 logger = logging.getLogger("ddpm_fast")
 
@@ -25,6 +27,7 @@ class Network:
         uncond_kwargs: with guidance, the same names for the unconditional half; the batch is then doubled,
             conditional half first.
         device, dtype: of what the network is given. Where its parameters have another dtype, it runs under autocast.
+        module: what `hoist` traces in the place of a model that only wraps it.
 
     Attributes:
         input: the x that the network reads next, `dtype`, [B or 2B, C, ...].
@@ -41,10 +44,13 @@ class Network:
         uncond_kwargs: Mapping[str, Any] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        module: nn.Module | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a callable model(x, t, **model_kwargs), got {type(model).__name__}")
         self.model = model
+        self.hoisted: Hoisted | None = None
+        self._module = model if module is None else module
         self.guided = uncond_kwargs is not None
         self.device = resolve_device(model, device)
         if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
@@ -64,10 +70,17 @@ class Network:
         self.output_shape = (batch, out_channels, *shape[2:])
         self.kwargs = self._static_kwargs(dict(model_kwargs or {}), uncond_kwargs)
 
-    def __call__(self) -> Tensor:
-        """The model's output for the buffers as they are, its shape checked: [B or 2B, out_channels, ...]."""
+    def __call__(self, row: int | None = None) -> Tensor:
+        """The model's output for the buffers as they are, its shape checked: [B or 2B, out_channels, ...].
+
+        Args:
+            row: number of the walk's step, where all samples are in the same; spares a hoisted network the lookup.
+        """
         with self._precision():
-            output = self.model(self.input, self.timestep, **self.kwargs)
+            if self.hoisted is not None:
+                output = self.hoisted(self.input, self.timestep, row)
+            else:
+                output = self.model(self.input, self.timestep, **self.kwargs)
         if isinstance(output, tuple) and output:
             output = output[0]
         if not isinstance(output, Tensor):
@@ -81,6 +94,26 @@ class Network:
         if not output.is_floating_point():
             raise ValueError(f"the model must return floating point numbers, got {output.dtype}")
         return output
+
+    def hoist(self, timesteps: Sequence[int]) -> None:
+        """Take out of the calls what does not depend on x, for these timesteps; a warning says why where that fails."""
+        try:
+            with self._precision():
+                self.hoisted = Hoisted(self._module, self.input, timesteps, self.kwargs)  # type: ignore[arg-type]
+        except HoistError as reason:
+            logger.warning("the network is not hoisted: %s", reason)
+
+    def refresh(self) -> bool:
+        """Bring what was hoisted up to date, before a walk; whether buffers of recorded graphs have moved."""
+        if self.hoisted is None:
+            return False
+        try:
+            with self._precision():
+                return self.hoisted.refresh()
+        except HoistError as reason:
+            logger.warning("the network is not hoisted any more: %s", reason)
+            self.hoisted = None
+            return True
 
     def _precision(self) -> contextlib.AbstractContextManager:
         """Autocast where the network's parameters have another dtype than its input."""

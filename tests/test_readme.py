@@ -26,11 +26,15 @@ def test_the_python_code_runs():
     assert names["walk"].frames.shape == (3, 64, 3, 32, 32)
 
 
-def test_the_code_of_the_migration_page_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/migration.md").read_text(encoding="utf-8"), flags=re.S)
+@pytest.mark.parametrize(
+    ("page", "name", "shape"),
+    [("migration.md", "images", (4, 3, 32, 32)), ("network.md", "moons", (4, 1, 32, 32))],
+)
+def test_the_code_of_the_pages_runs(page, name, shape):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.S)
     names = {}
     exec(block, names)
-    assert names["images"].shape == (4, 3, 32, 32)
+    assert names[name].shape == shape
 
 
 @pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])

@@ -100,6 +100,7 @@ class _Fast:
             device=device,
             dtype=dtype,
             execution="eager" if hooked else None,  # hooks move weights while they run
+            module=None if hooked else network,
             **conditioning,
         )
         guided = loop.network.guided

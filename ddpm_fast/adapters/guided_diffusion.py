@@ -304,6 +304,7 @@ class _Fast:
                 network, call.shape, table, clipping, owner=owner, device=call.device, dtype=torch.float32,
                 model_kwargs=call.model_kwargs, correction=guidance,
                 execution="eager" if network is not told else None,
+                module=call.model if network is told and told.scale is None else None,
             )  # fmt: skip
             noise = walker.noise(None, loop)
             self._walker.last_seeds = walker.last_seeds

@@ -205,6 +205,7 @@ class _Fast:
             model_kwargs=kwargs,
             keep_x0=conditioned,
             inference_mode=not self._keyword,  # as the library does, in two dimensions
+            module=None if conditioned else self.model,
         )
         loop.network.model.x0 = loop.x0 if conditioned else None  # type: ignore[attr-defined]
         return loop

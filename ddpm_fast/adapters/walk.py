@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddpm_fast.loop import EXECUTIONS, Clipping, Correction, Loop
+from ddpm_fast.loop import EXECUTIONS, OPTIMIZATIONS, Clipping, Correction, Loop
 from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise, global_generator
 from ddpm_fast.seeding import Seeds, resolve_seeds
@@ -41,19 +41,21 @@ class Options:
         noise: where noise comes from when no generator is passed: "library", torch's global generator in the order
             in which the library draws; "philox", a seed a sample; "auto", the library's if torch.manual_seed was
             called (with a seed below 2^32), else philox.
-        execution, steps_per_replay, backend: those of `Sampler`.
+        execution, steps_per_replay, backend, optimize: those of `Sampler`.
     """
 
     noise: str = "auto"
     execution: str = "auto"
     steps_per_replay: int = 1
     backend: str | None = None
+    optimize: str | None = None
 
     def __post_init__(self) -> None:
         one_of("noise", self.noise, NOISES)
         one_of("execution", self.execution, EXECUTIONS)
         whole("steps_per_replay", self.steps_per_replay, 1)
         one_of("backend", self.backend, (None, "torch", "triton"))
+        one_of("optimize", self.optimize, OPTIMIZATIONS)
 
 
 class Walker:
@@ -90,6 +92,7 @@ class Walker:
         keep_x0: bool = False,
         inference_mode: bool = False,
         execution: str | None = None,
+        module: nn.Module | None = None,
     ) -> Loop:
         """The loop of a walk; the one of the walk before if nothing but the values of tensors in kwargs differs.
 
@@ -100,6 +103,7 @@ class Walker:
             table, clipping, correction, keep_x0, inference_mode: those of `Loop`.
             guidance_scale: for all samples.
             execution: instead of that of the options.
+            module: that of `Network`; None: not hoisted.
         """
         shape = tuple(shape)
         rows = (table.coefficients().numpy().tobytes(), table.ids().numpy().tobytes(), table.draws.tobytes())
@@ -110,7 +114,7 @@ class Walker:
             self.free()
             channels = shape[1] * (2 if table.doubled else 1)
             scale = None if guidance_scale is None else torch.full(shape[:1], float(guidance_scale), device=device)
-            network = Network(model, shape, channels, model_kwargs, uncond_kwargs, device, dtype)
+            network = Network(model, shape, channels, model_kwargs, uncond_kwargs, device, dtype, module)
             self._loop = Loop(
                 network,
                 table,
@@ -122,6 +126,7 @@ class Walker:
                 execution=execution or self.options.execution,
                 steps_per_replay=self.options.steps_per_replay,
                 backend=self.options.backend,
+                optimize=None if module is None else self.options.optimize,
             )
             self._key = key
         elif kwargs:

@@ -1,0 +1,470 @@
+"""Take out of the loop what does not depend on x: time embeddings, class embeddings, keys and values of a prompt.
+
+A network is traced once (torch.export), and its operations fall into classes by what they depend on: the timestep t,
+the condition (the tensors among its keywords), both, or x. All but the last are evaluated ahead of the walk: those of t
+for every timestep, those of the condition once, those of both for every timestep and every distinct condition. Where
+one of their results enters an operation on x, the rest of the network reads it from a table instead.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+MEMORY = 2**30  # bytes that the tables of one network may take
+
+_X, _T, _CONDITION = frozenset("x"), frozenset("t"), frozenset("c")
+
+aten = torch.ops.aten
+
+
+class HoistError(Exception):
+    """Why a network runs as it is, in one line."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Operations in one call of a network, views included.
+
+    Attributes:
+        before: as traced.
+        neutral: dropped: dropout that is off, division and multiplication by 1, casts to the same dtype.
+        of_t, of_condition, of_both: evaluated ahead; what depends on parameters alone counts as of_condition.
+        after: left in the loop.
+        tables: results that the rest reads from a table over t.
+        table_bytes: what the tables take.
+    """
+
+    before: int
+    neutral: int
+    of_t: int
+    of_condition: int
+    of_both: int
+    after: int
+    tables: int
+    table_bytes: int
+
+
+@dataclass
+class _Bank:
+    """Results of one dtype that are tabled over the same index, side by side: one gather reads them all.
+
+    Attributes:
+        nodes: the operations whose results they are.
+        ahead: computes them, each [B, ...].
+        conditional: whether they depend on the condition, too.
+        shapes: of one sample's results.
+        table: [rows, sum of the sizes]: a row for a timestep, or for a timestep and distinct condition.
+        views: row → the results of a batch that is all in that row.
+    """
+
+    nodes: list[fx.Node]
+    ahead: Callable[..., Any]
+    conditional: bool
+    shapes: list[torch.Size]
+    table: Tensor
+    views: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of one sample's results."""
+        return [shape.numel() for shape in self.shapes]
+
+
+class Hoisted:
+    """A network whose calls do only what depends on x.
+
+    Args:
+        model: called as model(x, t, **kwargs). Its parameters are shared, not copied.
+        x: [B, ...], of the shape, dtype and device of every call.
+        timesteps: those of the walk.
+        kwargs: the keywords of every call; their tensors stay the same objects, and `refresh` reads new values.
+        memory: bytes that the tables may take; what would exceed them stays in the loop.
+
+    Attributes:
+        counts: what left the loop.
+
+    Raises:
+        HoistError: why not.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        timesteps: Sequence[int],
+        kwargs: Mapping[str, Any] | None = None,
+        memory: int = MEMORY,
+    ) -> None:
+        _check(model)
+        self.model, self._training = model, model.training
+        self._kwargs = dict(kwargs or {})
+        self._leaves = pytree.tree_leaves(self._kwargs)
+        self._conditions = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self._batch, self._memory = len(x), memory
+        self._timesteps = torch.as_tensor(timesteps, dtype=torch.int64).to(x.device)
+        self._position = torch.zeros(int(self._timesteps.max()) + 1, dtype=torch.int64, device=x.device)
+        self._position[self._timesteps] = torch.arange(len(self._timesteps), device=x.device)
+
+        graph, root = _trace(model, x, self._times(torch.zeros_like(self._timesteps[:1])), self._kwargs)
+        before = _count(graph.nodes)
+        _drop_neutral(graph)
+        neutral = before - _count(graph.nodes)
+        (output,) = _outputs(graph)
+        classes = _classify(graph, len(self._leaves))
+        self._firsts, self._which = self._distinct()
+        self._stride = torch.tensor(len(self._firsts), device=x.device)  # a tensor: a recorded graph reads the new one
+        self._banks: list[_Bank] = []
+        self._tabulate(graph, root, output, classes)
+        frontier = _frontier(graph, classes)
+        constants = [node for node in frontier if classes[node] <= _CONDITION]
+        self._constants_ahead = _module(root, graph, constants)
+        self._constants: list[Tensor] = []
+        hoisted = [node for bank in self._banks for node in bank.nodes] + constants
+        self._rest = _module(root, graph, [output], hoisted)
+        used = {node.target for node in _slice(hoisted) if node.op == "get_attr"}
+        self._parameters = [value for value in (_attribute(root, name) for name in used) if isinstance(value, Tensor)]
+        self._seen: tuple[Any, ...] = ()
+        self.refresh()
+        self._verify(x)
+
+        everything = _slice([output])
+        gone = everything - _slice([output], hoisted)
+        of = [_count(node for node in gone if kind(classes[node])) for kind in (_T.__eq__, _CONDITION.__ge__)]
+        self.counts = Counts(
+            before=before,
+            neutral=neutral,
+            of_t=of[0],
+            of_condition=of[1],
+            of_both=_count(gone) - sum(of),
+            after=_count(everything) - _count(gone),
+            tables=sum(len(bank.nodes) for bank in self._banks),
+            table_bytes=sum(bank.table.nbytes for bank in self._banks),
+        )
+
+    def __call__(self, x: Tensor, t: Tensor, row: int | None = None) -> Tensor:
+        """The network's output.
+
+        Args:
+            x: [B, ...].
+            t: int64 [B]: timesteps of the walk.
+            row: where all samples are at one step of the walk, its number: nothing is gathered then.
+        """
+        values: list[Tensor] = []
+        index = None
+        for bank in self._banks:
+            if row is not None and (len(self._firsts) == 1 or not bank.conditional):
+                values += self._views(bank, row)
+                continue
+            if index is None:
+                index = self._position[t]
+            place = index * self._stride + self._which if bank.conditional else index
+            pieces = bank.table.index_select(0, place).split(bank.sizes, dim=1)
+            values += [piece.view(-1, *shape) for piece, shape in zip(pieces, bank.shapes, strict=True)]
+        return self._rest(x, t, *self._leaves, *values, *self._constants)[0]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refresh(self) -> bool:
+        """Evaluate anew what belongs to other parameters or conditions than before; to be called before a walk.
+
+        Returns:
+            Whether tensors moved, so that a recorded graph no longer holds.
+
+        Raises:
+            HoistError: the network was switched between training and evaluation, or the tables outgrow their memory.
+        """
+        if self.model.training != self._training:
+            raise HoistError("it was switched between training and evaluation since it was traced")
+        seen = (_fingerprint(self._parameters), _fingerprint(self._conditions))
+        if seen == self._seen:
+            return False
+        parameters, conditions = (not self._seen or a != b for a, b in zip(seen, self._seen or seen, strict=True))
+        if conditions:
+            self._firsts, which = self._distinct()
+            self._which.copy_(which)
+            self._stride.fill_(len(self._firsts))
+        moved = False
+        for bank in self._banks:
+            if not (parameters or (conditions and bank.conditional)):
+                continue
+            rows = len(self._timesteps) * (len(self._firsts) if bank.conditional else 1)
+            if rows > len(bank.table):
+                bank.table = bank.table.new_empty(rows, bank.table.shape[1])
+                bank.views.clear()
+                moved = True
+                if sum(bank.table.nbytes for bank in self._banks) > self._memory:
+                    raise HoistError(f"{len(self._firsts)} conditions at every timestep exceed the tables' memory")
+            self._fill(bank)
+        fresh = self._constants_ahead(None, None, *self._leaves)
+        if self._constants:
+            for held, value in zip(self._constants, fresh, strict=True):
+                if held.data_ptr() != value.data_ptr():
+                    held.copy_(value)
+        else:
+            self._constants = list(fresh)
+        self._seen = seen
+        return moved
+
+    def _times(self, rows: Tensor) -> Tensor:
+        """The timesteps of these rows, the last repeated up to a whole batch."""
+        last = torch.arange(self._batch, device=rows.device).clamp(max=len(rows) - 1)
+        return self._timesteps[rows[last]]
+
+    def _distinct(self) -> tuple[list[int], Tensor]:
+        """The first samples of every distinct condition, and for every sample which it is."""
+        own = [leaf.reshape(self._batch, -1).cpu() for leaf in self._conditions if leaf.shape[:1] == (self._batch,)]
+        firsts: dict[tuple[bytes, ...], int] = {}
+        which = []
+        for sample in range(self._batch):
+            key = tuple(leaf[sample].contiguous().view(torch.uint8).numpy().tobytes() for leaf in own)
+            firsts.setdefault(key, sample)
+            which.append(list(firsts).index(key))
+        return list(firsts.values()), torch.tensor(which, device=self._timesteps.device)
+
+    def _tabulate(self, graph: fx.Graph, root: nn.Module, output: fx.Node, classes: dict[fx.Node, frozenset]) -> None:
+        """Choose what is read from tables, and make room for it."""
+        taken = 0
+        for conditional in (False, True):
+            wanted = _T | _CONDITION if conditional else _T
+            found = [
+                node
+                for node in _frontier(graph, classes)
+                if classes[node] == wanted and node.meta["val"].shape[:1] == (self._batch,)
+            ]
+            found = self._row_wise(root, graph, found)
+            rows = len(self._timesteps) * (len(self._firsts) if conditional else 1)
+            for dtype in {node.meta["val"].dtype for node in found}:
+                nodes = [node for node in found if node.meta["val"].dtype == dtype]
+                shapes = [node.meta["val"].shape[1:] for node in nodes]
+                width = sum(shape.numel() for shape in shapes)
+                size = rows * width * dtype.itemsize
+                if taken + size <= self._memory:
+                    taken += size
+                    table = torch.empty(rows, width, dtype=dtype, device=self._timesteps.device)
+                    self._banks.append(_Bank(nodes, _module(root, graph, nodes), conditional, shapes, table))
+
+    def _row_wise(self, root: nn.Module, graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
+        """Those of `nodes` of which a sample's row depends on the sample's own timestep and condition alone."""
+        if self._batch == 1 or not nodes:
+            return nodes
+        ahead = _module(root, graph, nodes)
+        rows = torch.arange(self._batch, device=self._timesteps.device) % len(self._timesteps)
+        samples = torch.arange(self._batch, device=self._timesteps.device)
+        mixed = ahead(None, self._times(rows), *self._leaves)
+        kept = [True] * len(nodes)
+        for sample in (0, self._batch - 1):  # alone, and among its like
+            alike = torch.full_like(samples, sample)
+            values = ahead(None, self._times(rows[alike]), *self._of_samples(alike))
+            for number, (value, other) in enumerate(zip(values, mixed, strict=True)):
+                expected = other[sample].expand_as(value).float()
+                kept[number] &= torch.allclose(value.float(), expected, rtol=1e-3, atol=1e-5)
+        return [node for node, row_wise in zip(nodes, kept, strict=True) if row_wise]
+
+    def _of_samples(self, samples: Tensor) -> list[Any]:
+        """The keywords' leaves, with the conditions of these samples."""
+        return [
+            leaf[samples] if isinstance(leaf, Tensor) and leaf.shape[:1] == (self._batch,) else leaf
+            for leaf in self._leaves
+        ]
+
+    def _fill(self, bank: _Bank) -> None:
+        """Evaluate a bank's results for every row."""
+        firsts = torch.tensor(self._firsts if bank.conditional else [0], device=self._timesteps.device)
+        rows = len(self._timesteps) * len(firsts)
+        for start in range(0, rows, self._batch):
+            index = torch.arange(start, min(start + self._batch, rows), device=firsts.device)
+            times = self._times(index // len(firsts))
+            leaves = self._leaves
+            if bank.conditional:
+                last = torch.arange(self._batch, device=firsts.device).clamp(max=len(index) - 1)
+                leaves = self._of_samples(firsts[index[last] % len(firsts)])
+            values = bank.ahead(None, times, *leaves)
+            flat = torch.cat([value.reshape(self._batch, -1) for value in values], dim=1)
+            bank.table[start : start + len(index)] = flat[: len(index)]
+
+    def _views(self, bank: _Bank, row: int) -> list[Tensor]:
+        found = bank.views.get(row)
+        if found is None:
+            pieces = bank.table[row : row + 1].split(bank.sizes, dim=1)
+            found = [
+                piece.view(1, *shape).expand(self._batch, *shape)
+                for piece, shape in zip(pieces, bank.shapes, strict=True)
+            ]
+            bank.views[row] = found
+        return found
+
+    def _verify(self, x: Tensor) -> None:
+        """Raise HoistError unless both ways of reading the tables give what the network gives."""
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        rows = torch.arange(self._batch, device=x.device) % len(self._timesteps)
+        for times, row in ((self._times(rows), None), (self._times(rows[:1]), 0)):
+            expected = pytree.tree_leaves(self.model(noise, times, **self._kwargs))[0]
+            try:
+                got = self(noise, times, row)
+            except Exception as error:
+                raise HoistError(f"what is left of it cannot run: {_line(error)}") from error
+            scale = expected.float().abs().max().clamp(min=1e-6)
+            # Rounding alone: a wrong row or a constant taken for a variable is off by far more.
+            allowed = 1e-3 if expected.dtype == torch.float32 else 5e-2
+            if got.shape != expected.shape or not ((got.float() - expected.float()).abs().max() <= allowed * scale):
+                raise HoistError("what is left of it gives other numbers")
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise HoistError(f"it is no torch.nn.Module but a {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise HoistError("it is compiled already")
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module):
+            raise HoistError(f"its {type(module).__name__} has hooks, which a trace would leave out")
+
+
+def _trace(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> tuple[fx.Graph, nn.Module]:
+    """The network's graph, with placeholders for x, t and the leaves of kwargs, and the module that it refers to."""
+    try:
+        with torch.enable_grad():
+            root = torch.export.export(model, (x, t), dict(kwargs), strict=False).module()
+    except Exception as error:
+        raise HoistError(f"torch.export cannot trace it: {_line(error)}") from error
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in root.graph.nodes:  # type: ignore[union-attr]
+        if node.op == "call_module":
+            if node.users:
+                raise HoistError(f"its trace calls a module, {node.target}")
+            continue  # checks of the input's shape
+        if node.target is aten._assert_tensor_metadata.default:
+            continue
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            _refuse(node)
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    expected = len(pytree.tree_leaves(((x, t), dict(kwargs))))
+    found = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(found) != expected:
+        raise HoistError(f"its trace has {len(found)} inputs instead of {expected}")
+    return graph, root  # type: ignore[return-value]
+
+
+def _refuse(node: fx.Node) -> None:
+    """Raise HoistError for what must happen anew in every call."""
+    operation: Any = node.target
+    if operation._schema.is_mutable:
+        raise HoistError(f"it writes into a tensor ({operation})")
+    if torch.Tag.nondeterministic_seeded not in operation.tags or operation is aten.dropout.default:
+        quiet = operation is not aten.dropout.default or _is_neutral(node)
+    else:
+        found = {argument.name: argument.default_value for argument in operation._schema.arguments}
+        named = dict(zip(found, node.args, strict=False)) | dict(node.kwargs)
+        quiet = named.get("dropout_p", found.get("dropout_p")) == 0
+    if not quiet:
+        raise HoistError(f"it draws random numbers ({operation})")
+
+
+def _is_neutral(node: fx.Node) -> bool:
+    """Whether the result is the first argument."""
+    if node.target is aten.dropout.default:
+        return bool(node.args[1] == 0 or not node.args[2])
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
+        return False
+    if node.target in (aten.div.Tensor, aten.mul.Tensor):
+        return isinstance(node.args[1], (int, float)) and bool(node.args[1] == 1)
+    return node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs
+
+
+def _drop_neutral(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _is_neutral(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _classify(graph: fx.Graph, conditions: int) -> dict[fx.Node, frozenset]:
+    """What every node depends on: a set of "x", "t" and "c"; empty for parameters."""
+    kinds = iter([_X, _T, *[_CONDITION] * conditions])
+    classes: dict[fx.Node, frozenset] = {}
+    for node in graph.nodes:
+        own = next(kinds) if node.op == "placeholder" else frozenset()
+        classes[node] = own.union(*(classes[source] for source in node.all_input_nodes))
+    return classes
+
+
+def _frontier(graph: fx.Graph, classes: Mapping[fx.Node, frozenset]) -> list[fx.Node]:
+    """The results without x that operations on x read."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and not classes[node] & _X
+        and isinstance(node.meta.get("val"), Tensor)
+        and any(user.op == "output" or classes[user] & _X for user in node.users)
+    ]
+
+
+def _outputs(graph: fx.Graph) -> list[fx.Node]:
+    """The network's first output."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    return [node for node in pytree.tree_leaves(output.args[0]) if isinstance(node, fx.Node)][:1]
+
+
+def _slice(outputs: Sequence[fx.Node], stops: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """All nodes that the outputs need, not going beyond `stops`, which do not belong to it."""
+    stopped, found, open_ = set(stops), set(), list(outputs)
+    while open_:
+        node = open_.pop()
+        if node not in found and node not in stopped:
+            found.add(node)
+            open_ += node.all_input_nodes
+    return found
+
+
+def _module(
+    root: nn.Module, graph: fx.Graph, outputs: Sequence[fx.Node], given: Sequence[fx.Node] = ()
+) -> Callable[..., Any]:
+    """A function of the graph's placeholders and of the results `given`, that returns the list of `outputs`."""
+    needed = _slice(outputs, given)
+    made = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            copied[node] = made.placeholder(node.name)
+    for node in given:
+        copied[node] = made.placeholder(f"hoisted_{node.name}")
+    for node in graph.nodes:
+        if node in needed and node not in copied:
+            copied[node] = made.node_copy(node, copied.__getitem__)
+    made.output([copied[node] for node in outputs])
+    return fx.GraphModule(root, made).forward
+
+
+def _count(nodes: Iterable[fx.Node]) -> int:
+    return sum(node.op == "call_function" for node in nodes)
+
+
+def _attribute(root: nn.Module, name: Any) -> Any:
+    found: Any = root
+    for part in str(name).split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Differs where a value differs: sums, since a write through .data leaves no other trace."""
+    if not tensors:
+        return ()
+    sums = [reduced(tensor.detach().double()) for tensor in tensors for reduced in (torch.sum, torch.norm)]
+    return (*(tensor._version for tensor in tensors), *torch.stack(sums).tolist())
+
+
+def _line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
