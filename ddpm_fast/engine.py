@@ -1,7 +1,9 @@
 """The engine: buffers, table and graph built once, then walks from noise to data."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +107,7 @@ class Sampler:
         check_callable("decode", decode)
         self.decode = decode
         self.last_seeds: list[int] | None = None
+        self._lock, self._walking = threading.RLock(), False
         self.loop = Loop(
             self.network,
             self.table,
@@ -153,27 +156,45 @@ class Sampler:
         """
         check_callable("callback", callback)
         keep = kept_steps(output, output_steps, len(self.table))
-        noise = self._make_noise(seeds, generator)
-        checked_start(x_T, self.shape)
-        if model_kwargs is not None or uncond_kwargs is not None:
-            self.network.update_kwargs(model_kwargs or {}, uncond_kwargs)
-        frames: list[Tensor] = []
-        previews = output == "x0"
-        watched = bool(keep) or callback is not None
-        loop = self.loop
-        for done in loop.steps(noise, x_T, previews=previews, every_step=watched, progress=progress):
-            if done - 1 in keep:
-                frames.append((loop.x0 if previews else loop.x).clone())  # type: ignore[union-attr]
-            if callback is not None:
-                callback(done - 1, int(self.table.timestep[done - 1]), loop.x.clone())
-        with on_device(self.device), torch.no_grad():
-            sample = loop.x.clone()
-            if self.decode is not None:
-                sample = self.decode(sample)
-        if output == "sample":
-            return sample
-        timesteps = self.table.timestep[sorted(keep)].tolist()
-        return SampleResult(sample, self.last_seeds, torch.stack(frames) if frames else None, timesteps)
+        with self._alone():
+            noise = self._make_noise(seeds, generator)
+            checked_start(x_T, self.shape)
+            if model_kwargs is not None or uncond_kwargs is not None:
+                self.network.update_kwargs(model_kwargs or {}, uncond_kwargs)
+            frames: list[Tensor] = []
+            previews = output == "x0"
+            watched = bool(keep) or callback is not None
+            loop = self.loop
+            for done in loop.steps(noise, x_T, previews=previews, every_step=watched, progress=progress):
+                if done - 1 in keep:
+                    frames.append((loop.x0 if previews else loop.x).clone())  # type: ignore[union-attr]
+                if callback is not None:
+                    callback(done - 1, int(self.table.timestep[done - 1]), loop.x.clone())
+            with on_device(self.device), torch.no_grad():
+                sample = loop.x.clone()
+                if self.decode is not None:
+                    sample = self.decode(sample)
+            if output == "sample":
+                return sample
+            timesteps = self.table.timestep[sorted(keep)].tolist()
+            return SampleResult(sample, self.last_seeds, torch.stack(frames) if frames else None, timesteps)
+
+    def free(self) -> None:
+        """Let go of the recorded graphs and their memory; the next call records anew."""
+        with self._alone():
+            self.loop.free()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One call at a time: there is one set of buffers. Calls of other threads wait."""
+        with self._lock:
+            if self._walking:
+                raise RuntimeError("a sampler cannot be called from its own callback: build another")
+            self._walking = True
+            try:
+                yield
+            finally:
+                self._walking = False
 
     def _make_noise(self, seeds: Seeds, generator: Generators | None) -> Noise:
         if generator is not None:

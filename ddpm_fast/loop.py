@@ -182,6 +182,10 @@ class Loop:
             pass
         return self.x.clone()
 
+    def free(self) -> None:
+        """Let go of the recorded graphs."""
+        self._graphs.clear()
+
     def _advance(self, done: int, graph: StepGraph | None, noise: Noise, kind: str, previews: bool) -> None:
         z = noise.z(done)
         if graph is None:

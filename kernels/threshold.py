@@ -1,5 +1,7 @@
 """The per-sample bound of dynamic thresholding (Saharia et al. 2022, section 2.3)."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -49,9 +51,7 @@ def threshold_bound(
         bound = torch.ones(batch, dtype=x.dtype, device=x.device)
     check_tensor("bound", bound, (batch,), (x.dtype,), x.device)
     chosen = choose_backend(x.device, backend)
-    # The rank in the dtype of x, where torch.quantile has it, so that the same two numbers are interpolated.
-    rank = torch.tensor(ratio, dtype=x.dtype) * (x[0].numel() - 1)
-    below, weight = int(rank), float(rank - int(rank))
+    below, weight = _rank(ratio, x[0].numel(), x.dtype)
     if chosen == "torch":
         return _threshold_torch(
             x, output, coefficients, base, offset, below=below, weight=weight, max_value=max_value, guidance=guidance,
@@ -66,6 +66,16 @@ def threshold_bound(
             x, output, coefficients, base, offset, below=below, weight=weight, max_value=max_value, guidance=guidance,
             conditional_first=conditional_first, bound=bound,
         )  # fmt: skip
+
+
+@functools.cache
+def _rank(ratio: float, count: int, dtype: torch.dtype) -> tuple[int, float]:
+    """The order statistic below the quantile, and the weight of the next.
+
+    In the dtype of x, where torch.quantile has it, so that the same two numbers are interpolated.
+    """
+    rank = torch.tensor(ratio, dtype=dtype) * (count - 1)
+    return int(rank), float(rank - int(rank))
 
 
 def _threshold_torch(

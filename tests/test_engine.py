@@ -1,6 +1,7 @@
 """The engine against the textbook, with the same noise, and the contract of `sample`."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -365,3 +366,18 @@ def test_a_sampler_made_and_called_in_inference_mode_works_outside():
     assert torch.equal(inside, outside)
     assert not outside.is_inference()
     assert sampler(seeds=0, output="x0").frames is not None
+
+
+def test_calls_from_several_threads_wait_for_one_another():
+    sampler = Sampler(Wavy(2, 2), (2, 2, 4, 4), num_inference_steps=30)
+    expected = [sampler(seeds=seed, progress=False) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda seed: sampler(seeds=seed, progress=False), range(8)))
+    assert all(map(torch.equal, results, expected))
+
+
+def test_a_call_from_its_own_callback_is_refused():
+    sampler = Sampler(Wavy(2, 2), (2, 2, 4, 4), num_inference_steps=3)
+    with pytest.raises(RuntimeError, match="cannot be called from its own callback"):
+        sampler(seeds=0, callback=lambda *args: sampler(seeds=1))
+    assert sampler(seeds=0, progress=False).shape == (2, 2, 4, 4)
