@@ -35,7 +35,7 @@ SIZE = 32
 SAID = (
     "{library:27} {walk:16} {network:5} batch {batch:2}: {theirs_us:5.0f} -> {ours_us:4.0f} us, ratio {ratio:.2f} "
     "({ratio_lowest:.2f} to {ratio_highest:.2f}), end to end {end_to_end_ratio:.3f} (control {control_ratio:.3f}, "
-    "to {control_highest:.3f}), difference {largest_difference:.0e}"
+    "to {control_highest:.3f}), hoisted {hoisted_end_to_end_ratio}, difference {largest_difference:.0e}"
 )
 
 
@@ -219,10 +219,12 @@ def measure(case: Case, kind: type[Light], steps: int, rounds: int) -> dict[str,
     """Times of both, µs a step, median over the rounds; and the ratios of the rounds."""
     network = kind(case.out_channels)
     theirs = case.make(network, steps)
-    walkers = (theirs, accelerate(theirs), theirs)  # the original twice: what differs there is the machine
-    samplers: list[list[float]] = [[], [], []]
-    wholes: list[list[float]] = [[], [], []]
-    images: list[Any] = [None, None, None]
+    walkers = [theirs, accelerate(theirs), theirs]  # the original twice: what differs there is the machine
+    if kind is Real:
+        walkers.append(accelerate(theirs, optimize="hoist"))
+    samplers: list[list[float]] = [[] for _ in walkers]
+    wholes: list[list[float]] = [[] for _ in walkers]
+    images: list[Any] = [None for _ in walkers]
     for turn in range(rounds + 1):
         for which, one in enumerate(walkers):
             torch.manual_seed(turn)
@@ -234,9 +236,10 @@ def measure(case: Case, kind: type[Light], steps: int, rounds: int) -> dict[str,
                 wholes[which].append(whole)
                 samplers[which].append(whole - network.seconds)
     sampler = [1e6 * statistics.median(times) / steps for times in samplers]
-    ratios = [ours / others for others, ours, _ in zip(*samplers, strict=True)]
-    ends = [ours / others for others, ours, _ in zip(*wholes, strict=True)]
-    controls = [again / others for others, _, again in zip(*wholes, strict=True)]
+    ratios = [ours / others for others, ours, *_ in zip(*samplers, strict=True)]
+    ends = [ours / others for others, ours, *_ in zip(*wholes, strict=True)]
+    controls = [again / others for others, _, again, *_ in zip(*wholes, strict=True)]
+    hoisted = [last / others for others, *_, last in zip(*wholes, strict=True)]
     return {
         "library": case.library,
         "walk": case.walk,
@@ -251,9 +254,10 @@ def measure(case: Case, kind: type[Light], steps: int, rounds: int) -> dict[str,
         "ratio_highest": max(ratios),
         "limit": LIMIT if case.batch == 1 and kind is Light else None,
         "end_to_end_ratio": statistics.median(ends),
+        "hoisted_end_to_end_ratio": statistics.median(hoisted) if kind is Real else None,
         "control_ratio": statistics.median(controls),
         "control_highest": max(controls),
-        "largest_difference": (images[0] - images[1]).abs().max().item(),
+        "largest_difference": max((images[0] - other).abs().max().item() for other in images[1:]),
     }
 
 
@@ -368,7 +372,12 @@ def main() -> None:
     )
     print(path)
     over = [row for row in rows if row["limit"] and row["ratio"] > row["limit"]]
-    slower = [row for row in rows if row["end_to_end_ratio"] > max(1, row["control_highest"])]
+    slower = [
+        row
+        for row in rows
+        for ratio in (row["end_to_end_ratio"], row["hoisted_end_to_end_ratio"])
+        if ratio is not None and ratio > max(1, row["control_highest"])
+    ]
     if over or slower:
         sys.exit(f"{len(over)} above their limit, {len(slower)} slower end to end")
 
