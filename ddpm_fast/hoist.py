@@ -20,6 +20,12 @@ _X, _T, _CONDITION = frozenset("x"), frozenset("t"), frozenset("c")
 
 aten = torch.ops.aten
 
+# What autocast runs in the lower precision, of what has weights.
+_LOWERED = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.linear.default,
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.matmul.default,
+)  # fmt: skip
+
 
 class HoistError(Exception):
     """Why a network runs as it is, in one line."""
@@ -30,7 +36,7 @@ class Counts:
     """Operations in one call of a network, views included.
 
     Attributes:
-        before: as traced.
+        before: as traced; under autocast with the casts of weights.
         neutral: dropped: dropout that is off, division and multiplication by 1, casts to the same dtype.
         of_t, of_condition, of_both: evaluated ahead; what depends on parameters alone counts as of_condition.
         after: left in the loop.
@@ -115,6 +121,8 @@ class Hoisted:
         before = _count(graph.nodes)
         _drop_neutral(graph)
         neutral = before - _count(graph.nodes)
+        if torch.is_autocast_enabled(x.device.type):
+            before += _cast_weights(graph, root, torch.get_autocast_dtype(x.device.type))
         (output,) = _outputs(graph)
         classes = _classify(graph, len(self._leaves))
         self._firsts, self._which = self._distinct()
@@ -389,6 +397,27 @@ def _drop_neutral(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
+def _cast_weights(graph: fx.Graph, root: nn.Module, dtype: torch.dtype) -> int:
+    """Let the graph cast the weights that autocast would cast in every call, and return how many they are.
+
+    They depend on parameters alone, so that they leave the loop.
+    """
+    casts: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target not in _LOWERED:
+            continue
+        for source in node.all_input_nodes:
+            weight = _attribute(root, source.target) if source.op == "get_attr" else None
+            if not isinstance(weight, Tensor) or weight.dtype != torch.float32:
+                continue
+            if source.target not in casts:
+                with graph.inserting_after(source):
+                    casts[source.target] = graph.call_function(aten.to.dtype, (source, dtype))
+                casts[source.target].meta["val"] = torch.empty(weight.shape, dtype=dtype, device="meta")
+            node.replace_input_with(source, casts[source.target])
+    return len(casts)
+
+
 def _classify(graph: fx.Graph, conditions: int) -> dict[fx.Node, frozenset]:
     """What every node depends on: a set of "x", "t" and "c"; empty for parameters."""
     kinds = iter([_X, _T, *[_CONDITION] * conditions])
@@ -462,7 +491,10 @@ def _fingerprint(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """Differs where a value differs: sums, since a write through .data leaves no other trace."""
     if not tensors:
         return ()
-    sums = [reduced(tensor.detach().double()) for tensor in tensors for reduced in (torch.sum, torch.norm)]
+    sums = []
+    for tensor in (tensor.detach() for tensor in tensors):
+        tensor = tensor if tensor.is_floating_point() else tensor.double()
+        sums += [torch.sum(tensor, dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=torch.float64)]
     return (*(tensor._version for tensor in tensors), *torch.stack(sums).tolist())
 
 
