@@ -39,6 +39,7 @@ bench: $(PEERS)  ## benchmarks for a CPU; GUIDED=path-to-a-checkout adds guided-
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/adapters.py $(if $(GUIDED),--guided-diffusion $(GUIDED))
 	$(BIN)/python benchmarks/hoisting.py $(if $(GUIDED),--guided-diffusion $(GUIDED))
+	$(BIN)/python benchmarks/precision.py
 
 # denoising-diffusion-pytorch imports torchvision for its trainer; the tests' stand-in will do here.
 examples: $(PEERS)  ## models of other libraries before and after; GUIDED=path-to-a-checkout adds guided-diffusion

@@ -173,6 +173,19 @@ def hoisting() -> str:
     return "\n".join(lines)
 
 
+def precision() -> str:
+    """What the network's precision does to the images."""
+    lines = [
+        "| network | largest difference to float32, on [-1, 1] | mean | pixels off by more than 1 of 255 |",
+        "|---|---|---|---|",
+    ]
+    for row in _rows("cpu__precision"):
+        lines.append(
+            f"| {row['network']} | {row['largest']:.1e} | {row['mean']:.1e} | {row['pixels_off_by_one_of_255']:.2%} |"
+        )
+    return "\n".join(lines)
+
+
 def bfloat16() -> str:
     """How far half precision is from float32."""
     found = _result("cpu__adapters")["bfloat16_difference"]
@@ -191,7 +204,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "step": step,
     },
     "docs/migration.md": {"bfloat16": bfloat16, "adapters": adapters, "operations": operations},
-    "docs/network.md": {"hoisting": hoisting},
+    "docs/network.md": {"hoisting": hoisting, "precision": precision},
 }
 
 

@@ -1,0 +1,51 @@
+"""What the network's precision does to the images: the embedded model's, 1000 steps, same seeds, against float32.
+
+python benchmarks/precision.py      writes benchmarks/results/cpu__precision.json; tables.py fills docs/network.md
+"""
+
+from typing import Any
+
+import torch
+from results import write_result
+from torch import Tensor
+
+from ddpm_fast.models.checkpoint import load_checkpoint
+from ddpm_fast.sample import Sampler
+
+SEEDS = range(4)
+MODES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float32, hoisted": {"optimize": "hoist"},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "bfloat16, hoisted": {"dtype": torch.bfloat16, "optimize": "hoist"},
+    "float16": {"dtype": torch.float16},
+}
+
+
+def walk(options: dict[str, Any]) -> Tensor:
+    """x_0 on [-1, 1]."""
+    checkpoint = load_checkpoint()
+    shape = (len(SEEDS), *checkpoint.shape)
+    sampler = Sampler(checkpoint.model, shape, config=checkpoint.diffusion, **options)
+    return sampler(seeds=SEEDS, progress=False)
+
+
+def main() -> None:
+    rows = []
+    exact: Tensor | None = None
+    for name, options in MODES.items():
+        images = walk(options)
+        exact = images if exact is None else exact
+        difference = (images - exact).abs()
+        rows.append({
+            "network": name,
+            "largest": difference.max().item(),
+            "mean": difference.mean().item(),
+            "pixels_off_by_one_of_255": (difference > 2 / 255).double().mean().item(),
+        })  # fmt: skip
+        print("{network:18} difference {largest:.1e}, mean {mean:.1e}".format(**rows[-1]))
+    print(write_result("cpu__precision", rows, samples=len(SEEDS), steps=1000))
+
+
+if __name__ == "__main__":
+    main()
