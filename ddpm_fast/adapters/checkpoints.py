@@ -12,12 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from ddpm_fast.models.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_weights,
+    read_weights_only,
+)
 from ddpm_fast.network import checked_device
 from ddpm_fast.table import origin_estimate
 from ddpm_fast.times import Retimed, scaled_times
@@ -208,6 +213,8 @@ def _from_trainer(path: Path, arguments: Arguments) -> Checkpoint:
 def _of_lucidrains(diffusion: Any) -> Checkpoint:
     from denoising_diffusion_pytorch import GaussianDiffusion, LearnedGaussianDiffusion
 
+    from ddpm_fast.adapters.lucidrains import ddim_times
+
     if not isinstance(diffusion, GaussianDiffusion):
         raise ValueError(f"{type(diffusion).__name__} is not known to the command line: GaussianDiffusion of images is")
     learned = isinstance(diffusion, LearnedGaussianDiffusion)
@@ -218,12 +225,11 @@ def _of_lucidrains(diffusion: Any) -> Checkpoint:
         "variance_type": "learned_range" if learned else "fixed_small",
     }
     if diffusion.is_ddim_sampling:
-        times = np.linspace(-1, diffusion.num_timesteps - 1, diffusion.sampling_timesteps + 1).astype(np.float32)
         fields |= {
             "sampler": "ddim",
             "eta": diffusion.ddim_sampling_eta,
             "ddim_direction": "x0",
-            "timesteps": times.astype(np.int64)[:0:-1].tolist(),
+            "timesteps": ddim_times(diffusion)[:-1].tolist(),
         }
     config = SamplerConfig(**fields)
     model = SelfConditioned(diffusion.model, config) if diffusion.self_condition else diffusion.model
@@ -273,19 +279,10 @@ def _from_guided(path: Path, arguments: Arguments) -> Checkpoint:
     respacing = str(flags.pop("timestep_respacing"))
     flags = {name: str(value) if isinstance(defaults[name], str) else value for name, value in flags.items()}
     model, diffusion = library.create_model_and_diffusion(**flags, timestep_respacing="")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a file of another kind can fail in any way
-        raise CheckpointError(f"{path} is no file of weights: torch.load cannot read it") from error
+    weights = read_weights_only(path, "file of weights")
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{path} is no guided-diffusion checkpoint, which maps names to tensors")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-        raise CheckpointError(f"{path} does not fit its flags: {reason}") from error
+    load_weights(model, weights, f"{path} does not fit its flags")
     steps = diffusion.num_timesteps
     ddim = bool(arguments.get("use_ddim", False))
     config = SamplerConfig(

@@ -17,6 +17,7 @@ from torch import Tensor
 from ddpm_fast.adapters import unknown
 from ddpm_fast.adapters.walk import Options, Walker, adopt
 from ddpm_fast.loop import Clipping, Loop
+from ddpm_fast.models.checkpoint import read_weights_only
 from ddpm_fast.schedules import Array
 from ddpm_fast.table import StepTable
 from ddpm_fast.timesteps import Timesteps
@@ -72,6 +73,12 @@ def _blank(fast: Any, kind: Any) -> Any:
     return cls.__new__(cls)
 
 
+def ddim_times(diffusion: Any) -> Timesteps:
+    """The timesteps of ddim_sample, descending, and -1 behind them."""
+    times = torch.linspace(-1, diffusion.num_timesteps - 1, diffusion.sampling_timesteps + 1)
+    return times.int().numpy()[::-1].astype(np.int64)
+
+
 def load_trainer_checkpoint(path: str | Path, diffusion: Any, ema: bool = True) -> Any:
     """Read the weights of a Trainer's `model-N.pt` into `diffusion` and return it.
 
@@ -84,12 +91,7 @@ def load_trainer_checkpoint(path: str | Path, diffusion: Any, ema: bool = True) 
         FileNotFoundError: no such file.
         ValueError: no checkpoint of a Trainer, or of another diffusion; nothing is loaded then.
     """
-    try:
-        state = torch.load(path, map_location=diffusion.device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a file of another kind can fail in any way
-        raise ValueError(f"{path} is no checkpoint of a Trainer: torch.load cannot read it") from error
+    state = read_weights_only(path, "checkpoint of a Trainer", diffusion.device)
     weights = state.get("ema" if ema else "model") if isinstance(state, dict) else None
     if not isinstance(weights, dict):
         raise ValueError(f"{path} is no checkpoint of a Trainer: it has no {'ema' if ema else 'model'!r}")
@@ -164,8 +166,8 @@ class _Fast:
 
     def _ddim_table(self) -> StepTable:
         """Rows of ddim_sample (Song et al. 2021, eq. 12); the last one hands out the origin estimate."""
-        times = torch.linspace(-1, self.num_timesteps - 1, self.sampling_timesteps + 1).int().numpy()[::-1]
-        t, s = times[:-1].astype(np.int64), times[1:]
+        times = ddim_times(self)
+        t, s = times[:-1], times[1:]
         alpha_bars, eta = self.alphas_cumprod.cpu().numpy(), self.ddim_sampling_eta
         alpha_bar, alpha_bar_s = alpha_bars[t], np.where(s >= 0, alpha_bars[s], np.float32(1))
         sigma = eta * np.sqrt((1 - alpha_bar / alpha_bar_s) * (1 - alpha_bar_s) / (1 - alpha_bar))

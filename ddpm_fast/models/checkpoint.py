@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.files import whole_file, write_json
@@ -82,11 +83,8 @@ def load_checkpoint(folder: str | os.PathLike = EMBEDDED, device: str | torch.de
         raise CheckpointError(f"{path / CONFIG_FILE}: {error}") from error
     weights = read_safetensors(path / WEIGHTS_FILE)
     model = UNet(unet_config)
-    try:
-        model.load_state_dict({name: value.float() for name, value in weights.items()})
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-        raise CheckpointError(f"{path / WEIGHTS_FILE} does not fit its config.json: {reason}") from error
+    weights = {name: value.float() for name, value in weights.items()}
+    load_weights(model, weights, f"{path / WEIGHTS_FILE} does not fit its config.json")
     shape = (unet_config.channels, unet_config.image_size, unet_config.image_size)
     return Checkpoint(model.eval().requires_grad_(False).to(device), sampler_config, shape, config)
 
@@ -99,6 +97,25 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def read_weights_only(path: str | os.PathLike, kind: str, device: str | torch.device = "cpu") -> Any:
+    """Read a file of torch.save without running anything in it, or say in one sentence that it is no such `kind`."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a file of another kind can fail in any way
+        raise CheckpointError(f"{path} is no {kind}: torch.load cannot read it") from error
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], says: str) -> None:
+    """Put `weights` into `model`; where they do not fit, raise CheckpointError with what it `says` and the reason."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+        raise CheckpointError(f"{says}: {reason}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from test_lucidrains import saved
 
 from ddpm_fast import cli, images
-from ddpm_fast.adapters.checkpoints import SelfConditioned, load_model, parse_arguments
+from ddpm_fast.adapters.checkpoints import SelfConditioned, _of_lucidrains, load_model, parse_arguments
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.models.checkpoint import EMBEDDED
 from ddpm_fast.sample import Sampler
@@ -150,6 +150,15 @@ def test_a_trainers_file(objective, self_condition, ddim, tmp_path):
     if ddim:  # the library's generator is the global one: the same draws
         assert found.diffusion.sampler == "ddim"
     assert torch.allclose((walked(found) + 1) / 2, expected, atol=NEAR)
+
+
+def test_ddim_visits_the_librarys_timesteps():
+    """26 of 250, among others: there float32 and float64 round to neighbours."""
+    theirs = lucidrains_models.diffusion(timesteps=250, sampling_timesteps=26)
+    seen = []
+    theirs.model.register_forward_pre_hook(lambda module, args: seen.append(int(args[1][0])))
+    theirs.sample(1)
+    assert list(_of_lucidrains(theirs).diffusion.timesteps) == seen
 
 
 def test_a_trainers_file_with_learned_variance(tmp_path):
