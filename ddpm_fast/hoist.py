@@ -123,13 +123,13 @@ class Hoisted:
         neutral = before - _count(graph.nodes)
         if torch.is_autocast_enabled(x.device.type):
             before += _cast_weights(graph, root, torch.get_autocast_dtype(x.device.type))
-        (output,) = _outputs(graph)
+        output = _output(graph)
         classes = _classify(graph, len(self._leaves))
         self._firsts, self._which = self._distinct()
         self._stride = torch.tensor(len(self._firsts), device=x.device)  # a tensor: a recorded graph reads the new one
         self._banks: list[_Bank] = []
-        self._tabulate(graph, root, output, classes)
         frontier = _frontier(graph, classes)
+        self._tabulate(graph, root, frontier, classes)
         constants = [node for node in frontier if classes[node] <= _CONDITION]
         self._constants_ahead = _module(root, graph, constants)
         self._constants: list[Tensor] = []
@@ -203,11 +203,12 @@ class Hoisted:
                 continue
             rows = len(self._timesteps) * (len(self._firsts) if bank.conditional else 1)
             if rows > len(bank.table):
+                others = sum(other.table.nbytes for other in self._banks if other is not bank)
+                if others + bank.table[0].nbytes * rows > self._memory:
+                    raise HoistError(f"{len(self._firsts)} conditions at every timestep exceed the tables' memory")
                 bank.table = bank.table.new_empty(rows, bank.table.shape[1])
                 bank.views.clear()
                 moved = True
-                if sum(bank.table.nbytes for bank in self._banks) > self._memory:
-                    raise HoistError(f"{len(self._firsts)} conditions at every timestep exceed the tables' memory")
             self._fill(bank)
         fresh = self._constants_ahead(None, None, *self._leaves)
         if self._constants:
@@ -219,10 +220,13 @@ class Hoisted:
         self._seen = seen
         return moved
 
+    def _whole(self, index: Tensor) -> Tensor:
+        """`index`, its last element repeated up to a whole batch."""
+        return index[torch.arange(self._batch, device=index.device).clamp(max=len(index) - 1)]
+
     def _times(self, rows: Tensor) -> Tensor:
         """The timesteps of these rows, the last repeated up to a whole batch."""
-        last = torch.arange(self._batch, device=rows.device).clamp(max=len(rows) - 1)
-        return self._timesteps[rows[last]]
+        return self._timesteps[self._whole(rows)]
 
     def _distinct(self) -> tuple[list[int], Tensor]:
         """The first samples of every distinct condition, and for every sample which it is."""
@@ -235,15 +239,15 @@ class Hoisted:
             which.append(list(firsts).index(key))
         return list(firsts.values()), torch.tensor(which, device=self._timesteps.device)
 
-    def _tabulate(self, graph: fx.Graph, root: nn.Module, output: fx.Node, classes: dict[fx.Node, frozenset]) -> None:
+    def _tabulate(
+        self, graph: fx.Graph, root: nn.Module, frontier: list[fx.Node], classes: dict[fx.Node, frozenset]
+    ) -> None:
         """Choose what is read from tables, and make room for it."""
         taken = 0
         for conditional in (False, True):
             wanted = _T | _CONDITION if conditional else _T
             found = [
-                node
-                for node in _frontier(graph, classes)
-                if classes[node] == wanted and node.meta["val"].shape[:1] == (self._batch,)
+                node for node in frontier if classes[node] == wanted and node.meta["val"].shape[:1] == (self._batch,)
             ]
             found = self._row_wise(root, graph, found)
             rows = len(self._timesteps) * (len(self._firsts) if conditional else 1)
@@ -290,8 +294,7 @@ class Hoisted:
             times = self._times(index // len(firsts))
             leaves = self._leaves
             if bank.conditional:
-                last = torch.arange(self._batch, device=firsts.device).clamp(max=len(index) - 1)
-                leaves = self._of_samples(firsts[index[last] % len(firsts)])
+                leaves = self._of_samples(firsts[self._whole(index) % len(firsts)])
             values = bank.ahead(None, times, *leaves)
             flat = torch.cat([value.reshape(self._batch, -1) for value in values], dim=1)
             bank.table[start : start + len(index)] = flat[: len(index)]
@@ -440,10 +443,10 @@ def _frontier(graph: fx.Graph, classes: Mapping[fx.Node, frozenset]) -> list[fx.
     ]
 
 
-def _outputs(graph: fx.Graph) -> list[fx.Node]:
+def _output(graph: fx.Graph) -> fx.Node:
     """The network's first output."""
     (output,) = (node for node in graph.nodes if node.op == "output")
-    return [node for node in pytree.tree_leaves(output.args[0]) if isinstance(node, fx.Node)][:1]
+    return next(node for node in pytree.tree_leaves(output.args[0]) if isinstance(node, fx.Node))
 
 
 def _slice(outputs: Sequence[fx.Node], stops: Iterable[fx.Node] = ()) -> set[fx.Node]:

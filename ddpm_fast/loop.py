@@ -109,7 +109,7 @@ class Loop:
         self.backend = choose_backend(self.device, backend)
         self._step = implementation(self.backend)  # the buffers are the loop's own: nothing to check
         self._rows: tuple[Any, Any] = table.coefficients(self.device), table.ids(self.device)
-        self._rows_on_host = rows_on_host(*self._rows)
+        self._rows_on_host = rows_on_host(table.coefficients(), table.ids())
         self._base = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._guidance = guidance
