@@ -41,10 +41,10 @@ bench: $(PEERS)  ## benchmarks for a CPU; GUIDED=path-to-a-checkout adds guided-
 	$(BIN)/python benchmarks/hoisting.py $(if $(GUIDED),--guided-diffusion $(GUIDED))
 	$(BIN)/python benchmarks/precision.py
 
-# denoising-diffusion-pytorch imports torchvision for its trainer; the tests' stand-in will do here.
+# denoising-diffusion-pytorch imports torchvision for its trainer; a stand-in will do here.
 examples: $(PEERS)  ## models of other libraries before and after; GUIDED=path-to-a-checkout adds guided-diffusion
 	$(BIN)/python examples/with_diffusers.py
-	PYTHONPATH=tests/adapters $(BIN)/python -c "import standins; standins.run('examples/with_lucidrains.py')"
+	PYTHONPATH=benchmarks $(BIN)/python -c "import standins; standins.run('examples/with_lucidrains.py')"
 	$(BIN)/python examples/with_your_own_network.py
 	$(if $(GUIDED),PYTHONPATH=$(GUIDED) $(BIN)/python examples/with_guided_diffusion.py)
 

@@ -10,13 +10,11 @@ Prints a table and writes benchmarks/results/cpu__adapters.json.
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import statistics
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,6 +23,7 @@ from unittest import mock
 
 import torch
 from results import write_result
+from standins import stand_in_for_torchvision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -157,19 +156,6 @@ def diffusers_cases() -> list[Case]:
         Case("diffusers", "DDIMPipeline", 250, implicit, call),
         Case("diffusers", "DDPMPipeline", 200, ancestral, call, batch=16),
     ]
-
-
-def stand_in_for_torchvision() -> None:
-    """denoising-diffusion-pytorch imports torchvision for its trainer; sampling does without."""
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is not None:
-        return
-    for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.util.spec_from_loader(name, None)
-        module.__dict__.update(transforms=None, utils=None, Compose=None)
-        sys.modules[name] = module
-    sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
-    sys.modules["torchvision"].utils = sys.modules["torchvision.utils"]
 
 
 def lucidrains_cases() -> list[Case]:

@@ -18,8 +18,8 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from adapters import stand_in_for_torchvision
 from results import write_result
+from standins import stand_in_for_torchvision
 from torch import nn
 
 from ddpm_fast.hoist import Hoisted

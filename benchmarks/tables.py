@@ -97,12 +97,12 @@ def accelerated() -> str:
     """The originals' loops and the accelerated ones, shortly."""
     result = _result("cpu__adapters")
     operations = {(row["library"], row["walk"]): row for row in result["counts"]}
-    ends = {(row["library"], row["walk"]): row for row in result["rows"] if row["network"] == "real"}
-    lines = [
+    ends = _whole_calls(result)
+    header = (
         "| | steps | sampler, µs a step: theirs | ours | ratio | limit | with a small U-Net, all | and hoisted "
-        "| operations a step |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| operations a step |"
+    )
+    lines = []
     for row in result["rows"]:
         if row["network"] != "light" or row["batch"] != 1:
             continue
@@ -114,18 +114,18 @@ def accelerated() -> str:
             f"| {ends[key]['hoisted_end_to_end_ratio']:.2f} "
             f"| {counted['theirs_operations']:.0f} → {counted['ours_operations']:.0f} |"
         )
-    return "\n".join(lines)
+    return _table(header, lines)
 
 
 def adapters() -> str:
     """The same with everything that was measured."""
     result = _result("cpu__adapters")
-    ends = {(row["library"], row["walk"]): row for row in result["rows"] if row["network"] == "real"}
-    lines = [
+    ends = _whole_calls(result)
+    header = (
         "| | batch | steps | sampler, µs a step: theirs | ours | ratio (of 7 rounds) | `randn`, µs | end to end "
-        "| and hoisted | largest difference |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| and hoisted | largest difference |"
+    )
+    lines = []
     for row in result["rows"]:
         if row["network"] != "light":
             continue
@@ -138,30 +138,33 @@ def adapters() -> str:
             f"| {result['randn_us'][str(row['batch'])]:.0f} | {whole} | {hoisted} "
             f"| {row['largest_difference']:.0e} |"
         )
-    return "\n".join(lines)
+    return _table(header, lines)
+
+
+def _whole_calls(result: dict) -> dict[tuple[str, str], dict]:
+    """The rows with a U-Net, by library and walk."""
+    return {(row["library"], row["walk"]): row for row in result["rows"] if row["network"] == "real"}
 
 
 def operations() -> str:
     """What torch dispatches for a step."""
-    lines = [
-        "| | operations: theirs | ours | kernels of theirs on a GPU | waits of theirs |",
-        "|---|---|---|---|---|",
-    ]
+    header = "| | operations: theirs | ours | kernels of theirs on a GPU | waits of theirs |"
+    lines = []
     for row in _result("cpu__adapters")["counts"]:
         lines.append(
             f"| {row['library']}, {row['walk']} | {row['theirs_operations']:.0f} | {row['ours_operations']:.1f} "
             f"| {row['theirs_kernels']:.0f} | {row['theirs_waits']:.0f} |"
         )
-    return "\n".join(lines)
+    return _table(header, lines)
 
 
 def hoisting() -> str:
     """What leaves the networks, and what that saves."""
-    lines = [
+    header = (
         "| network | operations | of t | of the condition or nothing | of both | neutral | left | tables, MB "
-        "| plain, ms | hoisted, ms | speed-up (p20 to p80) | built in, s | largest difference |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| plain, ms | hoisted, ms | speed-up (p20 to p80) | built in, s | largest difference |"
+    )
+    lines = []
     for row in _rows("cpu__hoisting"):
         lines.append(
             f"| {row['network']} | {row['before']} | {row['of_t']} | {row['of_condition']} | {row['of_both']} "
@@ -170,20 +173,18 @@ def hoisting() -> str:
             f"| {row['speedup']:.2f} ({row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}) | {row['build_s']:.1f} "
             f"| {row['largest_difference']:.0e} |"
         )
-    return "\n".join(lines)
+    return _table(header, lines)
 
 
 def precision() -> str:
     """What the network's precision does to the images."""
-    lines = [
-        "| network | largest difference to float32, on [-1, 1] | mean | pixels off by more than 1 of 255 |",
-        "|---|---|---|---|",
-    ]
+    header = "| network | largest difference to float32, on [-1, 1] | mean | pixels off by more than 1 of 255 |"
+    lines = []
     for row in _rows("cpu__precision"):
         lines.append(
             f"| {row['network']} | {row['largest']:.1e} | {row['mean']:.1e} | {row['pixels_off_by_one_of_255']:.2%} |"
         )
-    return "\n".join(lines)
+    return _table(header, lines)
 
 
 def bfloat16() -> str:
@@ -217,6 +218,10 @@ def filled(page: str) -> str:
         if count != 1:
             raise ValueError(f"{page} must have the table {name!r} once, found it {count} times")
     return text
+
+
+def _table(header: str, lines: list[str]) -> str:
+    return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *lines])
 
 
 def _result(name: str):
