@@ -414,6 +414,23 @@ def test_bad_calls_are_refused_before_the_network_runs(call, error, match):
         images(fast, **call)
 
 
+def test_a_pipeline_elsewhere_than_its_network(monkeypatch):
+    stock = quiet(LDMPipeline(vqvae(), unet().to("meta"), DDIMScheduler()))
+    # diffusers asks any of the components, in an order that changes from run to run.
+    monkeypatch.setattr(LDMPipeline, "_execution_device", torch.device("cpu"))
+    with pytest.raises(ValueError, match="the pipeline runs on cpu, but its network is on meta"):
+        accelerate(stock)(num_inference_steps=2)
+
+
+def test_a_generator_elsewhere():
+    class OnAGPU(torch.Generator):
+        device = torch.device("cuda:0")
+
+    for generators in (OnAGPU(), [generator(), OnAGPU()]):
+        with pytest.raises(ValueError, match="a generator must be on the CPU or on cpu, got one on cuda:0"):
+            images(accelerate(ddpm()), batch_size=2, generator=generators, num_inference_steps=2)
+
+
 @pytest.mark.parametrize("eta", [-0.5, 1.5, float("nan")])
 def test_eta_that_leaves_no_room(eta):
     with pytest.raises(ValueError, match="eta"):
