@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddpm_fast.arguments import check_callable, checked_shape, checked_start, kept_steps, per_sample
 from ddpm_fast.config import SamplerConfig, with_config_options
+from ddpm_fast.execution import Execution
 from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.loop import Clipping, Loop
 from ddpm_fast.network import Model, Network
@@ -58,13 +59,8 @@ class Sampler:
         device: "cpu" or "cuda[:i]". None: where the model is.
         dtype: what the network computes in; another dtype than its parameters' means autocast. The state is always
             float32.
-        execution: "graph" replays a CUDA graph of network + step; "eager" calls them one by one; "auto" takes the
-            graph on CUDA where the network allows it.
-        steps_per_replay: steps in one graph.
-        backend: "triton" or "torch" kernels; None chooses by device.
-        optimize: "hoist" takes out of the loop what in the network does not depend on x (`ddpm_fast.hoist`): a few
-            seconds when the sampler is built, less in every step. A network that cannot be traced runs as it is, and
-            the log says why.
+        execution, steps_per_replay, backend, optimize, memory_format, compile, tf32: how it is executed: CUDA graphs,
+            kernels, and what is done to make the network faster (`ddpm_fast.execution.Execution`).
         config: a `SamplerConfig`, such as a checkpoint's; the options are changes to it.
         options: the fields of `SamplerConfig`.
 
@@ -92,10 +88,14 @@ class Sampler:
         execution: str = "auto",
         steps_per_replay: int = 1,
         backend: str | None = None,
-        optimize: str | None = None,
+        optimize: str | None = "auto",
+        memory_format: str | None = None,
+        compile: bool = False,
+        tf32: bool | None = None,
         config: SamplerConfig | None = None,
         **options: Any,
     ) -> None:
+        how = Execution(execution, steps_per_replay, backend, optimize, memory_format, compile, tf32)
         self.config = SamplerConfig.from_options(options, config)
         self.table = build_table(self.config)
         self.shape = checked_shape(shape)
@@ -113,10 +113,7 @@ class Sampler:
             self.table,
             Clipping.of(self.config),
             guidance=per_sample("guidance_scale", guidance_scale, self.shape[0], self.device),
-            execution=execution,
-            steps_per_replay=steps_per_replay,
-            backend=backend,
-            optimize=optimize,
+            how=how,
         )
 
     def __call__(

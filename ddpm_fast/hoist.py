@@ -14,17 +14,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ddpm_fast.validate import line_of
+
 MEMORY = 2**30  # bytes that the tables of one network may take
 
 _X, _T, _CONDITION = frozenset("x"), frozenset("t"), frozenset("c")
 
 aten = torch.ops.aten
 
-# What autocast runs in the lower precision, of what has weights.
-_LOWERED = (
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.linear.default,
-    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.matmul.default,
+_CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.conv3d.padding,
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 )  # fmt: skip
+# What autocast runs in the lower precision, of what has weights.
+_LOWERED = (*_CONVOLUTIONS, aten.linear.default, aten.matmul.default)
 
 
 class HoistError(Exception):
@@ -125,18 +128,14 @@ class Hoisted:
             before += _cast_weights(graph, root, torch.get_autocast_dtype(x.device.type))
         output = _output(graph)
         classes = _classify(graph, len(self._leaves))
+        self._graph, self._root = graph, root
         self._firsts, self._which = self._distinct()
         self._stride = torch.tensor(len(self._firsts), device=x.device)  # a tensor: a recorded graph reads the new one
         self._banks: list[_Bank] = []
-        frontier = _frontier(graph, classes)
-        self._tabulate(graph, root, frontier, classes)
-        constants = [node for node in frontier if classes[node] <= _CONDITION]
-        self._constants_ahead = _module(root, graph, constants)
+        self._tabulate(graph, root, _frontier(graph, classes), classes)
         self._constants: list[Tensor] = []
-        hoisted = [node for bank in self._banks for node in bank.nodes] + constants
-        self._rest = _module(root, graph, [output], hoisted)
-        used = {node.target for node in _slice(hoisted) if node.op == "get_attr"}
-        self._parameters = [value for value in (_attribute(root, name) for name in used) if isinstance(value, Tensor)]
+        self._rest: Callable[..., Any]
+        hoisted = self._split()
         self._seen: tuple[Any, ...] = ()
         self.refresh()
         self._verify(x)
@@ -178,6 +177,25 @@ class Hoisted:
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    def lay_out(self, memory_format: torch.memory_format) -> None:
+        """Keep the weights of convolutions in this memory format, as copies where they are in another."""
+        _lay_out_weights(self._graph, _classify(self._graph, len(self._leaves)), memory_format)
+        self._split()
+        self._constants = list(self._constants_ahead(None, None, *self._leaves))
+        self._seen = self._fingerprints()
+
+    def compile(self) -> Callable[[], None]:
+        """Run what is left through torch.compile, which the next call takes the time for; returns what undoes it."""
+        plain = self._rest
+        self._rest = torch.compile(plain, dynamic=False)
+
+        def undo() -> None:
+            self._rest = plain
+
+        return undo
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def refresh(self) -> bool:
         """Evaluate anew what belongs to other parameters or conditions than before; to be called before a walk.
 
@@ -189,7 +207,7 @@ class Hoisted:
         """
         if self.model.training != self._training:
             raise HoistError("it was switched between training and evaluation since it was traced")
-        seen = (_fingerprint(self._parameters), _fingerprint(self._conditions))
+        seen = self._fingerprints()
         if seen == self._seen:
             return False
         parameters, conditions = (not self._seen or a != b for a, b in zip(seen, self._seen or seen, strict=True))
@@ -219,6 +237,21 @@ class Hoisted:
             self._constants = list(fresh)
         self._seen = seen
         return moved
+
+    def _split(self) -> list[fx.Node]:
+        """Divide the graph into what is evaluated ahead, whose results are returned, and the rest."""
+        frontier = _frontier(self._graph, classes := _classify(self._graph, len(self._leaves)))
+        constants = [node for node in frontier if classes[node] <= _CONDITION]
+        self._constants_ahead = _module(self._root, self._graph, constants)
+        hoisted = [node for bank in self._banks for node in bank.nodes] + constants
+        self._rest = _module(self._root, self._graph, [_output(self._graph)], hoisted)
+        used = {node.target for node in _slice(hoisted) if node.op == "get_attr"}
+        values = [_attribute(self._root, name) for name in used]
+        self._parameters = [value for value in values if isinstance(value, Tensor)]
+        return hoisted
+
+    def _fingerprints(self) -> tuple[Any, ...]:
+        return _fingerprint(self._parameters), _fingerprint(self._conditions)
 
     def _whole(self, index: Tensor) -> Tensor:
         """`index`, its last element repeated up to a whole batch."""
@@ -319,12 +352,16 @@ class Hoisted:
             try:
                 got = self(noise, times, row)
             except Exception as error:
-                raise HoistError(f"what is left of it cannot run: {_line(error)}") from error
-            scale = expected.float().abs().max().clamp(min=1e-6)
-            # Rounding alone: a wrong row or a constant taken for a variable is off by far more.
-            allowed = 1e-3 if expected.dtype == torch.float32 else 5e-2
-            if got.shape != expected.shape or not ((got.float() - expected.float()).abs().max() <= allowed * scale):
+                raise HoistError(f"what is left of it cannot run: {line_of(error)}") from error
+            if not same_up_to_rounding(got, expected):
                 raise HoistError("what is left of it gives other numbers")
+
+
+def same_up_to_rounding(got: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs differ by rounding alone: a wrong row or a frozen variable is off by far more."""
+    scale = expected.float().abs().max().clamp(min=1e-6)
+    allowed = 1e-3 if expected.dtype == torch.float32 else 5e-2
+    return got.shape == expected.shape and bool((got.float() - expected.float()).abs().max() <= allowed * scale)
 
 
 def _check(model: nn.Module) -> None:
@@ -343,7 +380,7 @@ def _trace(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) ->
         with torch.enable_grad():
             root = torch.export.export(model, (x, t), dict(kwargs), strict=False).module()
     except Exception as error:
-        raise HoistError(f"torch.export cannot trace it: {_line(error)}") from error
+        raise HoistError(f"torch.export cannot trace it: {line_of(error)}") from error
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in root.graph.nodes:  # type: ignore[union-attr]
@@ -419,6 +456,27 @@ def _cast_weights(graph: fx.Graph, root: nn.Module, dtype: torch.dtype) -> int:
                 casts[source.target].meta["val"] = torch.empty(weight.shape, dtype=dtype, device="meta")
             node.replace_input_with(source, casts[source.target])
     return len(casts)
+
+
+def _lay_out_weights(graph: fx.Graph, classes: Mapping[fx.Node, frozenset], memory_format: torch.memory_format) -> None:
+    """Let the graph bring the weights of convolutions over as many dimensions into `memory_format`.
+
+    They depend on parameters alone, so that they leave the loop.
+    """
+    flat = memory_format == torch.contiguous_format
+    dimensions = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
+    for node in list(graph.nodes):
+        if node.target not in _CONVOLUTIONS:
+            continue
+        weight = node.args[1]
+        value = weight.meta["val"]
+        if weight.target is aten.contiguous.default:
+            weight.kwargs = {"memory_format": memory_format}
+        elif not classes[weight] and (flat or value.dim() == dimensions):
+            with graph.inserting_after(weight):
+                laid = graph.call_function(aten.contiguous.default, (weight,), {"memory_format": memory_format})
+            laid.meta["val"] = value
+            node.replace_input_with(weight, laid)
 
 
 def _classify(graph: fx.Graph, conditions: int) -> dict[fx.Node, frozenset]:
@@ -499,7 +557,3 @@ def _fingerprint(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         tensor = tensor if tensor.is_floating_point() else tensor.double()
         sums += [torch.sum(tensor, dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=torch.float64)]
     return (*(tensor._version for tensor in tensors), *torch.stack(sums).tolist())
-
-
-def _line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

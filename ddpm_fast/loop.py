@@ -1,5 +1,6 @@
 """The loop around the network: buffers, table and graph built once, then walked many times."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.graph import CaptureError, StepGraph, can_capture
+from ddpm_fast.execution import DEFAULT, Execution, tf32
+from ddpm_fast.graph import CaptureError, GraphPool, StepGraph, can_capture
 from ddpm_fast.kernels.dispatch import choose_backend, on_device
 from ddpm_fast.kernels.step import implementation, rows_on_host
 from ddpm_fast.kernels.threshold import threshold_bound
@@ -19,13 +21,12 @@ from ddpm_fast.network import Network
 from ddpm_fast.noise import Noise
 from ddpm_fast.progress import Progress, Show
 from ddpm_fast.table import StepTable
-from ddpm_fast.validate import one_of, whole
+from ddpm_fast.validate import line_of
 
 logger = logging.getLogger("ddpm_fast")
 
-EXECUTIONS = ("auto", "graph", "eager")
-OPTIMIZATIONS = (None, "hoist")
 LOOK = 16  # steps between two looks for NaN on a CPU
+PAYS = 1000  # steps walked, after which optimize="auto" hoists: they took longer than tracing the network does
 
 Correction = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -65,7 +66,8 @@ class Loop:
         keep_x0: always write the origin estimate to `x0`.
         inference_mode: run under torch.inference_mode, which spares the host work; not for a network or a correction
             that takes gradients inside, nor for one that keeps tensors and is trained later.
-        execution, steps_per_replay, backend, optimize: those of `Sampler`.
+        how: it is executed.
+        pool: memory for its graphs, shared with loops that never walk at the same time.
 
     Attributes:
         x: the state, float32 [B, C, ...]; a buffer, to be copied.
@@ -83,22 +85,18 @@ class Loop:
         correction: Correction | None = None,
         keep_x0: bool = False,
         inference_mode: bool = False,
-        execution: str = "auto",
-        steps_per_replay: int = 1,
-        backend: str | None = None,
-        optimize: str | None = None,
+        how: Execution = DEFAULT,
+        pool: GraphPool | None = None,
     ) -> None:
-        one_of("execution", execution, EXECUTIONS)
-        one_of("optimize", optimize, OPTIMIZATIONS)
-        whole("steps_per_replay", steps_per_replay, 1)
         self.network = network
         self.table = table
         self.clipping = clipping
         self.device = network.device
-        if execution == "graph" and not can_capture(self.device):
+        if how.execution == "graph" and not can_capture(self.device):
             raise ValueError(f"execution='graph' needs a CUDA device, got {self.device}")
-        self.execution = "eager" if correction is not None else execution
-        self.steps_per_replay = steps_per_replay
+        self.how = how
+        self.execution = "eager" if correction is not None else how.execution
+        self.steps_per_replay = how.steps_per_replay
         self.correction = correction
         self.keep_x0 = keep_x0
         self._no_gradients = torch.inference_mode if inference_mode else torch.no_grad
@@ -106,7 +104,7 @@ class Loop:
         batch, *sizes = network.output_shape
         batch = network.batch
         self.shape = (batch, network.input.shape[1], *sizes[1:])
-        self.backend = choose_backend(self.device, backend)
+        self.backend = choose_backend(self.device, how.backend)
         self._step = implementation(self.backend)  # the buffers are the loop's own: nothing to check
         self._rows: tuple[Any, Any] = table.coefficients(self.device), table.ids(self.device)
         self._rows_on_host = rows_on_host(table.coefficients(), table.ids())
@@ -119,10 +117,13 @@ class Loop:
         self._z: Tensor | None = None
         self._use_output = bool(np.any(table.c_out != 0))
         self._noisy = bool(np.any(table.sigma != 0))
+        self._pool = pool or GraphPool()
         self._graphs: dict[tuple[int, str, bool], StepGraph] = {}
-        if optimize == "hoist":
-            with on_device(self.device):
-                network.hoist(table.timestep.tolist())
+        self._walked = 0
+        self._ready = how.optimize is None and not how.at_once
+        if how.at_once:
+            with self._settings():
+                self._prepare()
 
     def steps(
         self,
@@ -145,13 +146,13 @@ class Loop:
         if previews and self.x0 is None:
             with torch.inference_mode(False):
                 self.x0 = torch.zeros_like(self.x)
-        with on_device(self.device), self._no_gradients():
+        with self._settings():
             if self.network.refresh():
                 self._graphs.clear()
+            if not self._ready and self._walked >= PAYS:
+                self._prepare()
             kind = "none" if not self._noisy else "philox" if noise.in_kernel else "tensor"
-            stride = 1 if every_step or kind == "tensor" else self.steps_per_replay
-            graph = self._graph(stride, kind, previews)
-            stride = stride if graph else 1
+            stride, graph = self._graph(1 if every_step or kind == "tensor" else self.steps_per_replay, kind, previews)
             noise.begin()
             self._start(noise, x_T)
         at_once = 1 if every_step else max(stride, LOOK // stride * stride)
@@ -162,7 +163,7 @@ class Loop:
         try:
             for first in range(0, len(self.table), at_once):
                 reached = min(first + at_once, len(self.table))
-                with on_device(self.device), self._no_gradients():
+                with self._settings():
                     for done in range(first, reached, stride):
                         self._advance(done, graph, noise, kind, previews)
                         bar.advance(min(stride, reached - done))
@@ -173,6 +174,7 @@ class Loop:
                     )
                 yield reached
             finished = True
+            self._walked += len(self.table)
         finally:
             bar.close(finished)
 
@@ -185,6 +187,23 @@ class Loop:
     def free(self) -> None:
         """Let go of the recorded graphs."""
         self._graphs.clear()
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        """What torch is set to while the network and the steps run."""
+        with on_device(self.device), self._no_gradients(), tf32(self.how.tf32 if self.device.type == "cuda" else None):
+            yield
+
+    def _prepare(self) -> None:
+        """Make the network's calls faster; graphs of the calls as they were no longer hold."""
+        row = 0 if self.backend == "torch" and not self._records() else None
+        self.network.prepare(self.table.timestep.tolist(), self.how, row)
+        self._ready = True
+        self._graphs.clear()
+
+    def _records(self) -> bool:
+        """Whether steps are to be recorded in graphs."""
+        return self.execution != "eager" and can_capture(self.device)
 
     def _advance(self, done: int, graph: StepGraph | None, noise: Noise, kind: str, previews: bool) -> None:
         z = noise.z(done)
@@ -254,24 +273,41 @@ class Loop:
             for half in self.network.input.split(self.shape[0]):
                 half.copy_(self.x)
 
-    def _graph(self, stride: int, kind: str, previews: bool) -> StepGraph | None:
-        """The graph of `stride` steps, recorded on first use; None where steps run eagerly."""
-        if self.execution == "eager" or not can_capture(self.device):
-            return None
+    def _graph(self, stride: int, kind: str, previews: bool) -> tuple[int, StepGraph | None]:
+        """The graph, recorded on first use, and how many steps are in it; 1 and None where steps run eagerly."""
+        if not self._records():
+            return 1, None
         if kind == "tensor" and self._z is None:
             with torch.inference_mode(False):
                 self._z = torch.zeros_like(self.x)
         key = (stride, kind, previews)
         if key not in self._graphs:
-            try:
-                self._graphs[key] = StepGraph(lambda: self._body(stride, kind, previews), self.device)
-            except CaptureError as error:
+            failed = self._record(*key)
+            if failed is not None:
+                why, smaller = failed
                 if self.execution == "graph":
-                    raise RuntimeError(f"the network cannot be captured in a CUDA graph: {error}") from error
-                logger.warning("the network cannot be captured in a CUDA graph (%s): running eagerly", error)
+                    raise RuntimeError(why)
+                logger.warning("%s; %s", why, "recording one step" if smaller else "running eagerly")
+                if smaller:
+                    self.steps_per_replay = 1
+                    return self._graph(1, kind, previews)
                 self.execution = "eager"
-                return None
-        return self._graphs[key]
+                return 1, None
+        return stride, self._graphs[key]
+
+    def _record(self, stride: int, kind: str, previews: bool) -> tuple[str, bool] | None:
+        """Record a graph; or why that failed, and whether a smaller one may succeed."""
+        try:
+            graph = StepGraph(lambda: self._body(stride, kind, previews), self.device, self._pool)
+        except CaptureError as error:
+            return f"the network cannot be captured in a CUDA graph: {line_of(error)}", False
+        except torch.OutOfMemoryError as error:
+            failed = f"a CUDA graph of {stride} steps does not fit into memory: {line_of(error)}", stride > 1
+        else:
+            self._graphs[stride, kind, previews] = graph
+            return None
+        torch.cuda.empty_cache()  # here the error no longer holds what had been allocated
+        return failed
 
     def _body(self, stride: int, kind: str, previews: bool) -> None:
         for offset in range(stride):
@@ -285,7 +321,7 @@ class Loop:
     def _find_not_finite(self, noise: Noise, x_T: Tensor | None, kind: str) -> str:
         """Walk once more, looking after every step: that is how a GPU run finds out where it went wrong."""
         noise.restart()
-        with on_device(self.device), self._no_gradients():
+        with self._settings():
             self._start(noise, x_T)
             for done in range(len(self.table)):
                 self._step_eagerly(done, noise.z(done), kind, previews=self.keep_x0)

@@ -3,17 +3,26 @@
 import contextlib
 import itertools
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.hoist import Hoisted, HoistError
+from ddpm_fast.execution import Execution
+from ddpm_fast.graph import seconds
+from ddpm_fast.hoist import Hoisted, HoistError, same_up_to_rounding
+from ddpm_fast.validate import line_of
 
 logger = logging.getLogger("ddpm_fast")
 
 Model = Callable[..., Any]
+
+_LAST: dict[int, torch.memory_format] = {4: torch.channels_last, 5: torch.channels_last_3d}
+_FASTER = 0.97  # of the time in contiguous memory: from there on channels_last is taken
+# What a trial found, for a network and all that it was tried with.
+_TRIALS: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str]] = weakref.WeakKeyDictionary()
 
 
 class Network:
@@ -27,7 +36,7 @@ class Network:
         uncond_kwargs: with guidance, the same names for the unconditional half; the batch is then doubled,
             conditional half first.
         device, dtype: of what the network is given. Where its parameters have another dtype, it runs under autocast.
-        module: what `hoist` traces in the place of a model that only wraps it.
+        module: what is traced in the place of a model that only wraps it.
 
     Attributes:
         input: the x that the network reads next, `dtype`, [B or 2B, C, ...].
@@ -48,15 +57,19 @@ class Network:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a callable model(x, t, **model_kwargs), got {type(model).__name__}")
-        self.model = model
+        self.model = self._called = model
         self.hoisted: Hoisted | None = None
+        self.memory_format = "contiguous"
         self._module = model if module is None else module
+        self._prepared: tuple[Sequence[int], Execution, int | None] | None = None
         self.guided = uncond_kwargs is not None
         self.device = resolve_device(model, device)
         if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating point torch.dtype such as torch.bfloat16, got {dtype!r}")
         own_dtype = _own_dtype(model)
         self.dtype = dtype or own_dtype or torch.float32
+        self._own = own_dtype, _own_device(model)
+        self._addresses = _addresses(self._module)
         self._autocast = own_dtype is not None and own_dtype != self.dtype
         if self._autocast and self.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(
@@ -80,7 +93,7 @@ class Network:
             if self.hoisted is not None:
                 output = self.hoisted(self.input, self.timestep, row)
             else:
-                output = self.model(self.input, self.timestep, **self.kwargs)
+                output = self._called(self.input, self.timestep, **self.kwargs)
         if isinstance(output, tuple) and output:
             output = output[0]
         if not isinstance(output, Tensor):
@@ -95,16 +108,40 @@ class Network:
             raise ValueError(f"the model must return floating point numbers, got {output.dtype}")
         return output
 
-    def hoist(self, timesteps: Sequence[int]) -> None:
-        """Take out of the calls what does not depend on x, for these timesteps; a warning says why where that fails."""
-        try:
-            with self._precision():
-                self.hoisted = Hoisted(self._module, self.input, timesteps, self.kwargs)  # type: ignore[arg-type]
-        except HoistError as reason:
-            logger.warning("the network is not hoisted: %s", reason)
+    def prepare(self, timesteps: Sequence[int], how: Execution, row: int | None = None) -> None:
+        """Hoist, lay out in memory and compile, as `how` says; what cannot be done is not, and the log says why.
+
+        Args:
+            timesteps: those of the walk.
+            how: its optimize, memory_format and compile.
+            row: as the calls of the walk will have it: None or a number.
+        """
+        self._prepared = timesteps, how, row
+        self.timestep.fill_(int(timesteps[0]))
+        if how.optimize is not None:
+            self._hoist(timesteps, logging.INFO if how.optimize == "auto" else logging.WARNING)
+        if how.memory_format is not None:
+            self._lay_out(self._faster_format(row) if how.memory_format == "auto" else how.memory_format, row)
+        if how.compile:
+            self._compile(row)
 
     def refresh(self) -> bool:
-        """Bring what was hoisted up to date, before a walk; whether buffers of recorded graphs have moved."""
+        """Bring up to date what was prepared, before a walk; whether tensors of recorded graphs have moved.
+
+        Raises:
+            ValueError: the model has another dtype or is on another device than when this was built.
+        """
+        if (_own_dtype(self.model), _own_device(self.model)) != self._own:
+            raise ValueError(
+                f"the model was {_words(self._own)} when the sampler was built and is "
+                f"{_words((_own_dtype(self.model), _own_device(self.model)))} now: build another sampler"
+            )
+        if (addresses := _addresses(self._module)) != self._addresses:  # parameters were replaced
+            self._addresses = addresses
+            self.hoisted, self._called = None, self.model
+            if self._prepared is not None:
+                self.prepare(*self._prepared)
+            return True
         if self.hoisted is None:
             return False
         try:
@@ -114,6 +151,73 @@ class Network:
             logger.warning("the network is not hoisted any more: %s", reason)
             self.hoisted = None
             return True
+
+    def _hoist(self, timesteps: Sequence[int], level: int) -> None:
+        """Take out of the calls what does not depend on x."""
+        try:
+            with self._precision():
+                self.hoisted = Hoisted(self._module, self.input, timesteps, self.kwargs)  # type: ignore[arg-type]
+        except HoistError as reason:
+            logger.log(level, "the network is not hoisted: %s", reason)
+
+    @torch.inference_mode(False)
+    def _set_format(self, name: str) -> None:
+        memory_format = torch.contiguous_format if name == "contiguous" else _LAST[self.input.dim()]
+        self.input = torch.zeros_like(self.input, memory_format=memory_format)
+        if self.hoisted is not None:
+            with self._precision():
+                self.hoisted.lay_out(memory_format)
+        self.memory_format = name
+
+    def _lay_out(self, name: str, row: int | None) -> None:
+        if name == "channels_last" and self.input.dim() not in _LAST:
+            raise ValueError(
+                "memory_format='channels_last' is for images [B, C, H, W] and volumes [B, C, D, H, W], got shape "
+                f"{tuple(self.input.shape)}"
+            )
+        self._set_format(name)
+        if name == "channels_last":
+            try:
+                self(row)
+            except RuntimeError as error:
+                logger.warning("the network cannot run in channels_last: %s", line_of(error))
+                self._set_format("contiguous")
+
+    def _faster_format(self, row: int | None) -> str:
+        """The memory format in which a call is faster, tried once for a network, shape, precision and device."""
+        if self.input.dim() not in _LAST:
+            return "contiguous"
+        key = (tuple(self.input.shape), self.dtype, self.device, self.hoisted is None, torch.get_num_threads())
+        known = _TRIALS.setdefault(self._module, {}) if isinstance(self._module, nn.Module) else {}
+        if key not in known:
+            times = {"contiguous": float("inf"), "channels_last": float("inf")}
+            for _ in range(2):  # in turns, for a machine that slows down
+                for name in times:
+                    self._lay_out(name, row)
+                    if self.memory_format == name:
+                        times[name] = min(times[name], seconds(lambda: self(row), self.device))
+            faster = times["channels_last"] < _FASTER * times["contiguous"]
+            known[key] = "channels_last" if faster else "contiguous"
+        return known[key]
+
+    def _compile(self, row: int | None) -> None:
+        """Run the network, or what is left of it, through torch.compile."""
+        expected = self(row).clone()
+        called = self._called
+        undo = None
+        if self.hoisted is not None:
+            undo = self.hoisted.compile()
+        else:
+            self._called = torch.compile(self.model, dynamic=False)
+        try:
+            why = None if same_up_to_rounding(self(row), expected) else "it gives other numbers then"
+        except Exception as error:
+            why = line_of(getattr(error, "inner_exception", error))  # what torch.compile's own error is about
+        if why is not None:
+            logger.warning("the network is not compiled: %s", why)
+            self._called = called
+            if undo is not None:
+                undo()
 
     def _precision(self) -> contextlib.AbstractContextManager:
         """Autocast where the network's parameters have another dtype than its input."""
@@ -228,6 +332,24 @@ def _own_dtype(model: Model) -> torch.dtype | None:
     if not isinstance(model, nn.Module):
         return None
     return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+
+
+def _addresses(model: Any) -> tuple[int, ...]:
+    """Where the model's parameters and buffers are in memory."""
+    if not isinstance(model, nn.Module):
+        return ()
+    return tuple(_address(tensor) for tensor in itertools.chain(model.parameters(), model.buffers()))
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a tensor subclass without memory of its own
+        return id(tensor)
+
+
+def _words(own: tuple[torch.dtype | None, torch.device | None]) -> str:
+    return " on ".join(str(part) for part in own if part is not None) or "without parameters"
 
 
 def _same(a: Any, b: Any) -> bool:

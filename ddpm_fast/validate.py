@@ -1,4 +1,4 @@
-"""Checks at the edge: each says in one sentence what is allowed and what came."""
+"""Checks at the edge: each says in one sentence what is allowed and what came; and what others said, in one line."""
 
 import difflib
 import math
@@ -41,3 +41,8 @@ def known_names(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None
             near = difflib.get_close_matches(name, allowed, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise TypeError(f"unknown {kind} {name!r}; {hint}allowed are {sorted(allowed)}")
+
+
+def line_of(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

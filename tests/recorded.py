@@ -30,7 +30,7 @@ class RecordedGraph:
 
     made = replays = 0
 
-    def __init__(self, body, device):
+    def __init__(self, body, device, pool):
         for _ in range(WARMUPS):
             body()
         with _Recorder() as recorder:

@@ -7,8 +7,9 @@ import torch
 from models import Wavy
 
 import ddpm_fast.loop
-from ddpm_fast.graph import WARMUPS, CaptureError, _first_reason
+from ddpm_fast.graph import WARMUPS, CaptureError, _first
 from ddpm_fast.sample import Sampler, sample
+from ddpm_fast.validate import line_of
 
 SHAPE = (2, 2, 3, 5)
 
@@ -19,7 +20,7 @@ class Replayed:
     made = 0
     replays = 0
 
-    def __init__(self, body, device):
+    def __init__(self, body, device, pool):
         for _ in range(WARMUPS):
             body()
         self.body = body
@@ -31,7 +32,7 @@ class Replayed:
 
 
 class Refused:
-    def __init__(self, body, device):
+    def __init__(self, body, device, pool):
         raise CaptureError("operation not permitted when stream is capturing")
 
 
@@ -86,8 +87,8 @@ def test_a_network_that_cannot_be_captured_runs_eagerly_and_says_so_once(recordi
     with caplog.at_level(logging.WARNING, "ddpm_fast"):
         first, _ = sampler(seeds=1), sampler(seeds=2)
     assert [record.message for record in caplog.records] == [
-        "the network cannot be captured in a CUDA graph "
-        "(operation not permitted when stream is capturing): running eagerly"
+        "the network cannot be captured in a CUDA graph: "
+        "operation not permitted when stream is capturing; running eagerly"
     ]
     assert torch.equal(first, sample(Wavy(2, 2), SHAPE, num_inference_steps=5, seeds=1, execution="eager"))
 
@@ -107,8 +108,8 @@ def test_the_reason_of_a_broken_capture_is_the_first_error():
 
     with pytest.raises(RuntimeError) as error:
         capture()
-    assert _first_reason(error.value) == "operation not permitted when stream is capturing"
-    assert _first_reason(RuntimeError()) == "RuntimeError"
+    assert line_of(_first(error.value)) == "operation not permitted when stream is capturing"
+    assert line_of(RuntimeError()) == "RuntimeError"
 
 
 @pytest.mark.parametrize("execution", ["auto", "graph"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import inspect
 import json
 import os
@@ -23,8 +22,10 @@ from ddpm_fast.sample import Sampler, SampleResult, sample
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ("ddpm_fast", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+# Not find_spec: after looking for pip's, setuptools no longer stands in for distutils, which torch.compile relies on.
 TOOLS = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools")), reason="pip or setuptools missing"
+    not {"pip", "setuptools"} <= {found.metadata["Name"].lower() for found in importlib.metadata.distributions()},
+    reason="pip or setuptools missing",
 )
 
 IMPORT = """

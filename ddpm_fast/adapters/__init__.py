@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 from ddpm_fast.adapters.walk import Options
+from ddpm_fast.execution import Execution
 
 # Package of the object's class, or of one of its bases → the adapter that knows it.
 _ADAPTERS = {
@@ -27,7 +28,10 @@ def accelerate(
     execution: str = "auto",
     steps_per_replay: int = 1,
     backend: str | None = None,
-    optimize: str | None = None,
+    optimize: str | None = "auto",
+    memory_format: str | None = None,
+    compile: bool = False,
+    tf32: bool | None = None,
 ) -> Any:
     """Return a fast sampler with the interface of `obj`, an instance of a subclass of its class.
 
@@ -43,13 +47,15 @@ def accelerate(
         noise: where noise comes from when no generator is passed: "library", torch's global generator in the order in
             which the library draws; "philox", a seed a sample, drawn from torch's global generator and reported as
             `last_seeds`; "auto", as the library if torch.manual_seed was called (with a seed below 2^32), else philox.
-        execution, steps_per_replay, backend, optimize: those of `Sampler`; a scheduler uses `backend` alone.
+        execution, steps_per_replay, backend, optimize, memory_format, compile, tf32: how it is executed
+            (`ddpm_fast.execution.Execution`); a scheduler uses `backend` alone.
 
     Raises:
         TypeError: an object that no adapter knows; names those that are known.
         ValueError: a configuration that is not supported; names the field.
     """
-    options = Options(noise, execution, steps_per_replay, backend, optimize)
+    how = Execution(execution, steps_per_replay, backend, optimize, memory_format, compile, tf32)
+    options = Options(noise, how)
     for base in type(obj).__mro__:
         adapter = _ADAPTERS.get(base.__module__.partition(".")[0])
         if adapter is not None:

@@ -50,7 +50,7 @@ def accelerate(obj: Any, options: Options) -> Any:
         if isinstance(obj, stock):
             _refuse_override(obj, stock, fast, "step")
             check_config(obj)
-            return adopt(copy.deepcopy(obj), _over(fast, obj), _backend=options.backend, _cached=None)
+            return adopt(copy.deepcopy(obj), _over(fast, obj), _backend=options.how.backend, _cached=None)
     for stock, fast in _PIPELINES.items():
         if isinstance(obj, stock):
             _refuse_override(obj, stock, fast, "__call__")

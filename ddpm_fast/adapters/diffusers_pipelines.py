@@ -91,28 +91,30 @@ class _Fast:
         eta = eta if isinstance(scheduler, DDIMScheduler) else 0.0
         table = table_of(scheduler, eta=eta, use_clipped_model_output=use_clipped_model_output, doubled=doubled)
         _check_channels(network, shape[1], table.doubled, table.learned)
-        loop = self._walker.loop(
-            lambda *args, **kwargs: network(*args, **kwargs),  # the network's device and dtype are settled here
-            shape,
-            table,
-            clipping_of(scheduler),
-            owner=network,
-            device=device,
-            dtype=dtype,
-            execution="eager" if hooked else None,  # hooks move weights while they run
-            module=None if hooked else network,
-            **conditioning,
-        )
-        guided = loop.network.guided
-        if x_T is None:
-            noise, start = self._walker.noise(generator, loop, seeds=seeds, dtype=dtype), None
-        else:
-            noise = self._walker.noise(
-                generator, loop, seeds=seeds, dtype=dtype, copies=2 if guided else 1, z_from_global=True
+        with self._walker.alone() as walker:
+            loop = walker.loop(
+                lambda *args, **kwargs: network(*args, **kwargs),  # the network's device and dtype are settled here
+                shape,
+                table,
+                clipping_of(scheduler),
+                owner=network,
+                device=device,
+                dtype=dtype,
+                execution="eager" if hooked else None,  # hooks move weights while they run
+                module=network,
+                hoistable=not hooked,
+                **conditioning,
             )
-            start = None if self._walker.last_seeds is not None else x_T()
-        bar = self.progress_bar(total=len(table))  # type: ignore[attr-defined]
-        return loop.run(noise, start, progress=bar)
+            guided = loop.network.guided
+            if x_T is None:
+                noise, start = walker.noise(generator, loop, seeds=seeds, dtype=dtype), None
+            else:
+                noise = walker.noise(
+                    generator, loop, seeds=seeds, dtype=dtype, copies=2 if guided else 1, z_from_global=True
+                )
+                start = None if walker.last_seeds is not None else x_T()
+            bar = self.progress_bar(total=len(table))  # type: ignore[attr-defined]
+            return loop.run(noise, start, progress=bar)
 
     def _images(self, images: Tensor, output_type: str | None, return_dict: bool) -> Output:
         """Images on [-1, 1] as the caller wants them."""

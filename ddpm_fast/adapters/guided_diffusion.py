@@ -5,7 +5,6 @@ The library draws noise from torch's global generator at every step, the last on
 object under a global seed, all tensors taken as contiguous. Its float64 arrays are the table's numbers.
 """
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_fast.adapters.walk import Options, Walker, adopt
 from ddpm_fast.loop import Clipping
@@ -62,7 +61,7 @@ def accelerate(obj: Any, options: Options) -> Any:
     if not issubclass(kind, _Fast):
         _refuse_overrides(obj)
         kind = _fast(kind)
-    return adopt(obj, kind, _walker=Walker(options), _walking=False)
+    return adopt(obj, kind, _walker=Walker(options))
 
 
 @functools.cache
@@ -210,6 +209,25 @@ class _Told:
     def __call__(self, x: Tensor, t: Tensor, /, **kwargs: Any) -> Any:
         return self.model(x, t if self.scale is None else t.float() * self.scale, **kwargs)
 
+    def module(self) -> Any:
+        """The same as a torch.nn.Module, if the network is one."""
+        if self.scale is None or not isinstance(self.model, nn.Module):
+            return self.model
+        return _Scaled(self.model, self.scale)
+
+
+class _Scaled(nn.Module):
+    """A network that is told its timesteps times `scale`."""
+
+    def __init__(self, model: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.model = model
+        self.scale = scale
+        self.training = model.training
+
+    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+        return self.model(x, t.float() * self.scale, **kwargs)
+
 
 class _Denoised:
     """A network that predicts the origin, and lets denoised_fn have it first."""
@@ -273,10 +291,9 @@ class _Fast:
     """Stands in front of the object's class; its loops are made by `_loop_method`."""
 
     _walker: Walker
-    _walking: bool
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (type(self).__bases__[1],), {**self.__dict__, "_walking": False}
+        return _blank, (type(self).__bases__[1],), self.__dict__
 
     @property
     def last_seeds(self) -> list[int] | None:
@@ -294,22 +311,21 @@ class _Fast:
         if late is not None:
             clipping = Clipping()
         elif call.denoised_fn is not None:
-            network = owner = _Denoised(told, call.denoised_fn, table, call)
+            network, owner = _Denoised(told, call.denoised_fn, table, call), None
             table = replace(table, a=np.zeros(len(table)), b=np.ones(len(table)))
         guidance = None
         if call.cond_fn is not None:
             guidance = _Guidance(self, _Told(call.cond_fn, told.scale), call, table)
-        with self._buffers() as walker:
+        with self._walker.alone(generator=every) as walker:
             loop = walker.loop(
                 network, call.shape, table, clipping, owner=owner, device=call.device, dtype=torch.float32,
                 model_kwargs=call.model_kwargs, correction=guidance,
                 execution="eager" if network is not told else None,
-                module=call.model if network is told and told.scale is None else None,
+                module=told.module(), hoistable=network is told,
             )  # fmt: skip
             noise = walker.noise(None, loop)
-            self._walker.last_seeds = walker.last_seeds
             # The library draws noise where none is used, too; several steps in one replay would leave it out.
-            singly = every or (isinstance(noise, GeneratorNoise) and walker.options.steps_per_replay > 1)
+            singly = every or (isinstance(noise, GeneratorNoise) and loop.steps_per_replay > 1)
             for done in loop.steps(noise, call.noise, previews=every, every_step=singly, progress=bool(call.progress)):
                 if not every:
                     if done == len(table):
@@ -328,18 +344,6 @@ class _Fast:
                     with torch.no_grad():
                         loop.x.copy_(state["sample"])
                         loop.network.input.copy_(loop.x)
-
-    @contextlib.contextmanager
-    def _buffers(self) -> Iterator[Walker]:
-        """The object's own walker; another one while a walk that was begun on it is not over."""
-        if self._walking:
-            yield Walker(self._walker.options)
-            return
-        self._walking = True
-        try:
-            yield self._walker
-        finally:
-            self._walking = False
 
 
 def _loop_method(kind: type, name: str) -> Callable[..., Any]:

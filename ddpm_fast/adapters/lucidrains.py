@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddpm_fast.adapters import unknown
 from ddpm_fast.adapters.walk import Options, Walker, adopt
-from ddpm_fast.loop import Clipping, Loop
+from ddpm_fast.loop import Clipping
 from ddpm_fast.models.checkpoint import read_weights_only
 from ddpm_fast.schedules import Array
 from ddpm_fast.table import StepTable
@@ -185,9 +185,17 @@ class _Fast:
             columns["c_out"] = direction
         return StepTable.of(t, columns, draws=np.asarray(s >= 0))
 
-    def _loop(
-        self, shape: Sequence[int], table: StepTable, clipping: Clipping = _CLIPPED, kwargs: Kwargs = None
-    ) -> Loop:
+    def _walk(
+        self,
+        shape: Sequence[int],
+        table: StepTable,
+        clipping: Clipping = _CLIPPED,
+        kwargs: Kwargs = None,
+        *,
+        x_T: Tensor | None = None,
+        keep: bool = False,
+    ) -> list[Tensor]:
+        """x_T and x_0; with `keep` all states between them, too."""
         shape = tuple(whole("every size in shape", size, 1) for size in shape)
         if len(shape) < 2:
             raise ValueError(f"shape must be (batch, channels, ...), got {shape}")
@@ -196,31 +204,29 @@ class _Fast:
         conditioned = bool(self.self_condition)
         if conditioned and "x_self_cond" in (kwargs or {}):
             raise ValueError("x_self_cond comes from the walk itself: leave it out of model_forward_kwargs")
-        loop = self._walker.loop(
-            _Call(self.model, self._keyword or self._learned),
-            shape,
-            table,
-            clipping,
-            owner=(self.model, conditioned),
-            device=self.device,
-            dtype=next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32),
-            model_kwargs=kwargs,
-            keep_x0=conditioned,
-            inference_mode=not self._keyword,  # as the library does, in two dimensions
-            module=None if conditioned else self.model,
-        )
-        loop.network.model.x0 = loop.x0 if conditioned else None  # type: ignore[attr-defined]
-        return loop
-
-    def _walk(self, loop: Loop, x_T: Tensor | None = None, *, keep: bool = False) -> list[Tensor]:
-        """x_T and x_0; with `keep` all states between them, too."""
         label = "sampling loop time step" if x_T is None else "interpolation sample time step"
-        noise = self._walker.noise(None, loop)
-        states = [noise.x_T() if x_T is None else x_T]
-        for done in loop.steps(noise, states[0], every_step=keep, progress=label):
-            if keep or done == len(loop.table):
-                states.append(loop.x.clone())
-        return states
+        with self._walker.alone() as walker:
+            loop = walker.loop(
+                _Call(self.model, self._keyword or self._learned),
+                shape,
+                table,
+                clipping,
+                owner=(self.model, conditioned),
+                device=self.device,
+                dtype=next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32),
+                model_kwargs=kwargs,
+                keep_x0=conditioned,
+                inference_mode=not self._keyword,  # as the library does, in two dimensions
+                module=self.model,
+                hoistable=not conditioned,
+            )
+            loop.network.model.x0 = loop.x0 if conditioned else None  # type: ignore[attr-defined]
+            noise = walker.noise(None, loop)
+            states = [noise.x_T() if x_T is None else x_T]
+            for done in loop.steps(noise, states[0], every_step=keep, progress=label):
+                if keep or done == len(loop.table):
+                    states.append(loop.x.clone())
+            return states
 
     @torch.no_grad()
     def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5) -> Tensor:
@@ -231,7 +237,7 @@ class _Fast:
         level = torch.full((len(x1),), t, device=x1.device)
         noised1, noised2 = self.q_sample(x1, t=level), self.q_sample(x2, t=level)
         mixed = (1 - lam) * noised1 + lam * noised2
-        return self._walk(self._loop(x1.shape, self._ddpm_table(t)), mixed)[-1] if t > 0 else mixed
+        return self._walk(x1.shape, self._ddpm_table(t), x_T=mixed)[-1] if t > 0 else mixed
 
 
 class _Fast2D(_Fast):
@@ -255,7 +261,7 @@ class _Fast2D(_Fast):
         return self._images(shape, self._ddim_table(), return_all_timesteps)
 
     def _images(self, shape: Sequence[int], table: StepTable, return_all: bool) -> Tensor:
-        states = self._walk(self._loop(shape, table), keep=return_all)
+        states = self._walk(shape, table, keep=return_all)
         return self.unnormalize(torch.stack(states, dim=1) if return_all else states[-1])
 
 
@@ -290,8 +296,8 @@ class _Fast1D(_Fast):
         self, shape: Sequence[int], return_noise: bool = False, model_forward_kwargs: Kwargs = None
     ) -> Any:
         """Walk through all timesteps."""
-        loop = self._loop(shape, self._ddpm_table(self.num_timesteps), _CLIPPED, model_forward_kwargs)
-        return self._sequences(loop, return_noise)
+        x_T, x_0 = self._walk(shape, self._ddpm_table(self.num_timesteps), kwargs=model_forward_kwargs)
+        return self._sequences(x_T, x_0, return_noise)
 
     @torch.no_grad()
     def ddim_sample(
@@ -303,8 +309,8 @@ class _Fast1D(_Fast):
     ) -> Any:
         """Walk through sampling_timesteps of them by DDIM. (The original's return_noise is its last draw, not x_T.)"""
         clipping = _CLIPPED if clip_denoised else Clipping()
-        return self._sequences(self._loop(shape, self._ddim_table(), clipping, model_forward_kwargs), return_noise)
+        x_T, x_0 = self._walk(shape, self._ddim_table(), clipping, model_forward_kwargs)
+        return self._sequences(x_T, x_0, return_noise)
 
-    def _sequences(self, loop: Loop, return_noise: bool) -> Any:
-        x_T, x_0 = self._walk(loop)
+    def _sequences(self, x_T: Tensor, x_0: Tensor, return_noise: bool) -> Any:
         return (self.unnormalize(x_0), x_T) if return_noise else self.unnormalize(x_0)

@@ -1,20 +1,25 @@
 """What all adapters share: an object's state under a faster class, where noise comes from, and the last walk's loop."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.loop import EXECUTIONS, OPTIMIZATIONS, Clipping, Correction, Loop
+from ddpm_fast.execution import DEFAULT, Execution
+from ddpm_fast.graph import GraphPool
+from ddpm_fast.loop import Clipping, Correction, Loop
 from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise, global_generator
 from ddpm_fast.seeding import Seeds, resolve_seeds
 from ddpm_fast.table import StepTable
-from ddpm_fast.validate import one_of, whole
+from ddpm_fast.validate import one_of
 
 NOISES = ("auto", "library", "philox")
+KEPT = 4  # loops: walks of as many shapes, schedules or guidance scales in turn
 _HUMAN = 2**32  # torch's own seeds are drawn from 2^64 numbers (2^53 on CUDA); people's are small
 
 T = TypeVar("T")
@@ -41,25 +46,18 @@ class Options:
         noise: where noise comes from when no generator is passed: "library", torch's global generator in the order
             in which the library draws; "philox", a seed a sample; "auto", the library's if torch.manual_seed was
             called (with a seed below 2^32), else philox.
-        execution, steps_per_replay, backend, optimize: those of `Sampler`.
+        how: it is executed.
     """
 
     noise: str = "auto"
-    execution: str = "auto"
-    steps_per_replay: int = 1
-    backend: str | None = None
-    optimize: str | None = None
+    how: Execution = DEFAULT
 
     def __post_init__(self) -> None:
         one_of("noise", self.noise, NOISES)
-        one_of("execution", self.execution, EXECUTIONS)
-        whole("steps_per_replay", self.steps_per_replay, 1)
-        one_of("backend", self.backend, (None, "torch", "triton"))
-        one_of("optimize", self.optimize, OPTIMIZATIONS)
 
 
 class Walker:
-    """Makes loops, and keeps the last one: the same walk again costs no new buffers and no new graph.
+    """Makes loops, and keeps the last few: the same walk again costs no new buffers and no new graph.
 
     Attributes:
         options: how to walk.
@@ -69,11 +67,40 @@ class Walker:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.last_seeds: list[int] | None = None
-        self._key: tuple[Any, ...] | None = None
-        self._loop: Loop | None = None
+        self._loops: list[tuple[tuple[Any, ...], Loop]] = []  # the last used one first
+        self._pool = GraphPool()
+        self._lock = threading.Lock()
+        self._walks: int | None = None  # the thread; 0 for a generator's walk, which any thread may go on with
 
     def __reduce__(self) -> tuple[type, tuple[Options]]:
         return Walker, (self.options,)  # a copy walks in the same way; buffers and graphs are not copied
+
+    @property
+    def last_loop(self) -> Loop | None:
+        """The loop of the last walk, of those that are kept."""
+        return self._loops[0][1] if self._loops else None
+
+    @contextlib.contextmanager
+    def alone(self, generator: bool = False) -> Iterator["Walker"]:
+        """This walker, whose loops have one set of buffers, for one walk at a time: other threads wait.
+
+        Where waiting might never end, for a walk inside of another one or beside one that a generator holds open, it
+        is a walker of its own.
+        """
+        own = 0 if generator else threading.get_ident()
+        if not self._lock.acquire(blocking=not generator and self._walks not in (0, own)):
+            another = Walker(self.options)
+            try:
+                yield another
+            finally:
+                self.last_seeds = another.last_seeds
+            return
+        self._walks = own
+        try:
+            yield self
+        finally:
+            self._walks = None
+            self._lock.release()
 
     def loop(
         self,
@@ -93,49 +120,58 @@ class Walker:
         inference_mode: bool = False,
         execution: str | None = None,
         module: nn.Module | None = None,
+        hoistable: bool = True,
     ) -> Loop:
-        """The loop of a walk; the one of the walk before if nothing but the values of tensors in kwargs differs.
+        """The loop of a walk; one of the last few if nothing but the values of tensors in kwargs differs from it.
 
         Args:
             model: what the loop calls; compared by
-            owner: what makes it the same model: anything hashable, all of it kept alive.
+            owner: what makes it the same model: anything that can be compared, all of it kept alive. None: a loop for
+                this walk alone, as is one with a correction.
             shape, device, dtype, model_kwargs, uncond_kwargs: those of `Network`.
             table, clipping, correction, keep_x0, inference_mode: those of `Loop`.
             guidance_scale: for all samples.
             execution: instead of that of the options.
-            module: that of `Network`; None: not hoisted.
+            module: that of `Network`.
+            hoistable: whether a call of `module` is all that `model` does.
         """
         shape = tuple(shape)
         rows = (table.coefficients().numpy().tobytes(), table.ids().numpy().tobytes(), table.draws.tobytes())
         kwargs = {**(model_kwargs or {}), **{f"uncond {name}": v for name, v in (uncond_kwargs or {}).items()}}
-        key = (owner, shape, rows, table.learned, table.doubled, clipping, device, dtype, _signature(kwargs),
-               guidance_scale, correction, keep_x0, inference_mode, execution)  # fmt: skip
-        if self._loop is None or key != self._key:
-            self.free()
-            channels = shape[1] * (2 if table.doubled else 1)
-            scale = None if guidance_scale is None else torch.full(shape[:1], float(guidance_scale), device=device)
-            network = Network(model, shape, channels, model_kwargs, uncond_kwargs, device, dtype, module)
-            self._loop = Loop(
-                network,
-                table,
-                clipping,
-                guidance=scale,
-                correction=correction,
-                keep_x0=keep_x0,
-                inference_mode=inference_mode,
-                execution=execution or self.options.execution,
-                steps_per_replay=self.options.steps_per_replay,
-                backend=self.options.backend,
-                optimize=None if module is None else self.options.optimize,
-            )
-            self._key = key
-        elif kwargs:
-            self._loop.network.update_kwargs(model_kwargs or {}, uncond_kwargs)
-        return self._loop
+        key = (shape, rows, table.learned, table.doubled, clipping, device, dtype, _signature(kwargs),
+               guidance_scale, keep_x0, inference_mode, execution, owner)  # fmt: skip
+        kept = owner is not None and correction is None
+        if kept:
+            for place, (known, loop) in enumerate(self._loops):
+                if known == key:
+                    self._loops.insert(0, self._loops.pop(place))
+                    if kwargs:
+                        loop.network.update_kwargs(model_kwargs or {}, uncond_kwargs)
+                    return loop
+        channels = shape[1] * (2 if table.doubled else 1)
+        scale = None if guidance_scale is None else torch.full(shape[:1], float(guidance_scale), device=device)
+        how = self.options.how
+        how = replace(how, execution=execution or how.execution, optimize=how.optimize if hoistable else None)
+        loop = Loop(
+            Network(model, shape, channels, model_kwargs, uncond_kwargs, device, dtype, module),
+            table,
+            clipping,
+            guidance=scale,
+            correction=correction,
+            keep_x0=keep_x0,
+            inference_mode=inference_mode,
+            how=how,
+            pool=self._pool,
+        )
+        if kept:  # loops of another network would keep that alive
+            alike = [(known, other) for known, other in self._loops if known[-1] == owner]
+            self._loops = [(key, loop), *alike[: KEPT - 1]]
+        return loop
 
     def free(self) -> None:
-        """Let go of the last loop's buffers and graphs."""
-        self._key = self._loop = None
+        """Let go of the loops' buffers and graphs."""
+        with self._lock:
+            self._loops.clear()
 
     def noise(
         self,

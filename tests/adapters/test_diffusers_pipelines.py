@@ -249,11 +249,11 @@ def test_nothing_that_was_given_is_changed():
 def test_the_same_call_again_builds_nothing_new():
     fast = accelerate(ddpm())
     images(fast, num_inference_steps=3)
-    loop = fast._walker._loop
+    loop = fast._walker.last_loop
     images(fast, num_inference_steps=3)
-    assert fast._walker._loop is loop
+    assert fast._walker.last_loop is loop
     images(fast, num_inference_steps=4)
-    assert fast._walker._loop is not loop
+    assert fast._walker.last_loop is not loop
     before = images(fast, num_inference_steps=3)
     fast.scheduler = DDPMScheduler(beta_end=0.01)
     assert np.abs(images(fast, num_inference_steps=3) - before).max() > 1e-3  # a new table is noticed
@@ -303,7 +303,7 @@ def test_offload_hooks_are_left_alone():
     fast = accelerate(stock)
     assert np.abs(images(fast, num_inference_steps=4) - expected).max() <= SAME
     assert Counting.calls == 4
-    assert fast._walker._loop.execution == "eager"
+    assert fast._walker.last_loop.execution == "eager"
     remove_hook_from_module(stock.unet)
 
 
@@ -366,9 +366,9 @@ def test_dit(scheduler, guidance, learned):
 def test_dit_with_other_labels_keeps_its_loop():
     fast = accelerate(dit(DDIMScheduler(clip_sample=False)))
     first = fast([7, 3], 4.0, generator(), 4, "np").images
-    loop = fast._walker._loop
+    loop = fast._walker.last_loop
     second = fast([7, 900], 4.0, generator(), 4, "np").images
-    assert fast._walker._loop is loop
+    assert fast._walker.last_loop is loop
     assert np.array_equal(first[0], second[0])
     assert np.abs(first[1] - second[1]).max() > 1e-4
     assert fast.get_label_ids(["cock"]) == [7]

@@ -251,16 +251,16 @@ def test_the_loop_is_kept():
     fast = accelerate(made())
     call = lambda: fast.p_sample_loop(network(3), SHAPE, device="cpu", model_kwargs={"y": ONE})  # noqa: E731
     call()
-    first = fast._walker._loop
+    first = fast._walker.last_loop
     call()
-    assert fast._walker._loop is not first  # another network
+    assert fast._walker.last_loop is not first  # another network
     one = network(3)
     kept = []
     for y in (ONE, ONE + 0.5):
         torch.manual_seed(0)
         kept.append(fast.p_sample_loop(one, SHAPE, device="cpu", model_kwargs={"y": y}))
-        first = fast._walker._loop if len(kept) == 1 else first
-    assert fast._walker._loop is first
+        first = fast._walker.last_loop if len(kept) == 1 else first
+    assert fast._walker.last_loop is first
     assert not torch.allclose(*kept)
 
 
@@ -329,3 +329,30 @@ def test_what_is_not_known_is_refused():
     for one in (GaussianDiffusion, made().betas, object()):
         with pytest.raises(TypeError, match="accelerate knows"):
             accelerate(one)
+
+
+class Timed(torch.nn.Module):
+    """Its time embedding takes a fraction of a timestep, as rescaled ones are."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.conv = torch.nn.Linear(1, 3), torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x, t, y=None):
+        emb = torch.sin(self.time(t[:, None] / 300.0))[..., None, None]
+        return torch.tanh(self.conv(x) + emb + (0 if y is None else y.view(-1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"y": ONE}], ids=["plain", "conditioned"])
+def test_hoisted(rescale, kwargs):
+    theirs, network = made(rescale=rescale, respacing="7"), Timed().eval()
+    call = {"device": "cpu", "model_kwargs": kwargs}
+    fast = accelerate(theirs, optimize="hoist", noise="library")
+    images = []
+    for one in (theirs, fast):
+        torch.manual_seed(0)
+        images.append(one.p_sample_loop(network, SHAPE, **call))
+    assert fast._walker.last_loop.network.hoisted.counts.of_t >= 3
+    assert torch.allclose(*images, atol=1e-5)
