@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
-.PHONY: sample peers test test-slow check sass bench bench-step examples diffusers-suite clean
+.PHONY: sample peers test test-slow check sass bench bench-gpu bench-step examples diffusers-suite clean
 
 sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 	$(BIN)/ddpm-fast sample --seeds 0-15 --out samples.png
@@ -30,6 +30,10 @@ sass: $(READY)  ## what every kernel costs, from its machine code, for five GPUs
 bench-step: $(READY)  ## the fused step on a GPU, under eight minutes
 	$(BIN)/python benchmarks/step.py
 
+bench-gpu: $(PEERS)  ## whole walks on a GPU, under nine minutes a part: make bench-gpu PART=cifar-1-bfloat16
+	$(BIN)/python benchmarks/walks.py $(if $(PART),--part $(PART),--list)
+	$(if $(PART),$(BIN)/python benchmarks/walk_plot.py && $(BIN)/python benchmarks/tables.py)
+
 diffusers-suite: $(PEERS)  ## diffusers' own scheduler tests on our classes: make diffusers-suite TESTS=path-to-a-checkout
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torchsde
 	$(BIN)/python benchmarks/diffusers_suite.py $(TESTS)
@@ -40,6 +44,8 @@ bench: $(PEERS)  ## benchmarks for a CPU; GUIDED=path-to-a-checkout adds guided-
 	$(BIN)/python benchmarks/adapters.py $(if $(GUIDED),--guided-diffusion $(GUIDED))
 	$(BIN)/python benchmarks/hoisting.py $(if $(GUIDED),--guided-diffusion $(GUIDED))
 	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/walks.py --part cpu
+	$(BIN)/python benchmarks/walk_plot.py
 
 # denoising-diffusion-pytorch imports torchvision for its trainer; a stand-in will do here.
 examples: $(PEERS)  ## models of other libraries before and after; GUIDED=path-to-a-checkout adds guided-diffusion

@@ -21,17 +21,12 @@ import torch
 from results import write_result
 from standins import stand_in_for_torchvision
 from torch import nn
+from walk_networks import CIFAR
 
 from ddpm_fast.hoist import Hoisted
 from ddpm_fast.models.checkpoint import load_checkpoint
 
 STEPS = range(999, -1, -1)
-CIFAR = {
-    "sample_size": 32, "block_out_channels": (128, 256, 256, 256), "layers_per_block": 2, "downsample_padding": 0,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": None,
-    "norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1,
-}  # fmt: skip
 SMALL = {"sample_size": 32, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
 PLAIN = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 CROSS = {

@@ -187,6 +187,96 @@ def precision() -> str:
     return _table(header, lines)
 
 
+def walks() -> str:
+    """Whole walks, a row a part; what was not measured says so."""
+    from walk_networks import KINDS
+    from walks import COMPILED, OURS, PARTS, SHIPPED
+
+    header = (
+        "| network | batch | precision | measured on | diffusers as shipped | best compiled | ddpm_fast "
+        "| best of ddpm_fast | over diffusers as shipped | over best compiled |"
+    )
+    lines = []
+    found = _walks()
+    for name, part in PARTS.items():
+        if name == "smoke":
+            continue
+        tuned = ", max-autotune" if name.endswith("autotune") else ""
+        title = f"| {KINDS[part.kind].short} | {part.batch} | {part.precision}{tuned} "
+        if name not in found:
+            lines.append(title + "| not yet measured " + "| - " * 6 + "|")
+        for result in found.get(name, []):
+            rows = {row["arm"]: row for row in result["rows"]}
+            timed = [row for row in rows.values() if "ms_per_step" in row]
+            compiled, ours = (
+                min((row for row in timed if row["arm"].startswith(kind)), key=lambda r: r["ms_per_step"], default=None)
+                for kind in (COMPILED, OURS)
+            )
+            shown = [rows.get(SHIPPED), compiled, rows.get(OURS), ours]
+            cells = [_cell(row, "ms_per_step", ",.3g") for row in shown]
+            ratios = [_ratio(ours, key) for key in ("over_shipped", "over_best_compiled")]
+            lines.append(f"{title}| {_machine(result)} | " + " | ".join([*cells, *ratios]) + " |")
+    return _table(header, lines)
+
+
+def walk_arms() -> str:
+    """Every arm of every part that was measured."""
+    pieces = []
+    for results in _walks().values():
+        for result in results:
+            scaled = "end to end" if result["steps"] == 1000 else f"{result['steps']} steps, scaled"
+            heading = (
+                f"**{result['network']}**, batch {result['batch']}, {result['precision']}; {_machine(result)}, torch "
+                f"{result['environment']['torch']}, commit {result['environment']['commit']}; {scaled}"
+            )
+            if result["ceiling_TFLOP_per_s"]:
+                heading += f"; bfloat16 matrix ceiling {result['ceiling_TFLOP_per_s']:.0f} TFLOP/s"
+            header = (
+                "| arm | ms a step (p20 to p80) | s for 1000 steps | images a second | of the ceiling | kernels a step "
+                "| host, µs a step | memory, MB | built in, s | gate | over as shipped | over best compiled |"
+            )
+            lines = []
+            for row in result["rows"]:
+                spread = (
+                    f" ({row['ms_per_step_p20']:.3g} to {row['ms_per_step_p80']:.3g})" if "ms_per_step" in row else ""
+                )
+                cells = " | ".join(_cell(row, key, form) for key, form in _WALK_COLUMNS.items())
+                lines.append(
+                    f"| {row['arm']} | {_cell(row, 'ms_per_step', ',.3g')}{spread} | {cells} "
+                    f"| {_ratio(row, 'over_shipped')} | {_ratio(row, 'over_best_compiled')} |"
+                )
+            missing = "".join(f"\n\nLeft out: {each['arm']} ({each['reason']})." for each in result["left_out"])
+            pieces.append(f"{heading}:\n\n{_table(header, lines)}{missing}")
+    return "\n\n".join(pieces) or "Nothing was measured yet."
+
+
+_WALK_COLUMNS = {
+    "s_per_1000_steps": ".3g", "images_per_s": ".3g", "share_of_ceiling": ".1%", "kernels_per_step": ".0f",
+    "host_us_per_step": ",.0f", "memory_MB": ",.0f", "build_s": ".1f", "gate": ".2f",
+}  # fmt: skip
+
+
+def _walks() -> dict[str, list[dict]]:
+    """Part → its results, of all machines."""
+    from walk_plot import results
+
+    found: dict[str, list[dict]] = {}
+    for each in results(RESULTS).values():
+        for result in each:
+            found.setdefault(result["part"], []).append(result)
+    return found
+
+
+def _machine(result: dict) -> str:
+    environment = result["environment"]
+    return environment["gpu"] or f"CPU, {environment['threads']} threads"
+
+
+def _ratio(row: dict | None, key: str) -> str:
+    found = None if row is None else row.get(key)
+    return f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f})" if found else "-"
+
+
 def bfloat16() -> str:
     """How far half precision is from float32."""
     found = _result("cpu__adapters")["bfloat16_difference"]
@@ -203,7 +293,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "overhead": overhead,
         "counts": counts,
         "step": step,
+        "walks": walks,
     },
+    "docs/benchmarks.md": {"walk_arms": walk_arms},
     "docs/migration.md": {"bfloat16": bfloat16, "adapters": adapters, "operations": operations},
     "docs/network.md": {"hoisting": hoisting, "precision": precision},
 }

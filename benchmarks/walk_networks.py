@@ -1,0 +1,159 @@
+"""The networks of `walks.py`: configurations that people use, with random weights."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_fast.config import SamplerConfig
+
+CIFAR = {
+    "sample_size": 32, "block_out_channels": (128, 256, 256, 256), "layers_per_block": 2, "downsample_padding": 0,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": None,
+    "norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1,
+}  # fmt: skip
+CELEBA = {
+    **CIFAR, "sample_size": 256, "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+}  # fmt: skip
+# As many parameters as the network that the package brings.
+MOONS = {
+    "sample_size": 32, "in_channels": 1, "out_channels": 1, "block_out_channels": (32, 64, 64), "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), "norm_num_groups": 8,
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+TINY = {
+    "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+DIT_XL_2 = {
+    "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,
+    "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000,
+}  # fmt: skip
+
+
+class Origin(nn.Module):
+    """A DiT without the half of its output that its pipeline discards."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        from diffusers import DiTTransformer2DModel
+
+        self.dit = DiTTransformer2DModel(**config)
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        return self.dit(x, t, class_labels=class_labels).sample[:, : x.shape[1]]
+
+
+def _unet(config: dict[str, Any]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from diffusers import UNet2DModel
+
+        return UNet2DModel(**config)
+
+    return make
+
+
+def _nothing(batch: int, device: torch.device) -> dict[str, Tensor]:
+    return {}
+
+
+def _classes(batch: int, device: torch.device) -> dict[str, Tensor]:
+    return {"class_labels": torch.arange(batch, device=device) * 37 % 1000}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A network.
+
+    Attributes:
+        title: what it is.
+        short: as tables call it.
+        make: builds it.
+        shape: (C, H, W) of a sample.
+        kwargs: (batch, device) → its keywords.
+        clip: whether samples are images on [-1, 1].
+    """
+
+    title: str
+    short: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, int, int]
+    kwargs: Callable[[int, torch.device], dict[str, Tensor]] = _nothing
+    clip: bool = True
+
+
+KINDS = {
+    "cifar": Kind("UNet2DModel of google/ddpm-cifar10-32", "CIFAR-10 U-Net", _unet(CIFAR), (3, 32, 32)),
+    "256": Kind("UNet2DModel of google/ddpm-celebahq-256", "256 x 256 U-Net", _unet(CELEBA), (3, 256, 256)),
+    "dit": Kind(
+        "DiT-XL/2, latents of 256 x 256 images",
+        "DiT-XL/2",
+        lambda: Origin(**DIT_XL_2),
+        (4, 32, 32),
+        _classes,
+        clip=False,
+    ),
+    "moons": Kind("UNet2DModel of the embedded network's size", "U-Net, 1.6 M", _unet(MOONS), (1, 32, 32)),
+    "tiny": Kind("a tiny UNet2DModel", "tiny", _unet(TINY), (3, 8, 8)),
+}
+
+
+@dataclass
+class Problem:
+    """One network at one batch size and precision; what every arm gets.
+
+    Attributes:
+        kind, batch, precision, steps, device: what it is; precision is "float32", "tf32" or "bfloat16".
+        exact: the network in float32, the judge.
+        model: in the precision's dtype; the arms share it and leave it as it is.
+        kwargs: its keywords.
+        config: of the walk: DDPM, 1000 linear betas, `steps` of them.
+    """
+
+    kind: Kind
+    batch: int
+    precision: str
+    steps: int
+    device: torch.device
+    exact: nn.Module = field(init=False)
+    model: nn.Module = field(init=False)
+    kwargs: dict[str, Tensor] = field(init=False)
+    config: SamplerConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.exact = self.kind.make().eval().requires_grad_(False).to(self.device)
+        self.model = copy.deepcopy(self.exact).to(self.dtype)
+        self.kwargs = self.kind.kwargs(self.batch, self.device)
+        self.config = SamplerConfig(num_inference_steps=self.steps, clip_sample=self.kind.clip)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the batch."""
+        return (self.batch, *self.kind.shape)
+
+    def operations(self) -> int:
+        """Floating point operations of a call: two for a multiplication and addition."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        x = torch.zeros(1, *self.kind.shape, device=self.device)
+        t = torch.zeros(1, dtype=torch.int64, device=self.device)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.exact(x, t, **self.kind.kwargs(1, self.device))
+        return self.batch * counter.get_total_flops()
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The tensor that a network returned, in an object or not."""
+    return output if isinstance(output, Tensor) else output.sample
