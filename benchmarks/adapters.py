@@ -205,7 +205,11 @@ def measure(case: Case, kind: type[Light], steps: int, rounds: int) -> dict[str,
     """Times of both, µs a step, median over the rounds; and the ratios of the rounds."""
     network = kind(case.out_channels)
     theirs = case.make(network, steps)
-    walkers = [theirs, accelerate(theirs), theirs]  # the original twice: what differs there is the machine
+    walkers = [
+        theirs,
+        accelerate(theirs, optimize=None),
+        theirs,
+    ]  # the original twice: what differs there is the machine
     if kind is Real:
         walkers.append(accelerate(theirs, optimize="hoist"))
     samplers: list[list[float]] = [[] for _ in walkers]
@@ -253,7 +257,7 @@ def count(case: Case, ours: bool, device: str) -> Counter:
     for steps in (20, 40):
         network = Light(case.out_channels).to(device)
         obj = case.make(network, steps)
-        obj = accelerate(obj) if ours else obj
+        obj = accelerate(obj, optimize=None) if ours else obj
         if not ours or device == "cpu":
             with contextlib.suppress(NotImplementedError):  # images of the meta device cannot be fetched at the end
                 torch.manual_seed(0)

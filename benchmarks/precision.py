@@ -1,4 +1,7 @@
-"""What the network's precision does to the images: the embedded model's, 1000 steps, same seeds, against float32.
+"""What precision, memory format and compilation of the network do to the images, against float32 as it is.
+
+The embedded model's, 1000 steps, same seeds.
+
 
 python benchmarks/precision.py      writes benchmarks/results/cpu__precision.json; tables.py fills docs/network.md
 """
@@ -14,11 +17,18 @@ from ddpm_fast.sample import Sampler
 
 SEEDS = range(4)
 MODES: dict[str, dict[str, Any]] = {
-    "float32": {},
+    "float32": {"optimize": None},
     "float32, hoisted": {"optimize": "hoist"},
-    "bfloat16": {"dtype": torch.bfloat16},
+    "float32, hoisted, channels_last": {"optimize": "hoist", "memory_format": "channels_last"},
+    "float32, hoisted, channels_last, compiled": {
+        "optimize": "hoist",
+        "memory_format": "channels_last",
+        "compile": True,
+    },
+    "bfloat16": {"dtype": torch.bfloat16, "optimize": None},
     "bfloat16, hoisted": {"dtype": torch.bfloat16, "optimize": "hoist"},
-    "float16": {"dtype": torch.float16},
+    "float16": {"dtype": torch.float16, "optimize": None},
+    "float16, hoisted": {"dtype": torch.float16, "optimize": "hoist"},
 }
 
 
@@ -43,7 +53,7 @@ def main() -> None:
             "mean": difference.mean().item(),
             "pixels_off_by_one_of_255": (difference > 2 / 255).double().mean().item(),
         })  # fmt: skip
-        print("{network:18} difference {largest:.1e}, mean {mean:.1e}".format(**rows[-1]))
+        print("{network:42} difference {largest:.1e}, mean {mean:.1e}".format(**rows[-1]))
     print(write_result("cpu__precision", rows, samples=len(SEEDS), steps=1000))
 
 

@@ -17,6 +17,7 @@ from ddpm_fast import images
 from ddpm_fast.adapters.checkpoints import load_model, parse_arguments
 from ddpm_fast.config import SAMPLERS, SamplerConfig
 from ddpm_fast.engine import Sampler
+from ddpm_fast.execution import MEMORY_FORMATS
 from ddpm_fast.info import describe, path_taken
 from ddpm_fast.kernels import to_uint8
 from ddpm_fast.models.checkpoint import EMBEDDED, Checkpoint
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--batch", type=int, default=64, help="samples at a time (default: %(default)s)")
     sample.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     sample.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network (default: %(default)s)")
+    sample.add_argument("--memory-format", choices=MEMORY_FORMATS[1:], help="of the network; auto tries what is faster")
+    sample.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many samples")
     sample.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
     train = _command(commands, "train", "train the moon model", TRAIN_HELP, _train)
@@ -197,6 +200,8 @@ def _draw(
                 config=config,
                 device=device,
                 dtype=DTYPES[arguments.dtype],
+                memory_format=arguments.memory_format,
+                compile=arguments.compile and number == 1,  # not once more for the rest of a last batch
             )
         title = f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"
         x = sampler(seeds=part, progress=False if arguments.quiet else title)

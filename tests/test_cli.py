@@ -162,6 +162,17 @@ def test_walks(model, tmp_path, calls, arguments, config, steps):
     assert np.array_equal(x, plain) == (not config)
 
 
+def test_how_the_network_runs(model, tmp_path, monkeypatch):
+    """Compiled for the first batch's size alone; the samples stay the same."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda called, dynamic: compiled.append(called) or called)
+    plain, _ = draw(model, tmp_path, "--seeds", "0-4", "--steps", "5")
+    options = ["--memory-format", "channels_last", "--compile", "--batch", "2"]
+    x, _ = draw(model, tmp_path, "--seeds", "0-4", "--steps", "5", *options)
+    assert_close(x, plain)
+    assert len(compiled) == 1
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype(model, tmp_path, calls, dtype):
     x, about = draw(model, tmp_path, "--seeds", "0-2", "--steps", "5", "--dtype", dtype)
@@ -289,6 +300,7 @@ def test_a_folder_has_as_many_pictures_as_it_says(model, tmp_path, capsys):
         ["paint"],
         ["sample", "--sampler", "euler"],
         ["sample", "--dtype", "int8"],
+        ["sample", "--memory-format", "nhwc"],
         ["train"],
         ["sample", "--nonsense"],
     ],

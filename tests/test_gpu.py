@@ -6,11 +6,16 @@ import pytest
 import torch
 from models import Wavy
 
+from ddpm_fast.adapters.walk import Options, Walker
+from ddpm_fast.config import SamplerConfig
+from ddpm_fast.execution import Execution
 from ddpm_fast.kernels import normal, q_sample, to_uint8
 from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.loop import Clipping
 from ddpm_fast.models.checkpoint import load_checkpoint
 from ddpm_fast.sample import Sampler, sample
 from ddpm_fast.seeding import seed_tensor
+from ddpm_fast.table import build_table
 
 pytestmark = pytest.mark.gpu
 SHAPE = (4, 2, 9, 7)
@@ -201,3 +206,121 @@ def test_nan_is_found_and_its_step_named():
 
     with pytest.raises(FloatingPointError, match=r"step 5 of 10 \(timestep 40\)"):
         sample(Breaking(2, 2).cuda(), SHAPE, seeds=0, timesteps=range(90, -1, -10))
+
+
+class Net(torch.nn.Module):
+    """Convolutions and a time embedding: something to hoist, to lay out and to compile."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.Conv2d(32, 3, 3, padding=1)
+        self.time, self.prompt = torch.nn.Linear(1, 32), torch.nn.Linear(4, 32)
+
+    def forward(self, x, t, c=None):
+        emb = torch.sin(self.time(t[:, None] / 100))
+        emb = emb if c is None else emb * self.prompt(c)
+        return torch.tanh(self.last(torch.nn.functional.silu(self.first(x) + emb[..., None, None])))
+
+
+IMAGES = (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"optimize": "hoist"},
+        {"memory_format": "channels_last"},
+        {"memory_format": "auto"},
+        {"compile": True},
+        {"compile": True, "memory_format": "channels_last"},
+        {"compile": True, "optimize": None},
+        {"optimize": "hoist", "steps_per_replay": 5},
+        {"dtype": torch.bfloat16, "memory_format": "auto", "compile": True},
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("exact_matmul")
+def test_no_way_to_execute_changes_the_samples(how):
+    model = Net().cuda()
+    options = {"num_inference_steps": 20, "progress": False, "seeds": 1}
+    dtype = {"dtype": how["dtype"]} if "dtype" in how else {}
+    expected = sample(model, IMAGES, execution="eager", optimize=None, **dtype, **options)
+    got = sample(model, IMAGES, execution="graph", **how, **options)
+    torch.testing.assert_close(got, expected, atol=0.1 if dtype else 1e-4, rtol=0)
+
+
+def test_tf32_is_what_the_option_says_even_inside_a_graph():
+    model = Net().cuda()
+    options = {"num_inference_steps": 20, "progress": False, "seeds": 1, "execution": "graph"}
+    exact, coarse = (sample(model, IMAGES, tf32=allowed, **options) for allowed in (False, True))
+    assert 0 < (exact - coarse).abs().max() < 0.05
+    on_cpu = sample(Net(), IMAGES, **{**options, "execution": "eager"})
+    torch.testing.assert_close(exact.cpu(), on_cpu, atol=2e-3, rtol=0)
+
+
+def test_hoisted_conditions_and_parameters_are_seen_by_the_next_replay():
+    model, steps = Net().cuda(), {"num_inference_steps": 10}
+    c = torch.randn(3, 4, 4, device="cuda")
+    sampler = Sampler(model, IMAGES, execution="graph", optimize="hoist", model_kwargs={"c": c[0]}, **steps)
+    for number in range(3):
+        images = sampler(seeds=number, model_kwargs={"c": c[number]}, progress=False)
+        eager = sample(model, IMAGES, seeds=number, model_kwargs={"c": c[number]}, execution="eager", **steps)
+        torch.testing.assert_close(images, eager, atol=1e-4, rtol=0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+    model.load_state_dict({name: value * 0.5 for name, value in model.state_dict().items()}, assign=True)
+    replaced = sampler(seeds=0, progress=False, model_kwargs={"c": c[0]})
+    eager = sample(model, IMAGES, seeds=0, model_kwargs={"c": c[0]}, execution="eager", **steps)
+    torch.testing.assert_close(replaced, eager, atol=1e-4, rtol=0)
+
+
+def test_graphs_of_several_shapes_share_their_memory():
+    """Interleaved walks of three batch sizes: what one graph leaves in the pool, another overwrites."""
+    walker = Walker(Options("philox", Execution(execution="graph")))
+    model, table = Net().cuda(), build_table(SamplerConfig(num_inference_steps=20))
+    alone = {}
+    for batch in (1, 16, 64, 16, 1, 64, 1):
+        shape = (batch, 3, 32, 32)
+        with walker.alone() as own:
+            loop = own.loop(model, shape, table, Clipping(1.0), owner=model, device=torch.device("cuda", 0))
+            x = loop.run(own.noise(None, loop, seeds=7), progress=False)
+        if batch not in alone:
+            alone[batch] = sample(model, shape, seeds=7, num_inference_steps=20, execution="eager", progress=False)
+        torch.testing.assert_close(x, alone[batch], atol=1e-4, rtol=0)
+    assert len(walker._loops) == 3
+
+
+def test_where_memory_ends_the_message_says_what_was_needed(caplog):
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    class Greedy(Wavy):
+        """Fits only as long as it is called outside of a recording."""
+
+        def forward(self, x, t):
+            if torch.cuda.is_current_stream_capturing():
+                torch.empty(2 * total, dtype=torch.uint8, device="cuda")
+            return super().forward(x, t)
+
+    model = Greedy(2, 2).cuda()
+    with caplog.at_level(logging.WARNING, "ddpm_fast"):
+        x = sample(model, SHAPE, seeds=0, num_inference_steps=6, steps_per_replay=3, progress=False)
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2
+    assert "graph of 3 steps does not fit into memory" in said[0]
+    assert "Tried to allocate" in said[0]
+    assert said[0].endswith("recording one step")
+    assert said[1].endswith("running eagerly")
+    torch.testing.assert_close(x, sample(on_gpu(), SHAPE, seeds=0, num_inference_steps=6, execution="eager"))
+
+
+def test_freed_graphs_give_their_memory_back():
+    model = Net().cuda()
+    sampler = Sampler(model, (64, 3, 64, 64), num_inference_steps=5, execution="graph")
+    sampler(seeds=0, progress=False)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    sampler.free()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before
