@@ -169,7 +169,8 @@ class Network:
                 self.hoisted.lay_out(memory_format)
         self.memory_format = name
 
-    def _lay_out(self, name: str, row: int | None) -> None:
+    def _lay_out(self, name: str, row: int | None, level: int = logging.WARNING) -> None:
+        """Use a memory format; contiguous memory where the network cannot."""
         if name == "channels_last" and self.input.dim() not in _LAST:
             raise ValueError(
                 "memory_format='channels_last' is for images [B, C, H, W] and volumes [B, C, D, H, W], got shape "
@@ -180,7 +181,7 @@ class Network:
             try:
                 self(row)
             except RuntimeError as error:
-                logger.warning("the network cannot run in channels_last: %s", line_of(error))
+                logger.log(level, "the network cannot run in channels_last: %s", line_of(error))
                 self._set_format("contiguous")
 
     def _faster_format(self, row: int | None) -> str:
@@ -193,9 +194,11 @@ class Network:
             times = {"contiguous": float("inf"), "channels_last": float("inf")}
             for _ in range(2):  # in turns, for a machine that slows down
                 for name in times:
-                    self._lay_out(name, row)
-                    if self.memory_format == name:
-                        times[name] = min(times[name], seconds(lambda: self(row), self.device))
+                    self._lay_out(name, row, logging.INFO)
+                    if self.memory_format != name:
+                        known[key] = "contiguous"
+                        return known[key]
+                    times[name] = min(times[name], seconds(lambda: self(row), self.device))
             faster = times["channels_last"] < _FASTER * times["contiguous"]
             known[key] = "channels_last" if faster else "contiguous"
         return known[key]

@@ -116,6 +116,12 @@ class TestMemoryFormat:
         assert "the network cannot run in channels_last: view size is not compatible" in caplog.text
         torch.testing.assert_close(got, drawn(Viewing())[1], atol=1e-5, rtol=0)
 
+    def test_auto_takes_what_the_network_can(self, caplog):
+        sampler, got = drawn(Viewing(), memory_format="auto")
+        assert sampler.network.memory_format == "contiguous"
+        assert not caplog.records
+        torch.testing.assert_close(got, drawn(Viewing())[1], atol=1e-5, rtol=0)
+
     @pytest.mark.parametrize("faster", ["contiguous", "channels_last"])
     def test_auto_takes_the_faster_one_and_remembers_it(self, faster, monkeypatch, plain):
         tried = []
