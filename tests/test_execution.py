@@ -119,7 +119,7 @@ class TestMemoryFormat:
     def test_auto_takes_what_the_network_can(self, caplog):
         sampler, got = drawn(Viewing(), memory_format="auto")
         assert sampler.network.memory_format == "contiguous"
-        assert not caplog.records
+        assert "channels_last" not in caplog.text
         torch.testing.assert_close(got, drawn(Viewing())[1], atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("faster", ["contiguous", "channels_last"])
