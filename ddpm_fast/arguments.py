@@ -46,15 +46,40 @@ def per_sample(name: str, value: float | Sequence[float] | None, batch: int, dev
     return tensor
 
 
-def checked_start(x_T: Tensor | None, shape: tuple[int, ...]) -> None:
+def checked_start(x_T: Tensor | None, shape: tuple[int, ...], name: str = "x_T") -> None:
     """Raise ValueError unless `x_T` is None or a finite float tensor of the shape."""
     if x_T is None:
         return
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or tuple(x_T.shape) != shape:
         got = f"{x_T.dtype} {tuple(x_T.shape)}" if isinstance(x_T, Tensor) else type(x_T).__name__
-        raise ValueError(f"x_T must be a float tensor of shape {shape}, got {got}")
+        raise ValueError(f"{name} must be a float tensor of shape {shape}, got {got}")
     if not bool(torch.isfinite(x_T).all()):
-        raise ValueError("x_T must be finite, got NaN or infinity")
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def checked_known(known: Tensor | None, mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    """A known image and its mask in the walk's shape, the mask in float32; None where nothing is known.
+
+    Raises:
+        ValueError: one without the other, of a shape that does not broadcast, not finite; a mask outside [0, 1].
+    """
+    if known is None and mask is None:
+        return None
+    if known is None or mask is None:
+        raise ValueError("known and mask belong together: give both or neither")
+    found = []
+    for name, value in (("known", known), ("mask", mask)):
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype == torch.bool):
+            raise ValueError(f"{name} must be a float{' or bool' if name == 'mask' else ''} tensor, got {value!r:.80}")
+        try:
+            found.append(value.float().expand(shape))
+        except RuntimeError:
+            raise ValueError(f"{name} must broadcast to {shape}, got {tuple(value.shape)}") from None
+        if not bool(torch.isfinite(found[-1]).all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+    if found[1].min() < 0 or found[1].max() > 1:
+        raise ValueError("mask must lie in [0, 1]: 1 where the image is known")
+    return found[0], found[1]
 
 
 def kept_steps(output: str, output_steps: Sequence[int] | None, steps: int) -> frozenset[int]:

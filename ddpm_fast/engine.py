@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.arguments import check_callable, checked_shape, checked_start, kept_steps, per_sample
+from ddpm_fast.arguments import check_callable, checked_known, checked_shape, checked_start, kept_steps, per_sample
 from ddpm_fast.config import SamplerConfig, with_config_options
 from ddpm_fast.execution import Execution
 from ddpm_fast.kernels.dispatch import on_device
@@ -19,7 +19,7 @@ from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise
 from ddpm_fast.progress import Show
 from ddpm_fast.seeding import Seeds, resolve_seeds
-from ddpm_fast.table import build_table
+from ddpm_fast.table import StepTable, build_table
 
 logger = logging.getLogger("ddpm_fast")
 
@@ -62,6 +62,8 @@ class Sampler:
         execution, steps_per_replay, backend, optimize, memory_format, compile, tf32: how it is executed: CUDA graphs,
             kernels, and what is done to make the network faster (`ddpm_fast.execution.Execution`).
         config: a `SamplerConfig`, such as a checkpoint's; the options are changes to it.
+        table: the rows to walk, instead of those that the config describes (`ddpm_fast.edit` has some); of the config
+            the clipping remains.
         options: the fields of `SamplerConfig`.
 
     Attributes:
@@ -93,11 +95,12 @@ class Sampler:
         compile: bool = False,
         tf32: bool | None = None,
         config: SamplerConfig | None = None,
+        table: StepTable | None = None,
         **options: Any,
     ) -> None:
         how = Execution(execution, steps_per_replay, backend, optimize, memory_format, compile, tf32)
         self.config = SamplerConfig.from_options(options, config)
-        self.table = build_table(self.config)
+        self.table = build_table(self.config) if table is None else table
         self.shape = checked_shape(shape)
         if (guidance_scale is None) != (uncond_kwargs is None):
             raise ValueError("guidance_scale and uncond_kwargs belong together: give both or neither")
@@ -122,6 +125,8 @@ class Sampler:
         seeds: Seeds = None,
         generator: Generators | None = None,
         x_T: Tensor | None = None,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
         output: str = "sample",
@@ -136,6 +141,9 @@ class Sampler:
                 them (`last_seeds`, and the log). A sample depends on its seed alone, not on its batch.
             generator: instead, a torch.Generator or one a sample: noise in the order in which a plain loop draws it.
             x_T: float tensor of the sampler's shape: the start, instead of noise.
+            known, mask: an image that is known where the mask is 1, both broadcast to the sampler's shape: after every
+                step its place is taken by the image, noised to the level of the step (`ddpm_fast.edit.inpaint`).
+                Needs seeds.
             model_kwargs, uncond_kwargs: new values of what the sampler was built with; shapes stay.
             output: "sample"; or a `SampleResult`: with the seeds ("result"), and with frames, estimates of x_0 on the
                 way ("x0") or the states themselves ("trajectory").
@@ -156,13 +164,16 @@ class Sampler:
         with self._alone():
             noise = self._make_noise(seeds, generator)
             checked_start(x_T, self.shape)
+            held = checked_known(known, mask, self.shape)
+            if held is not None and generator is not None:
+                raise ValueError("a known image is noised from seeds: not with a generator")
             if model_kwargs is not None or uncond_kwargs is not None:
                 self.network.update_kwargs(model_kwargs or {}, uncond_kwargs)
             frames: list[Tensor] = []
             previews = output == "x0"
             watched = bool(keep) or callback is not None
             loop = self.loop
-            for done in loop.steps(noise, x_T, previews=previews, every_step=watched, progress=progress):
+            for done in loop.steps(noise, x_T, known=held, previews=previews, every_step=watched, progress=progress):
                 if done - 1 in keep:
                     frames.append((loop.x0 if previews else loop.x).clone())  # type: ignore[union-attr]
                 if callback is not None:

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ logger = logging.getLogger("ddpm_fast")
 LOOK = 16  # steps between two looks for NaN on a CPU
 PAYS = 1000  # steps walked, after which optimize="auto" hoists: they took longer than tracing the network does
 
+Known = tuple[Tensor, Tensor]
 Correction = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -51,6 +52,20 @@ class Clipping:
         if config.thresholding:
             return cls(ratio=config.dynamic_thresholding_ratio, max_value=config.sample_max_value)
         return cls(limit=config.clip_sample_range if config.clip_sample else None)
+
+
+class _Form(NamedTuple):
+    """What a walk's steps take in and write, besides x: a recorded graph is of one form.
+
+    Attributes:
+        noise: "none", "philox" (made by the kernel) or "tensor".
+        previews: whether the origin estimate is written.
+        known: whether an image is known in part.
+    """
+
+    noise: str
+    previews: bool
+    known: bool
 
 
 class Loop:
@@ -118,7 +133,8 @@ class Loop:
         self._use_output = bool(np.any(table.c_out != 0))
         self._noisy = bool(np.any(table.sigma != 0))
         self._pool = pool or GraphPool()
-        self._graphs: dict[tuple[int, str, bool], StepGraph] = {}
+        self._known: Known | None = None
+        self._graphs: dict[tuple[int, _Form], StepGraph] = {}
         self._walked = 0
         self._ready = how.optimize is None and not how.at_once
         if how.at_once:
@@ -130,6 +146,7 @@ class Loop:
         noise: Noise,
         x_T: Tensor | None = None,
         *,
+        known: Known | None = None,
         previews: bool = False,
         every_step: bool = False,
         progress: Show = None,
@@ -137,6 +154,7 @@ class Loop:
         """Walk; from time to time (with `every_step`, after every step) the number of steps done so far.
 
         What is asked for in between stands in `x`, and with `previews` in `x0`. To be drawn to the end, or left.
+        `known` is an image and a mask, 1 where it holds (`kernels.step`); it needs noise from seeds.
 
         Raises:
             FloatingPointError: NaN, or an infinity that no clipping bounds; says at which step.
@@ -152,7 +170,9 @@ class Loop:
             if not self._ready and self._walked >= PAYS:
                 self._prepare()
             kind = "none" if not self._noisy else "philox" if noise.in_kernel else "tensor"
-            stride, graph = self._graph(1 if every_step or kind == "tensor" else self.steps_per_replay, kind, previews)
+            form = _Form(kind, previews, known is not None)
+            self._take_known(known)
+            stride, graph = self._graph(1 if every_step or kind == "tensor" else self.steps_per_replay, form)
             noise.begin()
             self._start(noise, x_T)
         at_once = 1 if every_step else max(stride, LOOK // stride * stride)
@@ -165,12 +185,11 @@ class Loop:
                 reached = min(first + at_once, len(self.table))
                 with self._settings():
                     for done in range(first, reached, stride):
-                        self._advance(done, graph, noise, kind, previews)
+                        self._advance(done, graph, noise, form)
                         bar.advance(min(stride, reached - done))
                 if (reached == len(self.table) or reached % look == 0) and not self._is_finite():
-                    known = look == 1
                     raise FloatingPointError(
-                        self._not_finite_error(first) if known else self._find_not_finite(noise, x_T, kind)
+                        self._not_finite_error(first) if look == 1 else self._find_not_finite(noise, x_T, form)
                     )
                 yield reached
             finished = True
@@ -205,20 +224,28 @@ class Loop:
         """Whether steps are to be recorded in graphs."""
         return self.execution != "eager" and can_capture(self.device)
 
-    def _advance(self, done: int, graph: StepGraph | None, noise: Noise, kind: str, previews: bool) -> None:
+    @torch.inference_mode(False)
+    def _take_known(self, known: Known | None) -> None:
+        if known is not None:
+            if self._known is None:
+                self._known = torch.zeros_like(self.x), torch.zeros_like(self.x)
+            for held, value in zip(self._known, known, strict=True):
+                held.copy_(value.detach())
+
+    def _advance(self, done: int, graph: StepGraph | None, noise: Noise, form: _Form) -> None:
         z = noise.z(done)
         if graph is None:
-            self._step_eagerly(done, z if kind == "tensor" else None, kind, previews)
+            self._step_eagerly(done, z if form.noise == "tensor" else None, form)
         else:
-            if z is not None and kind == "tensor":
+            if z is not None and form.noise == "tensor":
                 self._z.copy_(z, non_blocking=True)  # type: ignore[union-attr]
             graph.replay()
 
     def _start(self, noise: Noise, x_T: Tensor | None) -> None:
         """Put every buffer where the first step expects it."""
         self._base.zero_()
-        if noise.in_kernel:
-            self._seeds.copy_(noise.seeds)  # type: ignore[arg-type]
+        if noise.seeds is not None:
+            self._seeds.copy_(noise.seeds)
         start = noise.x_T() if x_T is None else x_T
         self.x.copy_(start)
         if self.x0 is not None:
@@ -227,15 +254,15 @@ class Loop:
         for half in self.network.input.split(self.shape[0]):
             half.copy_(start)
 
-    def _step_eagerly(self, number: int, z: Tensor | None, kind: str, previews: bool) -> None:
+    def _step_eagerly(self, number: int, z: Tensor | None, form: _Form) -> None:
         if self.backend == "torch":
-            self._iterate(number, 0, z, kind, previews)
+            self._iterate(number, 0, z, form)
         else:
-            self._iterate(self._base, 0, z, kind, previews, number)
+            self._iterate(self._base, 0, z, form, number)
             self._base.add_(1)
 
     def _iterate(
-        self, base: Tensor | int, offset: int, z: Tensor | None, kind: str, previews: bool, number: int | None = None
+        self, base: Tensor | int, offset: int, z: Tensor | None, form: _Form, number: int | None = None
     ) -> None:
         """Network and step, on the fixed buffers."""
         output = self.network(base if isinstance(base, int) else None)
@@ -243,6 +270,7 @@ class Loop:
         extra = None
         if self.correction is not None:
             extra = self.correction(base if isinstance(base, int) else number or 0, self.x, output)
+        known, mask = self._known if form.known and self._known else (None, None)
         clipping, bound = self.clipping, None
         if clipping.ratio is not None:
             bound = threshold_bound(
@@ -256,15 +284,17 @@ class Loop:
             ids,
             base,
             offset,
-            seeds=self._seeds if kind == "philox" else None,
+            seeds=self._seeds if form.noise == "philox" or form.known else None,
             z=z,
             clip=clipping.limit if bound is None else None,
             bound=bound,
             guidance=self._guidance,
             learned=self.table.learned,
             use_output=self._use_output,
+            known=known,
+            mask=mask,
             x_new=self.x,
-            x0_new=self.x0 if previews or self.backend == "torch" else None,
+            x0_new=self.x0 if form.previews or self.backend == "torch" else None,
             model_input=self.network.input,
             timestep=self.network.timestep,
         )
@@ -273,16 +303,16 @@ class Loop:
             for half in self.network.input.split(self.shape[0]):
                 half.copy_(self.x)
 
-    def _graph(self, stride: int, kind: str, previews: bool) -> tuple[int, StepGraph | None]:
+    def _graph(self, stride: int, form: _Form) -> tuple[int, StepGraph | None]:
         """The graph, recorded on first use, and how many steps are in it; 1 and None where steps run eagerly."""
         if not self._records():
             return 1, None
-        if kind == "tensor" and self._z is None:
+        if form.noise == "tensor" and self._z is None:
             with torch.inference_mode(False):
                 self._z = torch.zeros_like(self.x)
-        key = (stride, kind, previews)
+        key = stride, form
         if key not in self._graphs:
-            failed = self._record(*key)
+            failed = self._record(stride, form)
             if failed is not None:
                 why, smaller = failed
                 if self.execution == "graph":
@@ -290,41 +320,41 @@ class Loop:
                 logger.warning("%s; %s", why, "recording one step" if smaller else "running eagerly")
                 if smaller:
                     self.steps_per_replay = 1
-                    return self._graph(1, kind, previews)
+                    return self._graph(1, form)
                 self.execution = "eager"
                 return 1, None
         return stride, self._graphs[key]
 
-    def _record(self, stride: int, kind: str, previews: bool) -> tuple[str, bool] | None:
+    def _record(self, stride: int, form: _Form) -> tuple[str, bool] | None:
         """Record a graph; or why that failed, and whether a smaller one may succeed."""
         try:
-            graph = StepGraph(lambda: self._body(stride, kind, previews), self.device, self._pool)
+            graph = StepGraph(lambda: self._body(stride, form), self.device, self._pool)
         except CaptureError as error:
             return f"the network cannot be captured in a CUDA graph: {line_of(error)}", False
         except torch.OutOfMemoryError as error:
             failed = f"a CUDA graph of {stride} steps does not fit into memory: {line_of(error)}", stride > 1
         else:
-            self._graphs[stride, kind, previews] = graph
+            self._graphs[stride, form] = graph
             return None
         torch.cuda.empty_cache()  # here the error no longer holds what had been allocated
         return failed
 
-    def _body(self, stride: int, kind: str, previews: bool) -> None:
+    def _body(self, stride: int, form: _Form) -> None:
         for offset in range(stride):
-            self._iterate(self._base, offset, self._z if kind == "tensor" else None, kind, previews)
+            self._iterate(self._base, offset, self._z if form.noise == "tensor" else None, form)
         self._base.add_(stride)
 
     def _is_finite(self) -> bool:
         # One sum tells in all but the rarest case: that of finite numbers whose sum is not.
         return math.isfinite(self.x.sum().item()) or bool(torch.isfinite(self.x).all())
 
-    def _find_not_finite(self, noise: Noise, x_T: Tensor | None, kind: str) -> str:
+    def _find_not_finite(self, noise: Noise, x_T: Tensor | None, form: _Form) -> str:
         """Walk once more, looking after every step: that is how a GPU run finds out where it went wrong."""
         noise.restart()
         with self._settings():
             self._start(noise, x_T)
             for done in range(len(self.table)):
-                self._step_eagerly(done, noise.z(done), kind, previews=self.keep_x0)
+                self._step_eagerly(done, noise.z(done), form._replace(previews=self.keep_x0))
                 if not self._is_finite():
                     return self._not_finite_error(done)
         return "the model returned NaN or infinity at some step, but not when the walk was repeated"

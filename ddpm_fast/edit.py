@@ -1,0 +1,366 @@
+"""Walks that begin from images: partial denoising, fusion of two images, inpainting, and the way to noise by DDIM.
+
+All of them walk the engine's tables. The functions take the options of `Sampler` (model_kwargs, guidance_scale,
+execution, …) and the fields of `SamplerConfig`; a checkpoint's configuration goes into `config`.
+"""
+
+import logging
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_fast.arguments import checked_start
+from ddpm_fast.config import SamplerConfig
+from ddpm_fast.engine import Sampler
+from ddpm_fast.kernels.normal import normal
+from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.network import Model
+from ddpm_fast.progress import Show
+from ddpm_fast.schedules import Array
+from ddpm_fast.seeding import Seeds, resolve_seeds, seed_tensor
+from ddpm_fast.table import StepTable, build_table
+from ddpm_fast.timesteps import Timesteps
+from ddpm_fast.validate import one_of, whole, within
+
+logger = logging.getLogger("ddpm_fast")
+
+MIXINGS = ("linear", "spherical")
+VISIT = 2**20  # added to a step's noise id for every time that the step was taken before; T is far below
+
+
+def noised(x_0: Tensor, t: int, config: SamplerConfig, seeds: Seeds, visit: int = 0) -> Tensor:
+    """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (Ho et al. 2020, eq. 4), a seed a sample.
+
+    Args:
+        x_0: float [B, C, ...].
+        t: in [0, num_train_timesteps).
+        config: whose schedule it is.
+        seeds: as in `Sampler.__call__`; the noise is that of `kernels.q_sample`, another than that of the walk back.
+        visit: another number is other noise.
+
+    Returns:
+        float32 [B, C, ...].
+    """
+    alpha_bar = config.alphas_cumprod()[whole("t", t, 0, config.num_train_timesteps - 1)]
+    return _mixture(x_0.float(), _forward_noise(x_0, t, seeds, visit), float(alpha_bar))
+
+
+def denoise(
+    model: Model,
+    x_0: Tensor,
+    t: int,
+    *,
+    seeds: Seeds = None,
+    config: SamplerConfig | None = None,
+    progress: Show = None,
+    **options: Any,
+) -> Tensor:
+    """Noise images to level t and walk back: what is finer than the noise is drawn anew (SDEdit, Meng et al. 2022).
+
+    Args:
+        model: any callable `model(x, t, **model_kwargs)`.
+        x_0: float [B, C, ...]: the images.
+        t: the level: the walk begins at the largest timestep <= t that it visits.
+        seeds: one a sample, as in `Sampler.__call__`.
+        config, options: see above.
+        progress: as in `Sampler.__call__`.
+
+    Returns:
+        float32 [B, C, ...].
+
+    Raises:
+        ValueError, TypeError: what does not fit, before any network call.
+    """
+    _check_images("x_0", x_0)
+    config, options = _split(config, options)
+    config = from_level(config, t)
+    seeds = _resolved(seeds, len(x_0))
+    sampler = Sampler(model, x_0.shape, config=config, **options)
+    start = noised(x_0.to(sampler.device), int(config.inference_timesteps()[0]), config, seeds)
+    return sampler(seeds=seeds, x_T=start, progress=progress)
+
+
+def interpolate(
+    model: Model,
+    x_a: Tensor,
+    x_b: Tensor,
+    t: int,
+    lam: float = 0.5,
+    *,
+    mixing: str = "linear",
+    shared_noise: bool = False,
+    rescale: bool = True,
+    seeds: Seeds = None,
+    config: SamplerConfig | None = None,
+    progress: Show = None,
+    **options: Any,
+) -> Tensor:
+    """Fuse two images: noise both to level t, mix, and walk back; they meet at images between them.
+
+        signal = w_a x_a + w_b x_b,   noise = w_a z_a + w_b z_b
+        x_t    = sqrt(alpha_bar_t) signal + sqrt(1 - alpha_bar_t) noise / |noise|,   |noise| its standard deviation
+
+    A walk from the mixture is a draw, not the one image between the two: take many, and look at all.
+    (Ho et al. 2020, section 4.3; there, and in denoising-diffusion-pytorch, the noise is not rescaled, so that the
+    mixture of independently noised images has too little of it: as much as belongs to an earlier timestep.)
+
+    Args:
+        model: any callable `model(x, t, **model_kwargs)`.
+        x_a, x_b: float [B, C, ...].
+        t: the level: the walk begins at the largest timestep <= t that it visits.
+        lam: 0 gives x_a's walk, 1 x_b's.
+        mixing: "linear": w = (1 - lam, lam); "spherical": along the great circle between the two noised images
+            (Shoemake 1985), sample by sample.
+        shared_noise: whether z_b is z_a.
+        rescale: whether the noise gets back its standard deviation; False divides by 1.
+        seeds: one a sample, as in `Sampler.__call__`.
+        config, options: see above.
+        progress: as in `Sampler.__call__`.
+
+    Returns:
+        float32 [B, C, ...].
+
+    Raises:
+        ValueError, TypeError: what does not fit, before any network call.
+    """
+    _check_images("x_a", x_a)
+    _check_images("x_b", x_b)
+    if x_a.shape != x_b.shape:
+        raise ValueError(f"x_a and x_b must have one shape, got {tuple(x_a.shape)} and {tuple(x_b.shape)}")
+    one_of("mixing", mixing, MIXINGS)
+    lam = within("lam", lam, 0, 1)
+    config, options = _split(config, options)
+    config = from_level(config, t)
+    start_t = int(config.inference_timesteps()[0])
+    alpha_bar = float(config.alphas_cumprod()[start_t])
+    seeds = _resolved(seeds, len(x_a))
+    sampler = Sampler(model, x_a.shape, config=config, **options)
+    x_a, x_b = x_a.float().to(sampler.device), x_b.float().to(sampler.device)
+    z_a = _forward_noise(x_a, start_t, seeds, 0)
+    z_b = z_a if shared_noise else _forward_noise(x_b, start_t, seeds, 1)
+    w_a, w_b = _weights(_mixture(x_a, z_a, alpha_bar), _mixture(x_b, z_b, alpha_bar), lam, mixing)
+    noise = w_a * z_a + w_b * z_b
+    if rescale:
+        noise = noise / ((w_a + w_b) if shared_noise else (w_a.square() + w_b.square()).sqrt())
+    start = _mixture(w_a * x_a + w_b * x_b, noise, alpha_bar)
+    return sampler(seeds=seeds, x_T=start, progress=progress)
+
+
+def inpaint(
+    model: Model,
+    known: Tensor,
+    mask: Tensor,
+    *,
+    resamplings: int = 1,
+    jump_length: int = 10,
+    seeds: Seeds = None,
+    config: SamplerConfig | None = None,
+    progress: Show = None,
+    **options: Any,
+) -> Tensor:
+    """Draw what is missing of images (RePaint, Lugmayr et al. 2022).
+
+    After every step the known pixels are put in, noised to the step's level (eq. 8). By itself that makes seams, since
+    the rest was drawn without regard to them; so the walk goes back to noisier levels again and again (algorithm 1).
+
+    Args:
+        model: any callable `model(x, t, **model_kwargs)`.
+        known: float [B, C, ...]: the images; what they hold where the mask is 0 does not matter, but must be finite.
+        mask: float in [0, 1] or bool, broadcasts to `known`: 1 where the image is known.
+        resamplings: how often every stretch of `jump_length` steps is taken: 1 is the plain walk, the paper has 10 in
+            a walk of 250 steps.
+        jump_length: steps that the walk goes back.
+        seeds: one a sample, as in `Sampler.__call__`.
+        config, options: see above.
+        progress: as in `Sampler.__call__`.
+
+    Returns:
+        float32 [B, C, ...]: where the mask is 1, `known` itself.
+
+    Raises:
+        ValueError, TypeError: what does not fit, before any network call.
+    """
+    _check_images("known", known)
+    config, options = _split(config, options)
+    table = resampled(config, resamplings, jump_length)
+    sampler = Sampler(model, known.shape, config=config, table=table, **options)
+    return sampler(seeds=seeds, known=known, mask=mask, progress=progress)
+
+
+def invert(
+    model: Model,
+    x_0: Tensor,
+    *,
+    config: SamplerConfig | None = None,
+    progress: Show = None,
+    **options: Any,
+) -> Tensor:
+    """The noise from which DDIM draws these images: its deterministic walk, the other way (Song et al. 2021, sec. 4.3).
+
+    Up to the error of taking the network's noise at x_s for that at x_t, which shrinks as steps are added. DDIM walks
+    back from it: `sample(model, x_T.shape, x_T=x_T, sampler="ddim", clip_sample=False, …)`.
+
+    Args:
+        model: any callable `model(x, t, **model_kwargs)`.
+        x_0: float [B, C, ...]: the images.
+        config, options: see above; the config's sampler, clipping and variance do not matter.
+        progress: as in `Sampler.__call__`.
+
+    Returns:
+        x_T: float32 [B, C, ...].
+
+    Raises:
+        ValueError, TypeError: what does not fit, before any network call.
+    """
+    _check_images("x_0", x_0)
+    config, options = _split(config, options)
+    config = replace(config, clip_sample=False, thresholding=False, sampler="ddim", eta=0.0)
+    sampler = Sampler(model, x_0.shape, config=config, table=inverted(config), **options)
+    return sampler(seeds=0, x_T=x_0, progress=progress)  # there is no noise in it
+
+
+def from_level(config: SamplerConfig, t: int) -> SamplerConfig:
+    """The end of a walk: what is left of it from the largest timestep <= t that it visits."""
+    whole("t", t, 0, config.num_train_timesteps - 1)
+    visited = config.inference_timesteps()
+    left = visited[visited <= t]
+    if not len(left):
+        raise ValueError(f"t must be at least the last timestep of the walk, {visited[-1]}, got {t}")
+    if config.previous_timestep == "stride" and len(left) < len(visited):
+        raise ValueError("previous_timestep='stride' counts on the whole walk: take 'spacing'")
+    return replace(config, timesteps=tuple(left.tolist()), num_inference_steps=None)
+
+
+def resampled(config: SamplerConfig, resamplings: int, jump_length: int) -> StepTable:
+    """The table of a walk that goes back and forth, as RePaint's (Lugmayr et al. 2022, algorithm 1 and appendix B).
+
+    A step to level s, and from there x_t = sqrt(alpha) x_s + sqrt(1 - alpha) z back to the noisier level t, alpha =
+    alpha_bar_t / alpha_bar_s, is linear in the same three tensors as any step: one row, and no further network call.
+
+        c' = sqrt(alpha) c,   sigma'^2 = alpha sigma^2 + 1 - alpha
+
+    Raises:
+        ValueError: a learned variance, whose sigma is no number of the table.
+    """
+    whole("resamplings", resamplings, 1)
+    whole("jump_length", jump_length, 1)
+    plain = build_table(config)
+    if resamplings == 1:
+        return plain
+    if plain.learned:
+        raise ValueError(f"resamplings need a sigma that is known ahead, not variance_type={config.variance_type!r}")
+    rows, jumps = _back_and_forth(len(plain), resamplings, jump_length)
+    alpha_bars = config.alphas_cumprod()[plain.timestep]
+    gone_to = plain.known_scale[rows] ** 2
+    reached = np.where(jumps, alpha_bars[np.minimum(rows + 1 - jumps, len(plain) - 1)], gone_to)
+    root = np.sqrt(reached / gone_to)
+    visits = np.array([np.count_nonzero(rows[:place] == row) for place, row in enumerate(rows)])
+    columns = {name: getattr(plain, name)[rows] * root for name in ("c_x0", "c_x", "c_out")}
+    sigma = np.sqrt((root * plain.sigma[rows]) ** 2 + 1 - root**2)
+    return replace(
+        plain,
+        timestep=plain.timestep[rows],
+        noise_id=plain.noise_id[rows] + VISIT * visits,
+        a=plain.a[rows],
+        b=plain.b[rows],
+        **columns,
+        sigma=sigma,
+        log_min=plain.log_min[rows],
+        log_max=plain.log_max[rows],
+        known_scale=np.sqrt(reached),
+        known_sigma=np.sqrt(1 - reached),
+        input_scale=plain.input_scale[rows],
+        draws=sigma != 0,
+    )
+
+
+def _back_and_forth(steps: int, resamplings: int, jump_length: int) -> tuple[Timesteps, Timesteps]:
+    """RePaint's schedule: the row of every step, and how many steps it jumps back after it."""
+    left = {row: resamplings - 1 for row in range(steps - 2, jump_length - 2, -jump_length) if row >= jump_length - 1}
+    rows, jumps, row = [], [], 0
+    while row < steps:
+        rows.append(row)
+        jump = jump_length if left.get(row, 0) > 0 else 0
+        if jump:
+            left[row] -= 1
+        jumps.append(jump)
+        row += 1 - jump
+    return np.array(rows), np.array(jumps)
+
+
+def inverted(config: SamplerConfig) -> StepTable:
+    """The rows of DDIM's walk from data to noise: from level s, alpha_bar = 1 at first, to the noisier timestep t.
+
+        x0  = (x_s - sqrt(1 - alpha_bar_s) epsilon) / sqrt(alpha_bar_s)
+        x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) epsilon
+
+    with epsilon the network's at (x_s, t), as the step from t to s would have it at (x_t, t).
+
+    Raises:
+        ValueError: a network that predicts the origin: its epsilon has no value at the data.
+    """
+    t = config.inference_timesteps()[::-1].copy()
+    alpha_bar_t = config.alphas_cumprod()[t]
+    alpha_bar_s = np.append(1.0, alpha_bar_t[:-1])
+    signal, deviation = np.sqrt(alpha_bar_s), np.sqrt(1 - alpha_bar_s)
+    new_signal, new_deviation = np.sqrt(alpha_bar_t), np.sqrt(1 - alpha_bar_t)
+    columns: dict[str, Array]
+    if config.prediction_type == "epsilon":
+        columns = {"a": 1 / signal, "b": -deviation / signal, "c_x0": new_signal, "c_out": new_deviation}
+    elif config.prediction_type == "v_prediction":  # epsilon = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x
+        columns = {
+            "a": signal, "b": -deviation, "c_x0": new_signal, "c_x": new_deviation * deviation,
+            "c_out": new_deviation * signal,
+        }  # fmt: skip
+    else:
+        raise ValueError("DDIM's inversion takes networks that predict epsilon or v, not prediction_type='sample'")
+    doubled = config.variance_type.startswith("learned")
+    return StepTable.of(t, columns, draws=np.zeros(len(t), bool), doubled=doubled)
+
+
+def _split(config: SamplerConfig | None, options: dict[str, Any]) -> tuple[SamplerConfig, dict[str, Any]]:
+    """The config with the options that are its fields, and the options that are not."""
+    fields = SamplerConfig.__dataclass_fields__.keys()
+    own = {name: value for name, value in options.items() if name in fields}
+    return SamplerConfig.from_options(own, config), {n: value for n, value in options.items() if n not in fields}
+
+
+def _check_images(name: str, images: Tensor) -> None:
+    """Raise ValueError unless it is a finite float tensor [B, C, ...]."""
+    if not isinstance(images, Tensor) or images.dim() < 2:
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{name} must be a float tensor of shape (batch, channels, ...), got {got}")
+    checked_start(images, tuple(images.shape), name)
+
+
+def _resolved(seeds: Seeds, count: int) -> list[int]:
+    found = resolve_seeds(seeds, count)
+    if seeds is None:
+        logger.info("drew seeds %d … %d", found[0], found[-1])
+    return found
+
+
+def _forward_noise(x: Tensor, t: int, seeds: Seeds, visit: int) -> Tensor:
+    keys = seed_tensor(resolve_seeds(seeds, len(x))).to(x.device)
+    return normal(keys, torch.full_like(keys, t), Stream.FORWARD, tuple(x.shape[1:]), visit=visit)
+
+
+def _mixture(signal: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
+    return math.sqrt(alpha_bar) * signal + math.sqrt(1 - alpha_bar) * noise
+
+
+def _weights(a: Tensor, b: Tensor, lam: float, mixing: str) -> tuple[Tensor, Tensor]:
+    """Weights of two images, [B, 1, ...]."""
+    shape = (-1, *(1,) * (a.dim() - 1))
+    if mixing == "linear":
+        one = torch.ones(len(a), device=a.device).view(shape)
+        return (1 - lam) * one, lam * one
+    flat_a, flat_b = a.double().flatten(1), b.double().flatten(1)
+    cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
+    angle = cosine.clamp(-1, 1).acos().clamp(min=1e-4)  # of equal images any weights that sum to 1 will do
+    weights = [((1 - lam) * angle).sin() / angle.sin(), (lam * angle).sin() / angle.sin()]
+    return weights[0].float().view(shape), weights[1].float().view(shape)
