@@ -102,7 +102,7 @@ def build_table(config: SamplerConfig) -> StepTable:
     t = config.inference_timesteps()
     alpha_bars = config.alphas_cumprod()
     alpha_bar, alpha_bar_s = alpha_bars[t], alpha_bars_gone_to(config, t)
-    beta_tilde = (1 - alpha_bar_s) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_s)
+    beta_tilde = posterior_variance(alpha_bar, alpha_bar_s)
     a, b = origin_estimate(config.prediction_type, alpha_bar)
     learned = config.sampler == "ddpm" and config.variance_type in ("learned", "learned_range")
     if config.sampler == "ddpm":
@@ -166,6 +166,11 @@ def posterior_mean(alpha_bar: Array, alpha_bar_s: Array) -> tuple[Array, Array, 
     c_x0 = np.sqrt(alpha_bar_s) * (1 - alpha) / (1 - alpha_bar)
     c_x = np.sqrt(alpha) * (1 - alpha_bar_s) / (1 - alpha_bar)
     return c_x0, c_x, np.zeros_like(c_x)
+
+
+def posterior_variance(alpha_bar: Array, alpha_bar_s: Array) -> Array:
+    """beta_tilde, the variance of q(x_s | x_t, x_0) (Ho et al. 2020, eq. 7)."""
+    return (1 - alpha_bar_s) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_s)
 
 
 def posterior_deviation(variance_type: str, alpha_bar: Array, alpha_bar_s: Array, beta_tilde: Array) -> Array:

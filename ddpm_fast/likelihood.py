@@ -1,0 +1,221 @@
+"""How likely a model finds images: the variational bound (Ho et al. 2020, eq. 5), term by term, in bits per dimension."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.arguments import checked_start
+from ddpm_fast.config import SamplerConfig, with_config_options
+from ddpm_fast.edit import noised
+from ddpm_fast.kernels.dispatch import on_device
+from ddpm_fast.network import Model, Network
+from ddpm_fast.progress import Progress, Show
+from ddpm_fast.schedules import Array
+from ddpm_fast.seeding import Seeds, resolve_seeds
+from ddpm_fast.table import StepTable, alpha_bars_gone_to, build_table, posterior_deviation, posterior_variance
+from ddpm_fast.timesteps import Timesteps
+from ddpm_fast.validate import whole
+
+HALF_BIN = 1 / 255  # of 256 values on [-1, 1]
+SMALLEST = 1e-12  # probability of a bin, as in Ho et al.'s own code
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The bound of N images, in bits per dimension; timesteps descend, as in the walk.
+
+    Attributes:
+        total: float64 [N]: an upper bound of -log2 p(x_0) / dimensions, in expectation over the noise of x_t.
+        prior: float64 [N]: KL(q(x_T | x_0) || N(0, I)), L_T.
+        terms: float64 [N, steps]: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), L_{t-1}; the last is -log p(x_0 | x_1)
+            of the discretised decoder (eq. 13).
+        epsilon_mse, x0_mse: float64 [N, steps]: mean squared errors of the network's noise and origin.
+        timesteps: int64 [steps].
+        seeds: of the noise, one an image.
+    """
+
+    total: Array
+    prior: Array
+    terms: Array
+    epsilon_mse: Array
+    x0_mse: Array
+    timesteps: Timesteps
+    seeds: list[int]
+
+
+def prior_bits(x_0: Tensor, alpha_bar_T: float) -> Tensor:
+    """KL(q(x_T | x_0) || N(0, I)) in bits per dimension: float64 [N]. What no step can take back."""
+    mean_square = alpha_bar_T * x_0.double().flatten(1).square().mean(1)
+    return 0.5 * (mean_square - alpha_bar_T - math.log1p(-alpha_bar_T)) / math.log(2)
+
+
+@with_config_options()
+def bits_per_dimension(
+    model: Model,
+    x_0: Tensor,
+    *,
+    batch_size: int = 64,
+    seeds: Seeds = 0,
+    model_kwargs: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    config: SamplerConfig | None = None,
+    progress: Show = None,
+    **options: Any,
+) -> Likelihood:
+    """The bound for the walk that `config` describes, every term from one draw of x_t.
+
+    The origin estimate is clipped where the walk clips it: p is the law of the samples. Where sigma is fixed_small,
+    whose last variance is zero, the decoder has that of the step before.
+
+    Args:
+        model: any callable `model(x, t, **model_kwargs)`.
+        x_0: float [N, C, ...] on [-1, 1], of 256 values: pixel / 127.5 - 1.
+        batch_size: images at a time.
+        seeds: of the noise of x_t, one an image, as in `Sampler.__call__`.
+        model_kwargs: passed to the model; tensors with N rows are taken along in batches.
+        device, dtype: those of `Sampler`.
+        config, options: `SamplerConfig` and its fields. DDPM without thresholding, at temperature 1.
+        progress: as in `Sampler.__call__`.
+
+    Raises:
+        ValueError, TypeError: what does not fit, before any network call; values outside [-1, 1].
+        FloatingPointError: the model returned NaN or infinity; says at which timestep.
+    """
+    config = SamplerConfig.from_options(options, config)
+    _check(config, x_0)
+    whole("batch_size", batch_size, 1)
+    table, all_seeds = build_table(config), resolve_seeds(seeds, len(x_0))
+    chain = _variances(config)
+    parts = []
+    starts = range(0, len(x_0), batch_size)
+    network: Network | None = None
+    bar: Progress | None = None
+    try:
+        for start in starts:
+            some = slice(start, start + batch_size)
+            images = x_0[some]
+            kwargs = {
+                name: value[some] if isinstance(value, Tensor) and value.shape[:1] == x_0.shape[:1] else value
+                for name, value in (model_kwargs or {}).items()
+            }
+            if network is None or len(images) != network.batch:
+                shape = tuple(images.shape)
+                channels = shape[1] * (2 if table.doubled else 1)
+                network = Network(model, shape, channels, kwargs, None, device, dtype)
+            else:
+                network.update_kwargs(kwargs, None)
+            if bar is None:
+                bar = Progress(len(table) * len(starts), network.device, progress)
+            with on_device(network.device), torch.no_grad():
+                parts.append(_terms(network, images.to(network.device), table, chain, config, all_seeds[some], bar))
+    finally:
+        if bar is not None:
+            bar.close(len(parts) == len(starts))
+    prior = prior_bits(x_0, float(config.alphas_cumprod()[table.timestep[0]])).cpu().numpy()
+    terms, epsilon_mse, x0_mse = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    total = prior + terms.sum(1)
+    return Likelihood(total, prior, terms, epsilon_mse, x0_mse, table.timestep, all_seeds)
+
+
+def _terms(
+    network: Network,
+    x_0: Tensor,
+    table: StepTable,
+    chain: tuple[Array, Array],
+    config: SamplerConfig,
+    seeds: list[int],
+    bar: Progress,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms and the mean squared errors of a batch: [B, steps] each."""
+    alpha_bars = config.alphas_cumprod()
+    beta_tilde, sigma_square = chain
+    columns: list[tuple[Tensor, ...]] = []
+    exact = x_0.double()
+    channels = x_0.shape[1]
+    for row, t in enumerate(table.timestep.tolist()):
+        x_t = noised(x_0, t, config, seeds)
+        network.input.copy_(x_t)
+        network.timestep.fill_(t)
+        output = network().double()
+        out, v = output[:, :channels], output[:, channels:]
+        x0 = float(table.a[row]) * x_t.double() + float(table.b[row]) * out
+        if config.clip_sample:
+            x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+        if table.learned:
+            share = (v + 1) / 2
+            log_variance = share * float(table.log_max[row]) + (1 - share) * float(table.log_min[row])
+        else:
+            log_variance = torch.full_like(x0, math.log(float(sigma_square[row])))
+        if row == len(table) - 1:
+            mean = float(table.c_x0[row]) * x0 + float(table.c_x[row]) * x_t.double()
+            nats = -_log_decoder(exact, mean, log_variance)
+        else:
+            apart = (float(table.c_x0[row]) * (exact - x0)).square()
+            true = float(beta_tilde[row])
+            nats = 0.5 * (log_variance - math.log(true) + (true + apart) * torch.exp(-log_variance) - 1)
+        bits = nats.flatten(1).mean(1) / math.log(2)
+        if not bool(torch.isfinite(bits).all()):
+            raise FloatingPointError(f"the model returned NaN or infinity at timestep {t}")
+        alpha_bar = float(alpha_bars[t])
+        x0_mse = (exact - x0).square().flatten(1).mean(1)
+        columns.append((bits, x0_mse * alpha_bar / (1 - alpha_bar), x0_mse))
+        bar.advance(1)
+    bits, epsilon_mse, x0_mse = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+    return bits, epsilon_mse, x0_mse
+
+
+def _variances(config: SamplerConfig) -> tuple[Array, Array]:
+    """beta_tilde and sigma^2 of every row; where fixed_small leaves the decoder none, sigma^2 of the row before."""
+    t = config.inference_timesteps()
+    alpha_bar, alpha_bar_s = config.alphas_cumprod()[t], alpha_bars_gone_to(config, t)
+    beta_tilde = posterior_variance(alpha_bar, alpha_bar_s)
+    sigma_square = posterior_deviation(config.variance_type, alpha_bar, alpha_bar_s, beta_tilde) ** 2
+    if sigma_square[-1] == 0 and len(t) > 1:
+        sigma_square[-1] = sigma_square[-2]
+    return beta_tilde, sigma_square
+
+
+def _log_decoder(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log p of the bin of x under N(mean, variance); the outermost bins reach to infinity (Ho et al. 2020, eq. 13)."""
+    inverse = torch.exp(-0.5 * log_variance)
+    above, below = (x - mean + HALF_BIN) * inverse, (x - mean - HALF_BIN) * inverse
+    above = torch.where(x > 1 - HALF_BIN / 2, torch.inf, above)
+    below = torch.where(x < -1 + HALF_BIN / 2, -torch.inf, below)
+    flipped = below > 0  # in the tail where both distribution functions are near 1, take those from the other side
+    above, below = torch.where(flipped, -below, above), torch.where(flipped, -above, below)
+    high, low = torch.special.log_ndtr(above), torch.special.log_ndtr(below)
+    return (high + torch.log1p(-torch.exp(low - high))).clamp(min=math.log(SMALLEST))
+
+
+def _check(config: SamplerConfig, x_0: Tensor) -> None:
+    if config.sampler != "ddpm":
+        raise ValueError(f"the bound is DDPM's, got sampler={config.sampler!r}")
+    if config.variance_type.startswith("fixed_small") and len(config.inference_timesteps()) < 2:
+        raise ValueError("one step of variance_type='fixed_small' has no variance at all: take 'fixed_large'")
+    if config.thresholding or config.temperature != 1:
+        raise ValueError("the bound is that of a walk at temperature 1 without dynamic thresholding")
+    if not isinstance(x_0, Tensor) or x_0.dim() < 2:
+        raise ValueError("x_0 must be a float tensor of shape (images, channels, ...)")
+    checked_start(x_0, tuple(x_0.shape), "x_0")
+    if not len(x_0):
+        raise ValueError("x_0 must hold at least one image")
+    low, high = float(x_0.min()), float(x_0.max())
+    if low < -1 - 1e-6 or high > 1 + 1e-6:
+        raise ValueError(f"x_0 must lie on [-1, 1], got values from {low:g} to {high:g}")
+
+
+def schedule_report(config: SamplerConfig) -> dict[str, float]:
+    """How near a schedule gets to pure noise.
+
+    Returns:
+        signal: sqrt(alpha_bar_T), the share of the image that is left at the end.
+        prior_bits: KL(q(x_T | x_0) || N(0, I)) in bits per dimension of data of mean square 1, the largest on [-1, 1].
+    """
+    alpha_bar = float(config.alphas_cumprod()[-1])
+    one = torch.ones(1, 1)
+    return {"signal": math.sqrt(alpha_bar), "prior_bits": float(prior_bits(one, alpha_bar))}
