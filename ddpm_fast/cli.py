@@ -1,4 +1,4 @@
-"""The command line: `ddpm-fast sample | train | info`, also as `python -m ddpm_fast`."""
+"""The command line: `ddpm-fast sample | interpolate | likelihood | train | info`, also as `python -m ddpm_fast`."""
 
 import argparse
 import logging
@@ -16,10 +16,13 @@ import ddpm_fast
 from ddpm_fast import images
 from ddpm_fast.adapters.checkpoints import load_model, parse_arguments
 from ddpm_fast.config import SAMPLERS, SamplerConfig
+from ddpm_fast.edit import MIXINGS, from_level, interpolate
 from ddpm_fast.engine import Sampler
 from ddpm_fast.execution import MEMORY_FORMATS
+from ddpm_fast.files import check_writable, write_json
 from ddpm_fast.info import describe, path_taken
 from ddpm_fast.kernels import to_uint8
+from ddpm_fast.likelihood import bits_per_dimension
 from ddpm_fast.models.checkpoint import EMBEDDED, Checkpoint
 from ddpm_fast.network import checked_device, default_device
 from ddpm_fast.seeding import parse_seeds, resolve_seeds
@@ -45,6 +48,22 @@ Draw samples and write them as a picture grid, a folder of pictures or an array.
   --model package.module:factory                        your own: a function that returns (model, (C, H, W))
 
 Image k depends on seed k alone: any batch size, any order and any split over machines gives the same images."""
+
+INTERPOLATE_HELP = """\
+Fuse two pictures: noise both to a level, mix them, and walk back. Every seed is another draw between the two: look at
+many.
+
+  ddpm-fast sample --seeds 0-9 --out moons                      pictures of the model's size
+  ddpm-fast interpolate moons/000000.png moons/000001.png --level 300 --seeds 0-63 --out fused.png
+
+Low levels blend greyly, high ones forget the pictures: docs/walk.md shows which do what."""
+
+LIKELIHOOD_HELP = """\
+How likely the model finds pictures: the variational bound in bits per dimension (lower is likelier), from one draw of
+noise a timestep, by default seed k for picture k.
+
+  ddpm-fast likelihood moons/000000.png                         one picture, 1000 network calls
+  ddpm-fast likelihood moons.npz --steps 100 --out bits.json    many, and every term into a file"""
 
 TRAIN_HELP = """\
 Train the moon model from nothing, or resume where an interrupted training stopped.
@@ -88,20 +107,23 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = _command(commands, "sample", "draw samples", SAMPLE_HELP, _sample)
     sample.add_argument("--out", default="samples.png", help=".png, .npz or a folder (default: %(default)s)")
-    sample.add_argument("--seeds", help="one sample a seed: 7, 0-15 or 1,4,9-12 (default: 16 fresh ones)")
-    sample.add_argument("--model", default=EMBEDDED, metavar="MODEL", help="see above (default: the embedded moons)")
-    sample.add_argument("--model-args", metavar="ARGS", help="what the model was made with: JSON, its file, or flags")
-    sample.add_argument("--label", type=int, metavar="CLASS", help="class of all samples, if the model has classes")
-    sample.add_argument("--steps", type=int, help="steps of the walk (default: all that the model was trained on)")
-    sample.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's, ddpm for the moons")
-    sample.add_argument("--eta", type=float, help="noise of ddim, 0 … 1 (default: 0)")
-    sample.add_argument("--temperature", type=float, help="scales the noise of every step (default: 1)")
-    sample.add_argument("--batch", type=int, default=64, help="samples at a time (default: %(default)s)")
-    sample.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    sample.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network (default: %(default)s)")
-    sample.add_argument("--memory-format", choices=MEMORY_FORMATS[1:], help="of the network; auto tries what is faster")
-    sample.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many samples")
-    sample.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    _add_model(sample)
+    _add_walk(sample)
+
+    fuse = _command(commands, "interpolate", "fuse two pictures", INTERPOLATE_HELP, _interpolate)
+    fuse.add_argument("pictures", nargs=2, metavar="PICTURE", help="of the model's size")
+    fuse.add_argument("--out", default="fused.png", help=".png, .npz or a folder (default: %(default)s)")
+    fuse.add_argument("--level", type=int, required=True, metavar="T", help="timestep that both are noised to")
+    fuse.add_argument("--lam", type=float, default=0.5, help="0 is the first, 1 the second (default: %(default)s)")
+    fuse.add_argument("--mixing", choices=MIXINGS, default="linear", help="default: %(default)s")
+    fuse.add_argument("--shared-noise", action="store_true", help="the same noise for both")
+    _add_model(fuse)
+    _add_walk(fuse)
+
+    bits = _command(commands, "likelihood", "bits per dimension of pictures", LIKELIHOOD_HELP, _likelihood)
+    bits.add_argument("pictures", nargs="+", metavar="PICTURES", help="files, folders, or .npz with uint8 [N, H, W, C]")
+    bits.add_argument("--out", metavar="FILE", help=".json: every term of every picture")
+    _add_model(bits)
 
     train = _command(commands, "train", "train the moon model", TRAIN_HELP, _train)
     train.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint, state for resuming, metrics.jsonl")
@@ -118,6 +140,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """What model, on what."""
+    parser.add_argument("--model", default=EMBEDDED, metavar="MODEL", help="sample --help says (default: the moons)")
+    parser.add_argument("--model-args", metavar="ARGS", help="what the model was made with: JSON, its file, or flags")
+    parser.add_argument("--label", type=int, metavar="CLASS", help="class of all samples, if the model has classes")
+    parser.add_argument("--seeds", help="one sample a seed: 7, 0-15 or 1,4,9-12 (default: 16 fresh ones)")
+    parser.add_argument("--steps", type=int, help="steps of the walk (default: all that the model was trained on)")
+    parser.add_argument("--batch", type=int, default=64, help="samples at a time (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def _add_walk(parser: argparse.ArgumentParser) -> None:
+    """Which walk, and how."""
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's, ddpm for the moons")
+    parser.add_argument("--eta", type=float, help="noise of ddim, 0 … 1 (default: 0)")
+    parser.add_argument("--temperature", type=float, help="scales the noise of every step (default: 1)")
+    parser.add_argument("--memory-format", choices=MEMORY_FORMATS[1:], help="of the network; auto tries what is faster")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many samples")
+
+
 def _command(commands: Any, name: str, summary: str, text: str | None, run: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name, help=summary, description=text or summary, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,27 +171,115 @@ def _command(commands: Any, name: str, summary: str, text: str | None, run: Any)
 
 
 def _sample(arguments: argparse.Namespace) -> None:
+    seeds = _seeds(arguments)
+    checkpoint, config, device = _opened(arguments)
+    kind = images.check_output(arguments.out, checkpoint.shape, seeds)
+    _write(arguments, kind, seeds, config, device, _draw(checkpoint, config, seeds, device, arguments), {})
+
+
+def _interpolate(arguments: argparse.Namespace) -> None:
+    seeds = _seeds(arguments)
+    checkpoint, config, device = _opened(arguments)
+    kind = images.check_output(arguments.out, checkpoint.shape, seeds)
+    from_level(config, arguments.level)
+    ends, names = _read(arguments.pictures, checkpoint.shape)
+    if len(ends) != 2:
+        raise ValueError(f"two pictures are fused, got {len(ends)}")
+    how = {"lam": arguments.lam, "mixing": arguments.mixing, "shared_noise": arguments.shared_noise}
+    about = {"interpolate": {"pictures": names, "level": arguments.level, **how}}
+
+    def draw() -> Iterator[tuple[Sequence[int], images.Bytes]]:
+        for number, (part, title) in enumerate(_batches(seeds, arguments.batch), 1):
+            a, b = (end.expand(len(part), *checkpoint.shape) for end in ends)
+            x = interpolate(
+                checkpoint.model, a, b, arguments.level, **how, seeds=part, config=config, device=device,
+                model_kwargs=_label(checkpoint, arguments, len(part)), dtype=DTYPES[arguments.dtype],
+                memory_format=arguments.memory_format, compile=arguments.compile and number == 1,
+                progress=False if arguments.quiet else title,
+            )  # fmt: skip
+            yield part, to_uint8(x).cpu().numpy()
+
+    _write(arguments, kind, seeds, from_level(config, arguments.level), device, draw(), about)
+
+
+def _likelihood(arguments: argparse.Namespace) -> None:
+    checkpoint, config, device = _opened(arguments)
+    if arguments.out is not None:
+        if not arguments.out.endswith(".json"):
+            raise ValueError(f"--out must be a .json file, got {arguments.out!r}")
+        check_writable(arguments.out)
+    pictures, names = _read(arguments.pictures, checkpoint.shape)
+    seeds = range(len(names)) if arguments.seeds is None else parse_seeds(arguments.seeds)
+    found = bits_per_dimension(
+        checkpoint.model, pictures, config=config, seeds=seeds, batch_size=arguments.batch, device=device,
+        model_kwargs=_label(checkpoint, arguments, len(names)), dtype=DTYPES[arguments.dtype],
+        progress=False if arguments.quiet else "likelihood",
+    )  # fmt: skip
+    if arguments.out is not None:
+        rows = [
+            {"picture": name, "seed": seed, "total": total, "prior": prior, "terms": terms}
+            for name, seed, total, prior, terms in zip(
+                names, found.seeds, found.total.tolist(), found.prior.tolist(), found.terms.tolist(), strict=True
+            )
+        ]
+        timesteps = found.timesteps.tolist()
+        write_json(arguments.out, {**_about(arguments, config), "timesteps": timesteps, "pictures": rows})
+    decoder = found.terms[:, -1].mean()
+    steps = found.terms[:, :-1].sum(1).mean()
+    print(
+        f"{len(names)} pictures: at most {found.total.mean():.4f} bits per dimension (prior {found.prior.mean():.4f}, "
+        f"steps {steps:.4f}, decoder {decoder:.4f}); lowest {found.total.min():.4f}, highest {found.total.max():.4f}"
+    )
+
+
+def _seeds(arguments: argparse.Namespace) -> Sequence[int]:
     if arguments.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
     seeds = resolve_seeds(None, 16) if arguments.seeds is None else parse_seeds(arguments.seeds)
     resolve_seeds(seeds, len(seeds))
+    return seeds
+
+
+def _opened(arguments: argparse.Namespace) -> tuple[Checkpoint, SamplerConfig, torch.device]:
+    """The model, the walk and the device that the arguments name."""
     device = checked_device(arguments.device) if arguments.device else default_device()
     given = None if arguments.model_args is None else parse_arguments(arguments.model_args)
     checkpoint = load_model(arguments.model, given, device)
     _check_label(checkpoint, arguments.label)
-    config = SamplerConfig.from_options(_options(arguments), checkpoint.diffusion)
-    kind = images.check_output(arguments.out, checkpoint.shape, seeds)
+    return checkpoint, SamplerConfig.from_options(_options(arguments), checkpoint.diffusion), device
 
-    began = time.perf_counter()
-    about = {
+
+def _read(paths: Sequence[str], shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str]]:
+    """Pictures on [-1, 1]: float32 [N, C, H, W], and their names."""
+    pictures, names = images.read(paths, shape)
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, names
+
+
+def _about(arguments: argparse.Namespace, config: SamplerConfig) -> dict[str, Any]:
+    """What made a file."""
+    return {
         "version": ddpm_fast.__version__,
         "model": "embedded moons32" if Path(arguments.model) == EMBEDDED else Path(arguments.model).resolve().name,
         **({} if arguments.label is None else {"label": arguments.label}),
         "dtype": arguments.dtype,
         "config": config.to_dict(),
     }
+
+
+def _write(
+    arguments: argparse.Namespace,
+    kind: str,
+    seeds: Sequence[int],
+    config: SamplerConfig,
+    device: torch.device,
+    parts: Iterator[tuple[Sequence[int], images.Bytes]],
+    more: dict[str, Any],
+) -> None:
+    """Write what is drawn, and say so."""
+    began = time.perf_counter()
+    about = {**_about(arguments, config), **more}
     done: list[images.Bytes] = []
-    for part, pictures in _draw(checkpoint, config, seeds, device, arguments):
+    for part, pictures in parts:
         if kind == "folder":
             images.save(arguments.out, pictures, part, about)  # what is done stays, whatever happens to the rest
         else:
@@ -175,7 +307,7 @@ def _check_label(checkpoint: Checkpoint, label: int | None) -> None:
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     names = {"steps": "num_inference_steps", "sampler": "sampler", "eta": "eta", "temperature": "temperature"}
-    given = {names[name]: getattr(arguments, name) for name in names}
+    given = {names[name]: getattr(arguments, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -188,24 +320,31 @@ def _draw(
 ) -> Iterator[tuple[Sequence[int], images.Bytes]]:
     """The samples a batch at a time: their seeds, and uint8 [n, H, W, C]."""
     sampler: Sampler | None = None
-    batches = [seeds[start : start + arguments.batch] for start in range(0, len(seeds), arguments.batch)]
-    for number, part in enumerate(batches, 1):
+    for number, (part, title) in enumerate(_batches(seeds, arguments.batch), 1):
         if sampler is None or sampler.shape[0] != len(part):
-            shape = (len(part), *checkpoint.shape)
-            label = {} if checkpoint.label is None else {checkpoint.label[0]: torch.full(shape[:1], arguments.label)}
             sampler = Sampler(
                 checkpoint.model,
-                shape,
-                model_kwargs=label,
+                (len(part), *checkpoint.shape),
+                model_kwargs=_label(checkpoint, arguments, len(part)),
                 config=config,
                 device=device,
                 dtype=DTYPES[arguments.dtype],
                 memory_format=arguments.memory_format,
                 compile=arguments.compile and number == 1,  # not once more for the rest of a last batch
             )
-        title = f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"
         x = sampler(seeds=part, progress=False if arguments.quiet else title)
         yield part, to_uint8(x).cpu().numpy()
+
+
+def _batches(seeds: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], str]]:
+    """The seeds in batches, each with the title of its progress bar."""
+    batches = [seeds[start : start + size] for start in range(0, len(seeds), size)]
+    for number, part in enumerate(batches, 1):
+        yield part, f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"
+
+
+def _label(checkpoint: Checkpoint, arguments: argparse.Namespace, count: int) -> dict[str, torch.Tensor]:
+    return {} if checkpoint.label is None else {checkpoint.label[0]: torch.full((count,), arguments.label)}
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ GAP = 1  # pixels of the small images between the pictures of a grid
 GAP_SHADE = 96
 GRID_SIDE = 512  # a grid of small images is enlarged, by whole factors, to at most about this many pixels
 LARGEST_GRID = 80_000_000  # pixels; from 89 million on Pillow takes a picture for an attack and refuses to open it
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -80,6 +82,56 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
             return json.loads(str(arrays[METADATA]))
     with Image.open(path) as picture:
         return json.loads(picture.text[METADATA])  # type: ignore[attr-defined]
+
+
+def read(paths: Sequence[str | os.PathLike], shape: tuple[int, ...]) -> tuple[Bytes, list[str]]:
+    """Read pictures of `shape` (C, H, W) from files, folders and arr_0 of .npz: uint8 [N, H, W, C], and their names.
+
+    Raises:
+        ValueError: names the file that is missing, unreadable or of another size; or a folder without any.
+    """
+    pictures: list[Bytes] = []
+    names: list[str] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            if not found:
+                raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
+        else:
+            found = [path]
+        for file in found:
+            some = _read_npz(file) if file.suffix.lower() == ".npz" else _read_picture(file, shape[0])[None]
+            channels, height, width = shape
+            if some.shape[1:] != (height, width, channels):
+                got = " x ".join(map(str, some.shape[1:]))
+                raise ValueError(f"{file} is {got}, the model takes {height} x {width} x {channels}")
+            pictures.append(some)
+            names += [file.name] if len(some) == 1 else [f"{file.name}[{number}]" for number in range(len(some))]
+    return np.concatenate(pictures), names
+
+
+def _read_picture(path: Path, channels: int) -> Bytes:
+    if channels not in MODES:
+        raise ValueError(f"a picture has {sorted(MODES)} channels, the model takes {channels}: give an .npz")
+    if not path.is_file():
+        raise ValueError(f"{path} is not there")
+    try:
+        with Image.open(path) as picture:
+            found = np.asarray(picture.convert(MODES[channels]))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    return found[..., None] if found.ndim == 2 else found
+
+
+def _read_npz(path: Path) -> Bytes:
+    try:
+        with np.load(path) as arrays:
+            found = arrays["arr_0"]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if found.dtype != np.uint8 or found.ndim != 4 or not len(found):
+        raise ValueError(f"{path} must hold uint8 [N, H, W, C] in arr_0, got {found.dtype} {found.shape}")
+    return found
 
 
 def grid(images: Bytes, columns: int | None = None) -> Bytes:

@@ -1,4 +1,4 @@
-"""How likely a model finds images: the variational bound (Ho et al. 2020, eq. 5), term by term, in bits per dimension."""
+"""How likely a model finds images: the variational bound in bits per dimension (Ho et al. 2020, eq. 5)."""
 
 import math
 from collections.abc import Mapping

@@ -16,9 +16,11 @@ from PIL import Image
 import ddpm_fast
 from ddpm_fast import cli, images
 from ddpm_fast.config import SamplerConfig
+from ddpm_fast.edit import interpolate
 from ddpm_fast.engine import Sampler
 from ddpm_fast.info import path_taken
 from ddpm_fast.kernels import to_uint8
+from ddpm_fast.likelihood import bits_per_dimension
 from ddpm_fast.models.checkpoint import load_checkpoint, save_checkpoint
 from ddpm_fast.models.unet import UNet, UNetConfig
 
@@ -160,6 +162,101 @@ def test_walks(model, tmp_path, calls, arguments, config, steps):
     assert_close(x, redraw(model, about))
     plain, _ = draw(model, tmp_path, "--seeds", "0-1")
     assert np.array_equal(x, plain) == (not config)
+
+
+def run(command, model, *arguments):
+    return cli.main([command, "--device", "cpu", "--model", str(model), *map(str, arguments)])
+
+
+@pytest.fixture
+def pictures(model, tmp_path):
+    """A folder of two."""
+    folder = tmp_path / "pictures"
+    assert sample(model, folder, "--seeds", "0,1") == 0
+    return folder
+
+
+def test_interpolate(model, pictures, tmp_path):
+    ends = [pictures / "000000.png", pictures / "000001.png"]
+    out = tmp_path / "fused.npz"
+    assert run("interpolate", model, *ends, "--level", 9, "--seeds", "0-4", "--batch", 2, "--out", out, "--quiet") == 0
+    with np.load(out) as arrays:
+        fused = arrays["arr_0"]
+    about = images.read_metadata(out)
+    assert about["interpolate"] == {
+        "pictures": ["000000.png", "000001.png"], "level": 9, "lam": 0.5, "mixing": "linear", "shared_noise": False,
+    }  # fmt: skip
+    assert about["config"]["timesteps"] == list(range(9, -1, -1))
+    found = load_checkpoint(model)
+    a, b = (torch.from_numpy(np.asarray(Image.open(end))[None, None]).float() / 127.5 - 1 for end in ends)
+    shape = (5, *found.shape)
+    options = {"seeds": range(5), "config": found.diffusion, "progress": False}
+    x = interpolate(found.model, a.expand(shape), b.expand(shape), 9, 0.5, **options)
+    assert_close(fused, to_uint8(x).numpy())
+
+
+def test_likelihood(model, pictures, tmp_path, capsys):
+    assert run("likelihood", model, pictures, "--out", tmp_path / "bits.json", "--quiet") == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "bits.json").read_text())
+    assert [row["picture"] for row in found["pictures"]] == ["000000.png", "000001.png"]
+    for row in found["pictures"]:
+        assert len(row["terms"]) == len(found["timesteps"]) == 20
+        assert row["total"] == pytest.approx(row["prior"] + sum(row["terms"]))
+    mean = np.mean([row["total"] for row in found["pictures"]])
+    assert f"2 pictures: at most {mean:.4f} bits per dimension" in said
+    checkpoint = load_checkpoint(model)
+    x_0, _ = cli._read([str(pictures)], checkpoint.shape)
+    exact = bits_per_dimension(checkpoint.model, x_0, config=checkpoint.diffusion, seeds=[0, 1], progress=False)
+    np.testing.assert_allclose([row["total"] for row in found["pictures"]], exact.total, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "is not there"),
+        (lambda path: path.write_bytes(b"no picture"), "cannot be read as a picture"),
+        (lambda path: Image.new("L", (9, 8)).save(path), "is 8 x 9 x 1, the model takes 8 x 8 x 1"),
+        (lambda path: path.mkdir(), "holds no picture"),
+    ],
+    ids=["missing", "unreadable", "size", "empty folder"],
+)
+def test_pictures_that_cannot_be_taken_are_named(model, tmp_path, calls, capsys, make, message):
+    path = tmp_path / "picture.png"
+    make(path)
+    assert run("likelihood", model, path) == 2
+    said = one_line(capsys)
+    assert "picture.png" in said
+    assert message in said
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--level", "20"], "t must be an integer in"),
+        (["--level", "3", "--lam", "2"], "lam must be"),
+        (["--level", "3", "--out", "a.gif"], "the output must be"),
+    ],
+    ids=" ".join,
+)
+def test_bad_fusions(model, pictures, calls, capsys, arguments, message):
+    calls.clear()
+    ends = [pictures / "000000.png", pictures / "000001.png"]
+    assert run("interpolate", model, *ends, "--quiet", *arguments) == 2
+    assert message in one_line(capsys)
+    assert calls == []
+
+
+def test_an_npz_of_pictures(model, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "b.npz", arr_0=np.zeros((3, 8, 8, 1)))
+    (tmp_path / "c.npz").write_bytes(b"PK broken")
+    assert run("likelihood", model, tmp_path / "a.npz", "--quiet") == 0
+    assert "3 pictures" in capsys.readouterr().out
+    for name, message in (("b.npz", "must hold uint8"), ("c.npz", "cannot be read")):
+        assert run("likelihood", model, tmp_path / name) == 2
+        assert message in one_line(capsys)
 
 
 def test_how_the_network_runs(model, tmp_path, monkeypatch):
