@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
-.PHONY: sample peers test test-slow check sass bench bench-gpu bench-step examples diffusers-suite clean
+.PHONY: sample peers test test-slow check sass bench bench-gpu bench-step figures examples diffusers-suite clean
 
 sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 	$(BIN)/ddpm-fast sample --seeds 0-15 --out samples.png
@@ -33,6 +33,11 @@ bench-step: $(READY)  ## the fused step on a GPU, under eight minutes
 bench-gpu: $(PEERS)  ## whole walks on a GPU, under nine minutes a part: make bench-gpu PART=cifar-1-bfloat16
 	$(BIN)/python benchmarks/walks.py $(if $(PART),--part $(PART),--list)
 	$(if $(PART),$(BIN)/python benchmarks/walk_plot.py && $(BIN)/python benchmarks/tables.py)
+
+figures: $(READY)  ## every picture of docs/walk.md, minutes; STUDY=1 measures anew what they show, half an hour
+	$(if $(STUDY),$(BIN)/python benchmarks/study.py)
+	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python benchmarks/tables.py
 
 diffusers-suite: $(PEERS)  ## diffusers' own scheduler tests on our classes: make diffusers-suite TESTS=path-to-a-checkout
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torchsde

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import moon_tables
+
 from ddpm_fast.files import whole_file
 
 ROOT = Path(__file__).parent.parent
@@ -296,6 +298,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "walks": walks,
     },
     "docs/benchmarks.md": {"walk_arms": walk_arms},
+    "docs/walk.md": moon_tables.TABLES,
     "docs/migration.md": {"bfloat16": bfloat16, "adapters": adapters, "operations": operations},
     "docs/network.md": {"hoisting": hoisting, "precision": precision},
 }

@@ -69,8 +69,8 @@ def bits_per_dimension(
 ) -> Likelihood:
     """The bound for the walk that `config` describes, every term from one draw of x_t.
 
-    The origin estimate is clipped where the walk clips it: p is the law of the samples. Where sigma is fixed_small,
-    whose last variance is zero, the decoder has that of the step before.
+    The origin estimate is clipped where the walk clips it: p is the law of the samples. The decoder's beta_tilde, which
+    is zero, is that of the step before, as in OpenAI's guided-diffusion.
 
     Args:
         model: any callable `model(x, t, **model_kwargs)`.
@@ -147,13 +147,16 @@ def _terms(
         if config.clip_sample:
             x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
         if table.learned:
+            log_min = float(table.log_min[row])
+            if row == len(table) - 1 and config.variance_type == "learned_range":
+                log_min = math.log(float(beta_tilde[row - 1]))
             share = (v + 1) / 2
-            log_variance = share * float(table.log_max[row]) + (1 - share) * float(table.log_min[row])
+            log_variance = share * float(table.log_max[row]) + (1 - share) * log_min
         else:
             log_variance = torch.full_like(x0, math.log(float(sigma_square[row])))
         if row == len(table) - 1:
             mean = float(table.c_x0[row]) * x0 + float(table.c_x[row]) * x_t.double()
-            nats = -_log_decoder(exact, mean, log_variance)
+            nats = -log_decoder(exact, mean, log_variance)
         else:
             apart = (float(table.c_x0[row]) * (exact - x0)).square()
             true = float(beta_tilde[row])
@@ -180,7 +183,7 @@ def _variances(config: SamplerConfig) -> tuple[Array, Array]:
     return beta_tilde, sigma_square
 
 
-def _log_decoder(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def log_decoder(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """log p of the bin of x under N(mean, variance); the outermost bins reach to infinity (Ho et al. 2020, eq. 13)."""
     inverse = torch.exp(-0.5 * log_variance)
     above, below = (x - mean + HALF_BIN) * inverse, (x - mean - HALF_BIN) * inverse
@@ -195,8 +198,9 @@ def _log_decoder(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 def _check(config: SamplerConfig, x_0: Tensor) -> None:
     if config.sampler != "ddpm":
         raise ValueError(f"the bound is DDPM's, got sampler={config.sampler!r}")
-    if config.variance_type.startswith("fixed_small") and len(config.inference_timesteps()) < 2:
-        raise ValueError("one step of variance_type='fixed_small' has no variance at all: take 'fixed_large'")
+    small = config.variance_type in ("fixed_small", "fixed_small_log", "learned_range")
+    if small and len(config.inference_timesteps()) < 2:
+        raise ValueError(f"one step of variance_type={config.variance_type!r} has no beta_tilde: take 'fixed_large'")
     if config.thresholding or config.temperature != 1:
         raise ValueError("the bound is that of a walk at temperature 1 without dynamic thresholding")
     if not isinstance(x_0, Tensor) or x_0.dim() < 2:

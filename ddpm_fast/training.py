@@ -1,7 +1,8 @@
-"""Training a noise-prediction network: Ho et al. 2020, algorithm 1, with an average of the weights (EMA)."""
+"""Training a network for any prediction and loss: Ho et al. 2020, algorithm 1, with an average of the weights (EMA)."""
 
 import copy
 import json
+import logging
 import math
 import os
 import time
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,12 +20,17 @@ from tqdm.auto import tqdm
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
 from ddpm_fast.files import check_writable, remove_parts, whole_file
+from ddpm_fast.likelihood import schedule_report
+from ddpm_fast.losses import LOSSES, Loss
 from ddpm_fast.models.checkpoint import CONFIG_FILE, CheckpointError, read_config, read_safetensors, save_checkpoint
 from ddpm_fast.models.unet import UNet, UNetConfig
 from ddpm_fast.seeding import keyed_generator
-from ddpm_fast.validate import whole, within
+from ddpm_fast.validate import one_of, whole, within
+
+logger = logging.getLogger("ddpm_fast")
 
 NOISE_STREAM = 2
+FAR_FROM_NOISE = 0.1  # of sqrt(alpha_bar_T); of the schedules here at most 0.04
 STATE_FILE = "state.safetensors"
 METRICS_FILE = "metrics.jsonl"
 
@@ -43,6 +48,9 @@ class TrainingConfig:
         seed: of weights, data, timesteps and noise.
         save_every: steps between two saves of everything that a resumption needs.
         bf16: run the network under bfloat16 autocast.
+        loss: "mse", "vlb" or "hybrid", and
+        min_snr_gamma: see `ddpm_fast.losses.Loss`.
+        clip_gradient: largest norm of the gradient of all parameters.
     """
 
     steps: int = 10_000
@@ -53,6 +61,9 @@ class TrainingConfig:
     seed: int = 0
     save_every: int = 250
     bf16: bool = True
+    loss: str = "mse"
+    min_snr_gamma: float | None = None
+    clip_gradient: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every"):
@@ -61,6 +72,8 @@ class TrainingConfig:
         whole("seed", self.seed, 0, 2**32 - 1)
         within("learning_rate", self.learning_rate, 1e-12, 1.0)
         within("ema_decay", self.ema_decay, 0.0, 1.0)
+        within("clip_gradient", self.clip_gradient, 0.0, 1e9, "(]")
+        one_of("loss", self.loss, LOSSES)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimiser step `step` (0-based)."""
@@ -94,10 +107,20 @@ class Trainer:
         self.config = config or TrainingConfig()
         self.network = network or UNetConfig()
         self.diffusion = diffusion or SamplerConfig()
-        if self.diffusion.prediction_type != "epsilon":
-            raise ValueError(f"the loss is for prediction_type='epsilon', got {self.diffusion.prediction_type!r}")
         self.data = data
         self.device = torch.device(device)
+        self.loss = Loss(self.diffusion, self.config.loss, self.config.min_snr_gamma, self.device)
+        if self.network.learned_variance != self.loss.learned:
+            raise ValueError(
+                f"variance_type={self.diffusion.variance_type!r} {'needs' if self.loss.learned else 'goes without'} "
+                f"learned_variance in the network, got {self.network.learned_variance}"
+            )
+        report = schedule_report(self.diffusion)
+        if report["signal"] > FAR_FROM_NOISE:
+            logger.warning(
+                "the schedule ends at sqrt(alpha_bar_T) = %.2f: x_T is no pure noise, which sampling begins with",
+                report["signal"],
+            )
         check_writable(self.folder, folder=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -153,12 +176,14 @@ class Trainer:
         x_t = alpha_bar.sqrt().float() * x0 + (1 - alpha_bar).sqrt().float() * noise
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             prediction = self.model(x_t, t)
-        loss = F.mse_loss(prediction.float(), noise)
+        loss = self.loss(prediction, x0, x_t, noise, t).mean()
         value = loss.item()
         self._check_finite("loss", value)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self._check_finite("gradient", torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item())
+        self._check_finite(
+            "gradient", torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_gradient).item()
+        )
         self.optimizer.step()
         self.step += 1
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))

@@ -365,11 +365,6 @@ def test_a_seed_that_torch_does_not_take(tmp_path):
         trainer(tmp_path, TrainingConfig(seed=2**64))
 
 
-def test_only_noise_is_learnt(tmp_path):
-    with pytest.raises(ValueError, match="prediction_type='epsilon', got 'v_prediction'"):
-        trainer(tmp_path, diffusion=SamplerConfig(prediction_type="v_prediction"))
-
-
 def test_state_says_where_it_stopped(uninterrupted):
     with safe_open(uninterrupted / "state.safetensors", "pt") as file:
         assert file.metadata()["step"] == "11"

@@ -24,6 +24,7 @@ class UNetConfig:
         embedding: width of the timestep embedding.
         heads: attention heads.
         groups: groups of every GroupNorm.
+        learned_variance: whether the output has twice the channels, the second half for the variance.
     """
 
     channels: int = 1
@@ -33,6 +34,7 @@ class UNetConfig:
     embedding: int = 128
     heads: int = 4
     groups: int = 8
+    learned_variance: bool = False
 
     def __post_init__(self) -> None:
         for name in ("widths", "attention"):
@@ -43,6 +45,7 @@ class UNetConfig:
             whole(name, getattr(self, name), 1)
         for width in self.widths:
             whole("widths", width, 1)
+        one_of("learned_variance", self.learned_variance, (True, False))
         for attend in self.attention:
             one_of("attention", attend, (True, False))
         if not self.widths or self.widths[0] % 2:
@@ -125,7 +128,10 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """Noise-prediction network: model(x, t) with x [B, C, H, W] and t [B] (integers or floats) gives [B, C, H, W]."""
+    """Noise-prediction network: model(x, t) with x [B, C, H, W] and t [B] (integers or floats) gives [B, C, H, W].
+
+    With a learned variance it gives [B, 2C, H, W].
+    """
 
     def __init__(self, config: UNetConfig | None = None) -> None:
         super().__init__()
@@ -147,7 +153,9 @@ class UNet(nn.Module):
                 self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
         self.middle = Stage(widths[-1], widths[-1], True, config)
         self.leave = nn.Sequential(
-            nn.GroupNorm(config.groups, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], config.channels, 3, padding=1)
+            nn.GroupNorm(config.groups, widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], config.channels * (2 if config.learned_variance else 1), 3, padding=1),
         )
         nn.init.zeros_(self.leave[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.leave[-1].bias)  # type: ignore[arg-type]
