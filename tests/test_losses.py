@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import Wavy
-from test_training import TINY, small_moons
+from test_training import TINY, assert_same_run, small_moons
 
 from ddpm_fast.config import PREDICTION_TYPES, SamplerConfig
 from ddpm_fast.edit import noised
@@ -160,8 +160,7 @@ def test_networks_learn_by_every_loss(prediction_type, kind, variance_type, tmp_
     with pytest.raises(KeyboardInterrupt):
         Trainer(tmp_path / "b", config, network, diffusion, interrupted).run(progress=False)
     Trainer(tmp_path / "b", config, network, diffusion, small_moons).run(progress=False)
-    for name in ("state.safetensors", "model.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_network_whose_channels_do_not_fit_is_refused(tmp_path):
