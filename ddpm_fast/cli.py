@@ -15,7 +15,9 @@ import torch
 import ddpm_fast
 from ddpm_fast import images
 from ddpm_fast.adapters.checkpoints import load_model, parse_arguments
-from ddpm_fast.config import SAMPLERS, SamplerConfig
+from ddpm_fast.config import PREDICTION_TYPES, SAMPLERS, SamplerConfig
+from ddpm_fast.data import moons
+from ddpm_fast.data.pictures import Pictures
 from ddpm_fast.edit import MIXINGS, from_level, interpolate
 from ddpm_fast.engine import Sampler
 from ddpm_fast.execution import MEMORY_FORMATS
@@ -23,8 +25,11 @@ from ddpm_fast.files import check_writable, write_json
 from ddpm_fast.info import describe, path_taken
 from ddpm_fast.kernels import to_uint8
 from ddpm_fast.likelihood import bits_per_dimension
+from ddpm_fast.losses import LOSSES
 from ddpm_fast.models.checkpoint import EMBEDDED, Checkpoint
+from ddpm_fast.models.unet import UNetConfig
 from ddpm_fast.network import checked_device, default_device
+from ddpm_fast.schedules import BETA_SCHEDULES
 from ddpm_fast.seeding import parse_seeds, resolve_seeds
 from ddpm_fast.training import Trainer, TrainingConfig
 from ddpm_fast.validate import whole
@@ -66,9 +71,10 @@ noise a timestep, by default seed k for picture k.
   ddpm-fast likelihood moons.npz --steps 100 --out bits.json    many, and every term into a file"""
 
 TRAIN_HELP = """\
-Train the moon model from nothing, or resume where an interrupted training stopped.
+Train a small U-Net from nothing, or resume where an interrupted training stopped.
 
-  ddpm-fast train --out runs/moons                      about an hour on two CPU cores
+  ddpm-fast train --out runs/moons                      moons: about an hour on two CPU cores
+  ddpm-fast train --data folder --flip --out runs/mine  pictures of one size, a side divisible by 8
   ddpm-fast sample --model runs/moons --out moons.png   at any time: the folder always holds a whole checkpoint
 
 Repeat the same command to resume: the result is the one of a training that was never interrupted."""
@@ -125,12 +131,18 @@ def _parser() -> argparse.ArgumentParser:
     bits.add_argument("--out", metavar="FILE", help=".json: every term of every picture")
     _add_model(bits)
 
-    train = _command(commands, "train", "train the moon model", TRAIN_HELP, _train)
+    train = _command(commands, "train", "train a model", TRAIN_HELP, _train)
     train.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint, state for resuming, metrics.jsonl")
     defaults = TrainingConfig()
     train.add_argument("--steps", type=int, default=defaults.steps, help="default: %(default)s")
     train.add_argument("--batch", type=int, default=defaults.batch_size, help="default: %(default)s")
     train.add_argument("--lr", type=float, default=defaults.learning_rate, help="peak (default: %(default)s)")
+    train.add_argument("--data", metavar="PATH", help="pictures of one size: a folder, .npy or .npz (default: moons)")
+    train.add_argument("--flip", action="store_true", help="mirror every other picture at random")
+    train.add_argument("--loss", choices=LOSSES, default="mse", help="hybrid learns the variance, too (default: mse)")
+    train.add_argument("--min-snr", type=float, metavar="GAMMA", help="weigh the squared error by min(SNR, GAMMA)")
+    train.add_argument("--predict", choices=PREDICTION_TYPES, default="epsilon", help="default: %(default)s")
+    train.add_argument("--schedule", choices=list(BETA_SCHEDULES), default="linear", help="default: %(default)s")
     train.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
     train.add_argument("--save-every", type=int, default=defaults.save_every, help="steps (default: %(default)s)")
     train.add_argument("--device", default="cpu", help="default: %(default)s")
@@ -354,9 +366,27 @@ def _train(arguments: argparse.Namespace) -> None:
         learning_rate=arguments.lr,
         seed=arguments.seed,
         save_every=arguments.save_every,
+        loss=arguments.loss,
+        min_snr_gamma=arguments.min_snr,
     )
     device = checked_device(arguments.device)
-    trainer = Trainer(arguments.out, config, device=device)
+    learned = arguments.loss == "hybrid"
+    diffusion = SamplerConfig(
+        beta_schedule=arguments.schedule,
+        prediction_type=arguments.predict,
+        variance_type="learned_range" if learned else "fixed_small",
+    )
+    data: Any = moons.batch
+    network = UNetConfig(learned_variance=learned)
+    if arguments.data is not None:
+        data = Pictures(arguments.data, arguments.flip)
+        channels, height, width = data.shape
+        if height != width:
+            raise ValueError(f"{arguments.data}: pictures must be square, got {height} x {width}")
+        network = UNetConfig(channels=channels, image_size=height, learned_variance=learned)
+    elif arguments.flip:
+        raise ValueError("--flip is for pictures of --data: a mirrored moon is another moon of the data")
+    trainer = Trainer(arguments.out, config, network=network, diffusion=diffusion, data=data, device=device)
     if trainer.step and not arguments.quiet:
         print(f"resuming {arguments.out} at step {trainer.step} of {config.steps}")
     trainer.run(progress=not arguments.quiet)

@@ -110,6 +110,23 @@ def read(paths: Sequence[str | os.PathLike], shape: tuple[int, ...]) -> tuple[By
     return np.concatenate(pictures), names
 
 
+def shape_of(path: str | os.PathLike) -> tuple[int, int, int]:
+    """(C, H, W) of a picture, or of the first in a folder: one channel if it is grey, four if it is transparent."""
+    file = Path(path)
+    if file.is_dir():
+        file = min((each for each in file.iterdir() if each.suffix.lower() in SUFFIXES), default=file)
+        if file == Path(path):
+            raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
+    if not file.is_file():
+        raise ValueError(f"{file} is not there")
+    try:
+        with Image.open(file) as picture:
+            channels = {"1": 1, "L": 1, "I;16": 1, "LA": 4, "RGBA": 4}.get(picture.mode, 3)
+            return channels, picture.height, picture.width
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+
+
 def _read_picture(path: Path, channels: int) -> Bytes:
     if channels not in MODES:
         raise ValueError(f"a picture has {sorted(MODES)} channels, the model takes {channels}: give an .npz")

@@ -86,6 +86,8 @@ class TrainingConfig:
 class Trainer:
     """Trains a `UNet` on batches from `data(batch_size, seed, step)` and keeps everything in `folder`.
 
+    Data are a function such as `ddpm_fast.data.moons.batch`, or `ddpm_fast.data.pictures.Pictures`.
+
     Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted run
     that resumes follows the very trajectory of one that was not interrupted. `folder` then holds a
     checkpoint of the averaged weights, `state.safetensors` for resuming, and `metrics.jsonl`.
@@ -199,7 +201,10 @@ class Trainer:
 
     @property
     def _about(self) -> dict[str, Any]:
-        return {"training": asdict(self.config), "data": {"name": self.data.__module__.rpartition(".")[2]}}
+        return {"training": asdict(self.config), "data": self._data_about()}
+
+    def _data_about(self) -> dict[str, Any]:
+        return getattr(self.data, "about", None) or {"name": self.data.__module__.rpartition(".")[2]}
 
     def _identity(self) -> dict[str, Any]:
         return {"network": self.network.to_dict(), "diffusion": self.diffusion.to_dict(), **self._about}

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -377,17 +376,19 @@ def command(folder, *arguments):
 
 
 def test_command_trains_and_resumes(tmp_path, monkeypatch, capsys):
-    small = partial(Trainer, network=TINY, diffusion=DIFFUSION)
-    monkeypatch.setattr(cli, "Trainer", partial(small, data=small_moons))
+    def small(data):
+        return lambda folder, config, **given: Trainer(folder, config, TINY, DIFFUSION, data)
+
+    monkeypatch.setattr(cli, "Trainer", small(small_moons))
     assert command(tmp_path / "a", "--quiet") == 0
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(cli, "Trainer", partial(small, data=interrupt_at(3)))
+    monkeypatch.setattr(cli, "Trainer", small(interrupt_at(3)))
     assert command(tmp_path / "b", "--quiet") == 130
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("ddpm-fast: interrupted")
     assert err.count("\n") == 1
-    monkeypatch.setattr(cli, "Trainer", partial(small, data=small_moons))
+    monkeypatch.setattr(cli, "Trainer", small(small_moons))
     assert command(tmp_path / "b") == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == f"resuming {tmp_path / 'b'} at step 2 of 4"
@@ -434,6 +435,6 @@ def test_command_says_when_the_loss_is_nan(tmp_path, monkeypatch, capsys):
     def data(*_):
         return torch.full((2, 1, 8, 8), math.nan)
 
-    monkeypatch.setattr(cli, "Trainer", partial(Trainer, network=TINY, diffusion=DIFFUSION, data=data))
+    monkeypatch.setattr(cli, "Trainer", lambda folder, config, **given: Trainer(folder, config, TINY, DIFFUSION, data))
     assert command(tmp_path, "--quiet") == 1
     assert capsys.readouterr().err.startswith("ddpm-fast: the loss became nan at step 0")
