@@ -77,6 +77,8 @@ Train a small U-Net from nothing, or resume where an interrupted training stoppe
   ddpm-fast train --data folder --flip --out runs/mine  pictures of one size, a side divisible by 8
   ddpm-fast sample --model runs/moons --out moons.png   at any time: the folder always holds a whole checkpoint
 
+  torchrun --nproc-per-node 2 -m ddpm_fast train …      two processes share every batch
+
 Repeat the same command to resume: the result is the one of a training that was never interrupted."""
 
 
@@ -146,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
     train.add_argument("--save-every", type=int, default=defaults.save_every, help="steps (default: %(default)s)")
     train.add_argument("--device", default="cpu", help="default: %(default)s")
+    train.add_argument(
+        "--samples", type=int, default=16, help="drawn at every save: samples.png (default: %(default)s)"
+    )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
     _command(commands, "info", "versions, devices, and the path that a walk would take", None, _info)
@@ -386,10 +391,20 @@ def _train(arguments: argparse.Namespace) -> None:
         network = UNetConfig(channels=channels, image_size=height, learned_variance=learned)
     elif arguments.flip:
         raise ValueError("--flip is for pictures of --data: a mirrored moon is another moon of the data")
-    trainer = Trainer(arguments.out, config, network=network, diffusion=diffusion, data=data, device=device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # of torchrun
+        if device.type == "cuda":
+            device = checked_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    trainer = Trainer(
+        arguments.out, config, network=network, diffusion=diffusion, data=data, device=device, samples=arguments.samples
+    )
+    arguments.quiet = arguments.quiet or trainer.rank > 0
     if trainer.step and not arguments.quiet:
         print(f"resuming {arguments.out} at step {trainer.step} of {config.steps}")
     trainer.run(progress=not arguments.quiet)
+    if trainer.world > 1:
+        torch.distributed.destroy_process_group()
     if not arguments.quiet:
         print(f"{arguments.out}{os.sep}: a checkpoint; ddpm-fast sample --model {arguments.out} draws from it")
 

@@ -15,15 +15,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from ddpm_fast import images
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
 from ddpm_fast.files import check_writable, remove_parts, whole_file
+from ddpm_fast.kernels import to_uint8
 from ddpm_fast.likelihood import schedule_report
 from ddpm_fast.losses import LOSSES, Loss
 from ddpm_fast.models.checkpoint import CONFIG_FILE, CheckpointError, read_config, read_safetensors, save_checkpoint
 from ddpm_fast.models.unet import UNet, UNetConfig
+from ddpm_fast.sample import sample
 from ddpm_fast.seeding import keyed_generator
 from ddpm_fast.validate import one_of, whole, within
 
@@ -33,6 +38,7 @@ NOISE_STREAM = 2
 FAR_FROM_NOISE = 0.1  # of sqrt(alpha_bar_T); of the schedules here at most 0.04
 STATE_FILE = "state.safetensors"
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.png"
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,15 @@ class Trainer:
 
     Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted run
     that resumes follows the very trajectory of one that was not interrupted. `folder` then holds a
-    checkpoint of the averaged weights, `state.safetensors` for resuming, and `metrics.jsonl`.
+    checkpoint of the averaged weights, `state.safetensors` for resuming, and `metrics.jsonl`; with `samples`, so many that
+    the engine drew with the averaged weights at the last save (DDIM, 50 steps, seeds 0, 1, …): `samples.png`.
+
+    Where torch.distributed is initialised, each process takes its share of every batch (DistributedDataParallel), and
+    the first one writes; the trajectory is that of one process, up to the order of sums.
 
     Raises:
         CheckpointError: `folder` holds a run with another configuration, or a broken one.
+        ValueError: loss, variance and network do not fit together; a batch that cannot be shared equally.
     """
 
     def __init__(
@@ -104,12 +115,16 @@ class Trainer:
         diffusion: SamplerConfig | None = None,
         data: Callable[[int, int, int], Tensor] = moons.batch,
         device: str | torch.device = "cpu",
+        samples: int = 0,
     ) -> None:
         self.folder = Path(folder)
         self.config = config or TrainingConfig()
         self.network = network or UNetConfig()
         self.diffusion = diffusion or SamplerConfig()
         self.data = data
+        self.samples = whole("samples", samples, 0, 1024)
+        if samples and self.network.channels not in images.MODES:
+            raise ValueError(f"a picture has {sorted(images.MODES)} channels, the network {self.network.channels}")
         self.device = torch.device(device)
         self.loss = Loss(self.diffusion, self.config.loss, self.config.min_snr_gamma, self.device)
         if self.network.learned_variance != self.loss.learned:
@@ -123,6 +138,10 @@ class Trainer:
                 "the schedule ends at sqrt(alpha_bar_T) = %.2f: x_T is no pure noise, which sampling begins with",
                 report["signal"],
             )
+        spread = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+        if self.config.batch_size % self.world:
+            raise ValueError(f"batch_size must be a multiple of {self.world} processes, got {self.config.batch_size}")
         check_writable(self.folder, folder=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -130,17 +149,20 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate)
         self.alpha_bar = torch.from_numpy(self.diffusion.alphas_cumprod()).to(self.device)
+        self._network = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.step = 0
         if (self.folder / STATE_FILE).exists():
-            remove_parts(self.folder)
+            if self.rank == 0:
+                remove_parts(self.folder)
             self._resume()
         elif (self.folder / CONFIG_FILE).exists():
             self._refuse_another_run(read_config(self.folder), self.folder / CONFIG_FILE)
 
     def run(self, progress: bool = True) -> None:
         """Train to the configured number of steps. An interruption costs the steps since the last save, no more."""
-        self._drop_metrics_after(self.step)
-        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not progress)
+        if self.rank == 0:
+            self._drop_metrics_after(self.step)
+        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not progress or self.rank > 0)
         losses: list[float] = []
         began = time.perf_counter()
         try:
@@ -148,9 +170,10 @@ class Trainer:
                 losses.append(self._train_step())
                 bar.update()
                 if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-                    self._log(sum(losses) / len(losses), (time.perf_counter() - began) / len(losses))
                     bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
-                    self.save()
+                    if self.rank == 0:
+                        self._log(sum(losses) / len(losses), (time.perf_counter() - began) / len(losses))
+                        self.save()
                     losses, began = [], time.perf_counter()
         finally:
             bar.close()
@@ -165,6 +188,18 @@ class Trainer:
         metadata = {"step": str(self.step), "run": json.dumps(self._identity())}
         with whole_file(self.folder / STATE_FILE) as part:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+        if self.samples:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Let the engine draw what the network has learnt so far."""
+        seeds, steps = range(self.samples), min(50, self.diffusion.num_train_timesteps)
+        shape = (len(seeds), self.network.channels, self.network.image_size, self.network.image_size)
+        options = {"config": self.diffusion, "sampler": "ddim", "num_inference_steps": steps, "device": self.device}
+        x = sample(self.ema, shape, seeds=seeds, progress=False, **options)
+        images.save(
+            self.folder / SAMPLES_FILE, to_uint8(x).cpu().numpy(), seeds, {"step": self.step, "model": self.folder.name}
+        )
 
     def _train_step(self) -> float:
         config = self.config
@@ -174,12 +209,13 @@ class Trainer:
         generator = keyed_generator(NOISE_STREAM, config.seed, self.step)
         t = torch.randint(len(self.alpha_bar), (len(x0),), generator=generator).to(self.device)
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        x0, t, noise = (whole[self.rank :: self.world] for whole in (x0, t, noise))
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt().float() * x0 + (1 - alpha_bar).sqrt().float() * noise
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            prediction = self.model(x_t, t)
+            prediction = self._network(x_t, t)
         loss = self.loss(prediction, x0, x_t, noise, t).mean()
-        value = loss.item()
+        value = self._mean(loss)
         self._check_finite("loss", value)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -192,6 +228,13 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         return value
+
+    def _mean(self, loss: Tensor) -> float:
+        """Over all processes: they go on or stop together."""
+        total = loss.detach().clone()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.item() / self.world
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):

@@ -1,6 +1,7 @@
 """Training: it learns, it survives any interruption bit for bit, and it says what is wrong."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -9,16 +10,20 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm_fast import cli
+from ddpm_fast import cli, images
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
+from ddpm_fast.kernels import to_uint8
 from ddpm_fast.models.checkpoint import CheckpointError, load_checkpoint
 from ddpm_fast.models.unet import UNetConfig
+from ddpm_fast.sample import sample
 from ddpm_fast.training import Trainer, TrainingConfig
 
 TINY = UNetConfig(widths=(8, 8), attention=(False, True), embedding=16, image_size=8, heads=2, groups=4)
@@ -171,6 +176,78 @@ def test_a_killed_process_resumes_bit_for_bit(tmp_path, uninterrupted, when):
     load_checkpoint(tmp_path)
     run.run(progress=False)
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_samples_are_drawn_on_the_way_and_change_nothing(tmp_path, uninterrupted):
+    Trainer(tmp_path, CONFIG, TINY, DIFFUSION, small_moons, samples=5).run(progress=False)
+    assert_same_run(tmp_path, uninterrupted)
+    about = images.read_metadata(tmp_path / "samples.png")
+    assert (about["step"], about["seeds"]) == (11, [0, 1, 2, 3, 4])
+    found = load_checkpoint(tmp_path)
+    shape = (5, *found.shape)
+    x = sample(
+        found.model, shape, seeds=0, config=found.diffusion, sampler="ddim", num_inference_steps=50, progress=False
+    )
+    with Image.open(tmp_path / "samples.png") as picture:
+        drawn = np.asarray(picture).astype(int)
+    assert abs(drawn - images.grid(to_uint8(x).numpy())[..., 0]).max() <= 2  # the checkpoint's weights are rounded
+
+
+def test_pictures_cannot_be_drawn_of_two_channels(tmp_path):
+    with pytest.raises(ValueError, match=r"a picture has \[1, 3, 4\] channels, the network 2"):
+        Trainer(tmp_path, CONFIG, dataclasses.replace(TINY, channels=2), DIFFUSION, small_moons, samples=5)
+
+
+SPREAD = """
+import sys
+import torch
+from torch import distributed
+sys.path.insert(0, {tests!r})
+from test_training import CONFIG, DIFFUSION, TINY, interrupt_at, small_moons
+from dataclasses import replace
+from ddpm_fast.training import Trainer
+
+distributed.init_process_group("gloo")
+stop = int(sys.argv[2])
+data = interrupt_at(stop) if stop else small_moons
+run = Trainer(sys.argv[1], replace(CONFIG, bf16=False), TINY, DIFFUSION, data)
+assert run.world == 2
+try:
+    run.run(progress=False)
+except KeyboardInterrupt:
+    pass
+weights = torch.cat([parameter.detach().flatten() for parameter in run.ema.parameters()])
+others = [torch.empty_like(weights) for _ in range(2)]
+distributed.all_gather(others, weights)
+assert torch.equal(*others)
+distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """With gloo; up to the order in which gradients are added up. Interrupted and resumed: bit for bit."""
+    script = tmp_path / "spread.py"
+    script.write_text(SPREAD.format(tests=os.path.dirname(__file__)))
+
+    def torchrun(folder, stop=0):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, script, folder, str(stop)], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    trainer(tmp_path / "one", dataclasses.replace(CONFIG, bf16=False)).run(progress=False)
+    torchrun(tmp_path / "two")
+    a, b = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torchrun(tmp_path / "again", stop=6)
+    torchrun(tmp_path / "again")
+    assert_same_run(tmp_path / "two", tmp_path / "again")
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, uninterrupted):
