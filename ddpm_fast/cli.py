@@ -404,6 +404,7 @@ def _train(arguments: argparse.Namespace) -> None:
         print(f"resuming {arguments.out} at step {trainer.step} of {config.steps}")
     trainer.run(progress=not arguments.quiet)
     if trainer.world > 1:
+        torch.distributed.barrier()  # what the others wait for must not end before them
         torch.distributed.destroy_process_group()
     if not arguments.quiet:
         print(f"{arguments.out}{os.sep}: a checkpoint; ddpm-fast sample --model {arguments.out} draws from it")

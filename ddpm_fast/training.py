@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +25,14 @@ from ddpm_fast.files import check_writable, remove_parts, whole_file
 from ddpm_fast.kernels import to_uint8
 from ddpm_fast.likelihood import schedule_report
 from ddpm_fast.losses import LOSSES, Loss
-from ddpm_fast.models.checkpoint import CONFIG_FILE, CheckpointError, read_config, read_safetensors, save_checkpoint
+from ddpm_fast.models.checkpoint import (
+    CONFIG_FILE,
+    CheckpointError,
+    read_config,
+    read_safetensors,
+    save_checkpoint,
+    write_safetensors,
+)
 from ddpm_fast.models.unet import UNet, UNetConfig
 from ddpm_fast.sample import sample
 from ddpm_fast.seeding import keyed_generator
@@ -96,8 +102,8 @@ class Trainer:
 
     Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted run
     that resumes follows the very trajectory of one that was not interrupted. `folder` then holds a
-    checkpoint of the averaged weights, `state.safetensors` for resuming, and `metrics.jsonl`; with `samples`, so many that
-    the engine drew with the averaged weights at the last save (DDIM, 50 steps, seeds 0, 1, …): `samples.png`.
+    checkpoint of the averaged weights, `state.safetensors` for resuming, and `metrics.jsonl`; with `samples`, so many
+    that the engine drew with the averaged weights at the last save (DDIM, 50 steps, seeds 0, 1, …): `samples.png`.
 
     Where torch.distributed is initialised, each process takes its share of every batch (DistributedDataParallel), and
     the first one writes; the trajectory is that of one process, up to the order of sums.
@@ -186,8 +192,8 @@ class Trainer:
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
         metadata = {"step": str(self.step), "run": json.dumps(self._identity())}
-        with whole_file(self.folder / STATE_FILE) as part:
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_safetensors(self.folder / STATE_FILE, tensors, metadata)
         if self.samples:
             self._draw()
 

@@ -56,8 +56,7 @@ def save_checkpoint(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}
-    with whole_file(path / WEIGHTS_FILE) as part:
-        save_file(weights, part, metadata={"format": "pt"})
+    write_safetensors(path / WEIGHTS_FILE, weights, {"format": "pt"})
     config = {"format": FORMAT, "network": model.config.to_dict(), "diffusion": diffusion.to_dict(), **(about or {})}
     write_json(path / CONFIG_FILE, config)
 
@@ -87,6 +86,15 @@ def load_checkpoint(folder: str | os.PathLike = EMBEDDED, device: str | torch.de
     load_weights(model, weights, f"{path / WEIGHTS_FILE} does not fit its config.json")
     shape = (unet_config.channels, unet_config.image_size, unet_config.image_size)
     return Checkpoint(model.eval().requires_grad_(False).to(device), sampler_config, shape, config)
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all; raise OSError where there is no room."""
+    with whole_file(path) as part:
+        try:
+            save_file(tensors, part, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
