@@ -93,8 +93,8 @@ def previews() -> Any:
     for output in ("trajectory", "x0"):
         options = {"seeds": 0, "output": output, "output_steps": kept, "config": checkpoint.diffusion, **QUIET}
         rows.append(list(sample(checkpoint.model, (1, *checkpoint.shape), **options).frames))
-    figure = _strip(rows, [f"t = {t}" for t in shown], ["x_t", "guess of x_0"], below=1.9)
-    panel = figure.add_axes((0.08, 0.11, 0.86, 0.34))
+    figure = _strip(rows, [f"t = {t}" for t in shown], ["x_t", "guess of x_0"], below=2.2)
+    panel = figure.add_axes((0.1, 0.12, 0.88, 0.31))
     found = measured("previews")
     for key, style, label in (("distance", "o-", "guess to final image"), ("misfit_median", "s--", "guess to a moon")):
         panel.plot([row["t"] for row in found], [row[key] for row in found], style, label=label)
