@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ddpm_fast.adapters.checkpoints import load_model, parse_arguments
 from ddpm_fast.config import PREDICTION_TYPES, SAMPLERS, SamplerConfig
 from ddpm_fast.data import moons
 from ddpm_fast.data.pictures import Pictures
-from ddpm_fast.edit import MIXINGS, from_level, interpolate
+from ddpm_fast.edit import MIXINGS, check_mixture, from_level, mixture
 from ddpm_fast.engine import Sampler
 from ddpm_fast.execution import MEMORY_FORMATS
 from ddpm_fast.files import check_writable, write_json
@@ -198,25 +198,21 @@ def _interpolate(arguments: argparse.Namespace) -> None:
     seeds = _seeds(arguments)
     checkpoint, config, device = _opened(arguments)
     kind = images.check_output(arguments.out, checkpoint.shape, seeds)
-    from_level(config, arguments.level)
+    config = from_level(config, arguments.level)
     ends, names = _read(arguments.pictures, checkpoint.shape)
     if len(ends) != 2:
         raise ValueError(f"two pictures are fused, got {len(ends)}")
     how = {"lam": arguments.lam, "mixing": arguments.mixing, "shared_noise": arguments.shared_noise}
     about = {"interpolate": {"pictures": names, "level": arguments.level, **how}}
 
-    def draw() -> Iterator[tuple[Sequence[int], images.Bytes]]:
-        for number, (part, title) in enumerate(_batches(seeds, arguments.batch), 1):
-            a, b = (end.expand(len(part), *checkpoint.shape) for end in ends)
-            x = interpolate(
-                checkpoint.model, a, b, arguments.level, **how, seeds=part, config=config, device=device,
-                model_kwargs=_label(checkpoint, arguments, len(part)), dtype=DTYPES[arguments.dtype],
-                memory_format=arguments.memory_format, compile=arguments.compile and number == 1,
-                progress=False if arguments.quiet else title,
-            )  # fmt: skip
-            yield part, to_uint8(x).cpu().numpy()
+    a, b = ends.to(device).split(1)
+    check_mixture(a, b, arguments.lam, arguments.mixing)
 
-    _write(arguments, kind, seeds, from_level(config, arguments.level), device, draw(), about)
+    def start(part: Sequence[int]) -> torch.Tensor:
+        size = (len(part), *checkpoint.shape)
+        return mixture(a.expand(size), b.expand(size), config=config, seeds=part, **how)
+
+    _write(arguments, kind, seeds, config, device, _draw(checkpoint, config, seeds, device, arguments, start), about)
 
 
 def _likelihood(arguments: argparse.Namespace) -> None:
@@ -334,8 +330,9 @@ def _draw(
     seeds: Sequence[int],
     device: torch.device,
     arguments: argparse.Namespace,
+    start: Callable[[Sequence[int]], torch.Tensor] | None = None,
 ) -> Iterator[tuple[Sequence[int], images.Bytes]]:
-    """The samples a batch at a time: their seeds, and uint8 [n, H, W, C]."""
+    """The samples a batch at a time: their seeds, and uint8 [n, H, W, C]; `start` gives a batch its x_T."""
     sampler: Sampler | None = None
     for number, (part, title) in enumerate(_batches(seeds, arguments.batch), 1):
         if sampler is None or sampler.shape[0] != len(part):
@@ -349,7 +346,8 @@ def _draw(
                 memory_format=arguments.memory_format,
                 compile=arguments.compile and number == 1,  # not once more for the rest of a last batch
             )
-        x = sampler(seeds=part, progress=False if arguments.quiet else title)
+        x_T = None if start is None else start(part)
+        x = sampler(seeds=part, x_T=x_T, progress=False if arguments.quiet else title)
         yield part, to_uint8(x).cpu().numpy()
 
 

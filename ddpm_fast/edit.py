@@ -18,6 +18,7 @@ from ddpm_fast.config import SamplerConfig
 from ddpm_fast.engine import Sampler
 from ddpm_fast.kernels.normal import normal
 from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.kernels.q_sample import q_sample
 from ddpm_fast.network import Model
 from ddpm_fast.progress import Show
 from ddpm_fast.schedules import Array
@@ -45,8 +46,10 @@ def noised(x_0: Tensor, t: int, config: SamplerConfig, seeds: Seeds, visit: int 
     Returns:
         float32 [B, C, ...].
     """
-    alpha_bar = config.alphas_cumprod()[whole("t", t, 0, config.num_train_timesteps - 1)]
-    return _mixture(x_0.float(), _forward_noise(x_0, t, seeds, visit), float(alpha_bar))
+    whole("t", t, 0, config.num_train_timesteps - 1)
+    keys = seed_tensor(resolve_seeds(seeds, len(x_0))).to(x_0.device)
+    alpha_bars = torch.from_numpy(config.alphas_cumprod()).to(x_0.device)
+    return q_sample(x_0.float().contiguous(), torch.full_like(keys, t), alpha_bars, seeds=keys, visit=visit)
 
 
 def denoise(
@@ -129,25 +132,54 @@ def interpolate(
     """
     _check_images("x_a", x_a)
     _check_images("x_b", x_b)
+    check_mixture(x_a, x_b, lam, mixing)
+    config, options = _split(config, options)
+    config = from_level(config, t)
+    seeds = _resolved(seeds, len(x_a))
+    sampler = Sampler(model, x_a.shape, config=config, **options)
+    start = mixture(
+        x_a.to(sampler.device), x_b.to(sampler.device), lam,
+        config=config, mixing=mixing, shared_noise=shared_noise, rescale=rescale, seeds=seeds,
+    )  # fmt: skip
+    return sampler(seeds=seeds, x_T=start, progress=progress)
+
+
+def check_mixture(x_a: Tensor, x_b: Tensor, lam: float, mixing: str) -> None:
+    """Raise ValueError unless these images can be mixed so."""
     if x_a.shape != x_b.shape:
         raise ValueError(f"x_a and x_b must have one shape, got {tuple(x_a.shape)} and {tuple(x_b.shape)}")
     one_of("mixing", mixing, MIXINGS)
-    lam = within("lam", lam, 0, 1)
-    config, options = _split(config, options)
-    config = from_level(config, t)
-    start_t = int(config.inference_timesteps()[0])
-    alpha_bar = float(config.alphas_cumprod()[start_t])
-    seeds = _resolved(seeds, len(x_a))
-    sampler = Sampler(model, x_a.shape, config=config, **options)
-    x_a, x_b = x_a.float().to(sampler.device), x_b.float().to(sampler.device)
-    z_a = _forward_noise(x_a, start_t, seeds, 0)
-    z_b = z_a if shared_noise else _forward_noise(x_b, start_t, seeds, 1)
+    within("lam", lam, 0, 1)
+
+
+def mixture(
+    x_a: Tensor,
+    x_b: Tensor,
+    lam: float,
+    *,
+    config: SamplerConfig,
+    mixing: str = "linear",
+    shared_noise: bool = False,
+    rescale: bool = True,
+    seeds: Seeds = 0,
+) -> Tensor:
+    """Where `interpolate` begins: two images, noised to the first timestep of the config's walk, and mixed.
+
+    Args:
+        config: of the walk that is left, as `from_level` gives it.
+        x_a, x_b, lam, mixing, shared_noise, rescale, seeds: those of `interpolate`.
+    """
+    check_mixture(x_a, x_b, lam, mixing)
+    t = int(config.inference_timesteps()[0])
+    alpha_bar = float(config.alphas_cumprod()[t])
+    x_a, x_b = x_a.float(), x_b.float()
+    z_a = _forward_noise(x_a, t, seeds, 0)
+    z_b = z_a if shared_noise else _forward_noise(x_b, t, seeds, 1)
     w_a, w_b = _weights(_mixture(x_a, z_a, alpha_bar), _mixture(x_b, z_b, alpha_bar), lam, mixing)
     noise = w_a * z_a + w_b * z_b
     if rescale:
         noise = noise / ((w_a + w_b) if shared_noise else (w_a.square() + w_b.square()).sqrt())
-    start = _mixture(w_a * x_a + w_b * x_b, noise, alpha_bar)
-    return sampler(seeds=seeds, x_T=start, progress=progress)
+    return _mixture(w_a * x_a + w_b * x_b, noise, alpha_bar)
 
 
 def inpaint(
@@ -280,7 +312,7 @@ def resampled(config: SamplerConfig, resamplings: int, jump_length: int) -> Step
 
 def _back_and_forth(steps: int, resamplings: int, jump_length: int) -> tuple[Timesteps, Timesteps]:
     """RePaint's schedule: the row of every step, and how many steps it jumps back after it."""
-    left = {row: resamplings - 1 for row in range(steps - 2, jump_length - 2, -jump_length) if row >= jump_length - 1}
+    left = dict.fromkeys(range(steps - 2, jump_length - 2, -jump_length), resamplings - 1)
     rows, jumps, row = [], [], 0
     while row < steps:
         rows.append(row)

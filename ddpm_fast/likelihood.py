@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ddpm_fast.arguments import checked_start
 from ddpm_fast.config import SamplerConfig, with_config_options
-from ddpm_fast.edit import noised
 from ddpm_fast.kernels.dispatch import on_device
+from ddpm_fast.kernels.q_sample import q_sample
 from ddpm_fast.network import Model, Network
 from ddpm_fast.progress import Progress, Show
 from ddpm_fast.schedules import Array
-from ddpm_fast.seeding import Seeds, resolve_seeds
+from ddpm_fast.seeding import Seeds, resolve_seeds, seed_tensor
 from ddpm_fast.table import StepTable, alpha_bars_gone_to, build_table, posterior_deviation, posterior_variance
 from ddpm_fast.timesteps import Timesteps
 from ddpm_fast.validate import whole
@@ -132,13 +132,15 @@ def _terms(
     bar: Progress,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The terms and the mean squared errors of a batch: [B, steps] each."""
-    alpha_bars = config.alphas_cumprod()
+    alpha_bars = torch.from_numpy(config.alphas_cumprod())
+    keys, on_device_bars = seed_tensor(seeds).to(x_0.device), alpha_bars.to(x_0.device)
     beta_tilde, sigma_square = chain
     columns: list[tuple[Tensor, ...]] = []
+    x_0 = x_0.float().contiguous()
     exact = x_0.double()
     channels = x_0.shape[1]
     for row, t in enumerate(table.timestep.tolist()):
-        x_t = noised(x_0, t, config, seeds)
+        x_t = q_sample(x_0, torch.full_like(keys, t), on_device_bars, seeds=keys)
         network.input.copy_(x_t)
         network.timestep.fill_(t)
         output = network().double()
@@ -158,9 +160,8 @@ def _terms(
             mean = float(table.c_x0[row]) * x0 + float(table.c_x[row]) * x_t.double()
             nats = -log_decoder(exact, mean, log_variance)
         else:
-            apart = (float(table.c_x0[row]) * (exact - x0)).square()
-            true = float(beta_tilde[row])
-            nats = 0.5 * (log_variance - math.log(true) + (true + apart) * torch.exp(-log_variance) - 1)
+            log_true = torch.full_like(x0, math.log(float(beta_tilde[row])))
+            nats = gaussian_kl(float(table.c_x0[row]) * (exact - x0), log_true, log_variance)
         bits = nats.flatten(1).mean(1) / math.log(2)
         if not bool(torch.isfinite(bits).all()):
             raise FloatingPointError(f"the model returned NaN or infinity at timestep {t}")
@@ -181,6 +182,12 @@ def _variances(config: SamplerConfig) -> tuple[Array, Array]:
     if sigma_square[-1] == 0 and len(t) > 1:
         sigma_square[-1] = sigma_square[-2]
     return beta_tilde, sigma_square
+
+
+def gaussian_kl(apart: Tensor, log_true: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(m + apart, true) || N(m, variance)) in nats, element by element."""
+    ratios = torch.exp(log_true - log_variance) + apart.square() * torch.exp(-log_variance)
+    return 0.5 * (log_variance - log_true + ratios - 1)
 
 
 def log_decoder(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.likelihood import log_decoder
+from ddpm_fast.likelihood import gaussian_kl, log_decoder
 from ddpm_fast.table import build_table, posterior_variance
 from ddpm_fast.validate import one_of, within
 
@@ -107,8 +107,7 @@ class Loss:
         else:
             log_variance = self._at("log_fixed", t, x_t).expand_as(x_t)
         c_x0, log_true = self._at("c_x0", t, x_t), self._at("log_beta_tilde", t, x_t)
-        apart = (c_x0 * (x_0 - origin)).square()
-        kl = 0.5 * (log_variance - log_true + torch.exp(log_true - log_variance) + apart * torch.exp(-log_variance) - 1)
+        kl = gaussian_kl(c_x0 * (x_0 - origin), log_true, log_variance)
         mean = c_x0 * origin + self._at("c_x", t, x_t) * x_t
         decoder = -log_decoder(x_0, mean, log_variance)
         first = (t == 0).view(-1, *(1,) * (x_t.dim() - 1))
