@@ -5,7 +5,6 @@ benchmarks/results/moons__*.json (`study.py`). Seeds are 0, 1, 2, …, never cho
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from moon_tables import rows_of
 from study import FUSION_STEPS, LAMBDAS, LEVELS, PREVIEWS, STEPS, ends
 from torch import Tensor
 
@@ -29,15 +29,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FOLDER = Path(__file__).parent.parent / "docs" / "figures"
-RESULTS = Path(__file__).parent / "results"
 CONFIG = SamplerConfig()
 ALPHA_BARS = torch.from_numpy(CONFIG.alphas_cumprod())
 QUIET = {"progress": False}
-
-
-def measured(part: str) -> list[dict[str, Any]]:
-    """What `study.py` measured."""
-    return json.loads((RESULTS / f"moons__{part}.json").read_text(encoding="utf-8"))["rows"]
 
 
 def forward() -> Any:
@@ -95,7 +89,7 @@ def previews() -> Any:
         rows.append(list(sample(checkpoint.model, (1, *checkpoint.shape), **options).frames))
     figure = _strip(rows, [f"t = {t}" for t in shown], ["x_t", "guess of x_0"], below=2.2)
     panel = figure.add_axes((0.1, 0.12, 0.88, 0.31))
-    found = measured("previews")
+    found = rows_of("previews")
     for key, style, label in (("distance", "o-", "guess to final image"), ("misfit_median", "s--", "guess to a moon")):
         panel.plot([row["t"] for row in found], [row[key] for row in found], style, label=label)
     panel.set(xlabel="t", ylabel="root mean square", xlim=(1010, -10))
@@ -107,7 +101,7 @@ def previews() -> Any:
 def steps() -> Any:
     """Quality against the number of steps."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    rows = measured("steps")
+    rows = rows_of("steps")
     for name in dict.fromkeys(row["walk"] for row in rows):
         own = [row for row in rows if row["walk"] == name]
         left.plot([row["steps"] for row in own], [row["misfit_median"] for row in own], "o-", markersize=4, label=name)
@@ -143,7 +137,7 @@ def temperature() -> Any:
 
 def fusion() -> Any:
     """Full and half moon fused: the mean of all draws, three draws, and the lit fractions of all."""
-    checkpoint, rows = load_checkpoint(), measured("fusion")
+    checkpoint, rows = load_checkpoint(), rows_of("fusion")
     full, half = (end.expand(64, *checkpoint.shape) for end in ends())
     figure, panels = plt.subplots(
         4 + len(LAMBDAS), len(LEVELS), figsize=(1.6 * len(LEVELS), 9.5), layout="constrained",

@@ -1,20 +1,14 @@
 """The tables of docs/walk.md, from what `study.py` measured."""
 
-import json
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from results import markdown_table as table
+from results import read_result
 
 
 def rows_of(part: str) -> list[dict[str, Any]]:
     """What was measured of a part."""
-    return json.loads((RESULTS / f"moons__{part}.json").read_text(encoding="utf-8"))["rows"]
-
-
-def table(header: str, lines: list[str]) -> str:
-    """A table in Markdown."""
-    return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *lines])
+    return read_result(f"moons__{part}")["rows"]
 
 
 def schedules() -> str:

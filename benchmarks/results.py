@@ -1,7 +1,9 @@
 """Result files: what was measured, on what, from which commit."""
 
 import datetime
+import json
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +49,21 @@ def write_result(name: str, rows: Any, *, folder: Path = FOLDER, commit: str | N
     folder.mkdir(exist_ok=True)
     write_json(path, {"environment": environment(commit), **more, "rows": rows})
     return path
+
+
+def read_result(name: str) -> dict[str, Any]:
+    """What `write_result` wrote to results/<name>.json."""
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def slug(name: str) -> str:
+    """The name for a file: nvidia-h200 for NVIDIA H200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def markdown_table(header: str, lines: list[str]) -> str:
+    """A table under its header."""
+    return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *lines])
 
 
 def _driver() -> str | None:

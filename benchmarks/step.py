@@ -15,7 +15,6 @@ import gc
 import importlib.util
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import FOLDER, write_result
+from results import FOLDER, slug, write_result
 from step_arms import ARMS, CASES, FLOAT32, MAIN, Case, WrongResultError, check, make_problem, memory_needed, missing
 from step_goals import CLAIMED, LARGE, goals
 from step_launch import launch_cost
@@ -197,11 +196,6 @@ def line(row: dict) -> str:
     share = "" if row["share_of_copy"] is None else f"{row['share_of_copy']:7.1%} of copy"
     graph = f", {row['in_graph']['median_us']:.2f} us in a graph" if row.get("in_graph") else ""
     return f"{text}{row['median_us']:10.1f} us {row['GB_per_s']:8.1f} GB/s {share}{graph}"
-
-
-def slug(name: str) -> str:
-    """The name for a file: nvidia-h200 for NVIDIA H200."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def free_memory(device: torch.device) -> Callable[[], int]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import moon_tables
+from results import markdown_table, read_result
 
 from ddpm_fast.files import whole_file
 
@@ -97,7 +98,7 @@ def counts() -> str:
 
 def accelerated() -> str:
     """The originals' loops and the accelerated ones, shortly."""
-    result = _result("cpu__adapters")
+    result = read_result("cpu__adapters")
     operations = {(row["library"], row["walk"]): row for row in result["counts"]}
     ends = _whole_calls(result)
     header = (
@@ -116,12 +117,12 @@ def accelerated() -> str:
             f"| {ends[key]['hoisted_end_to_end_ratio']:.2f} "
             f"| {counted['theirs_operations']:.0f} → {counted['ours_operations']:.0f} |"
         )
-    return _table(header, lines)
+    return markdown_table(header, lines)
 
 
 def adapters() -> str:
     """The same with everything that was measured."""
-    result = _result("cpu__adapters")
+    result = read_result("cpu__adapters")
     ends = _whole_calls(result)
     header = (
         "| | batch | steps | sampler, µs a step: theirs | ours | ratio (of 7 rounds) | `randn`, µs | end to end "
@@ -140,7 +141,7 @@ def adapters() -> str:
             f"| {result['randn_us'][str(row['batch'])]:.0f} | {whole} | {hoisted} "
             f"| {row['largest_difference']:.0e} |"
         )
-    return _table(header, lines)
+    return markdown_table(header, lines)
 
 
 def _whole_calls(result: dict) -> dict[tuple[str, str], dict]:
@@ -152,12 +153,12 @@ def operations() -> str:
     """What torch dispatches for a step."""
     header = "| | operations: theirs | ours | kernels of theirs on a GPU | waits of theirs |"
     lines = []
-    for row in _result("cpu__adapters")["counts"]:
+    for row in read_result("cpu__adapters")["counts"]:
         lines.append(
             f"| {row['library']}, {row['walk']} | {row['theirs_operations']:.0f} | {row['ours_operations']:.1f} "
             f"| {row['theirs_kernels']:.0f} | {row['theirs_waits']:.0f} |"
         )
-    return _table(header, lines)
+    return markdown_table(header, lines)
 
 
 def hoisting() -> str:
@@ -175,7 +176,7 @@ def hoisting() -> str:
             f"| {row['speedup']:.2f} ({row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}) | {row['build_s']:.1f} "
             f"| {row['largest_difference']:.0e} |"
         )
-    return _table(header, lines)
+    return markdown_table(header, lines)
 
 
 def precision() -> str:
@@ -186,7 +187,7 @@ def precision() -> str:
         lines.append(
             f"| {row['network']} | {row['largest']:.1e} | {row['mean']:.1e} | {row['pixels_off_by_one_of_255']:.2%} |"
         )
-    return _table(header, lines)
+    return markdown_table(header, lines)
 
 
 def walks() -> str:
@@ -218,7 +219,7 @@ def walks() -> str:
             cells = [_cell(row, "ms_per_step", ",.3g") for row in shown]
             ratios = [_ratio(ours, key) for key in ("over_shipped", "over_best_compiled")]
             lines.append(f"{title}| {_machine(result)} | " + " | ".join([*cells, *ratios]) + " |")
-    return _table(header, lines)
+    return markdown_table(header, lines)
 
 
 def walk_arms() -> str:
@@ -248,7 +249,7 @@ def walk_arms() -> str:
                     f"| {_ratio(row, 'over_shipped')} | {_ratio(row, 'over_best_compiled')} |"
                 )
             missing = "".join(f"\n\nLeft out: {each['arm']} ({each['reason']})." for each in result["left_out"])
-            pieces.append(f"{heading}:\n\n{_table(header, lines)}{missing}")
+            pieces.append(f"{heading}:\n\n{markdown_table(header, lines)}{missing}")
     return "\n\n".join(pieces) or "Nothing was measured yet."
 
 
@@ -281,7 +282,7 @@ def _ratio(row: dict | None, key: str) -> str:
 
 def bfloat16() -> str:
     """How far half precision is from float32."""
-    found = _result("cpu__adapters")["bfloat16_difference"]
+    found = read_result("cpu__adapters")["bfloat16_difference"]
     return (
         "| 1000 steps, a small U-Net with random weights | diffusers | accelerated |\n|---|---|---|\n"
         f"| network in bfloat16, largest difference to float32 | {found['theirs']:.3f} | {found['ours']:.3f} |"
@@ -315,16 +316,8 @@ def filled(page: str) -> str:
     return text
 
 
-def _table(header: str, lines: list[str]) -> str:
-    return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *lines])
-
-
-def _result(name: str):
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def _rows(name: str):
-    return _result(name)["rows"]
+    return read_result(name)["rows"]
 
 
 def main() -> None:

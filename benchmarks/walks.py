@@ -11,7 +11,6 @@ read it, and benchmarks/tables.py fills the tables from it. Without an installed
 
 import argparse
 import gc
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import FOLDER, write_result
+from results import FOLDER, slug, write_result
 from torch import Tensor
 from walk_arms import ALONE, ARMS, COMPILED, OURS, SHIPPED, Arm, Ours, WrongStepError, check, missing, quiet
 from walk_networks import KINDS, Problem
@@ -321,11 +320,6 @@ def line(row: dict) -> str:
         if found := row.get(f"over_{key}"):
             text += f", {found['ratio']:.2f} x {key} ({found['low']:.2f} to {found['high']:.2f})"
     return text
-
-
-def slug(name: str) -> str:
-    """The name for a file: nvidia-h200 for NVIDIA H200."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def main(arguments: list[str] | None = None) -> int:
