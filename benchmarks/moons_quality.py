@@ -32,7 +32,7 @@ def draw(folder: Path, count: int) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="*", type=Path, default=[EMBEDDED])
+    parser.add_argument("folders", nargs="*", type=Path, default=[EMBEDDED["moons"]])
     parser.add_argument("--count", type=int, default=512)
     arguments = parser.parse_args()
     data = statistics_of(moons.batch(DATA_COUNT, seed=1_000_003))

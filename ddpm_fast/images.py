@@ -84,6 +84,11 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         return json.loads(picture.text[METADATA])  # type: ignore[attr-defined]
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder, in alphabetical order; subfolders are not entered."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+
+
 def read(paths: Sequence[str | os.PathLike], shape: tuple[int, ...]) -> tuple[Bytes, list[str]]:
     """Read pictures of `shape` (C, H, W) from files, folders and arr_0 of .npz: uint8 [N, H, W, C], and their names.
 
@@ -94,7 +99,7 @@ def read(paths: Sequence[str | os.PathLike], shape: tuple[int, ...]) -> tuple[By
     names: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            found = pictures_in(path)
             if not found:
                 raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
         else:
@@ -114,9 +119,10 @@ def shape_of(path: str | os.PathLike) -> tuple[int, int, int]:
     """(C, H, W) of a picture, or of the first in a folder: one channel if it is grey, four if it is transparent."""
     file = Path(path)
     if file.is_dir():
-        file = min((each for each in file.iterdir() if each.suffix.lower() in SUFFIXES), default=file)
-        if file == Path(path):
+        found = pictures_in(file)
+        if not found:
             raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
+        file = found[0]
     if not file.is_file():
         raise ValueError(f"{file} is not there")
     try:

@@ -45,6 +45,9 @@ FAR_FROM_NOISE = 0.1  # of sqrt(alpha_bar_T); of the schedules here at most 0.04
 STATE_FILE = "state.safetensors"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.png"
+MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Batch = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,13 @@ class TrainingConfig:
         ema_decay: the average of the weights forgets at this rate; it starts as a plain mean: min(decay, (1+i)/(10+i)).
         seed: of weights, data, timesteps and noise.
         save_every: steps between two saves of everything that a resumption needs.
-        bf16: run the network under bfloat16 autocast.
+        mixed_precision: run the network under autocast in "bf16" or in "fp16", the latter with a scaled loss (a step
+            whose gradient overflows is left out, and the scale halved); or "no".
         loss: "mse", "vlb" or "hybrid", and
         min_snr_gamma: see `ddpm_fast.losses.Loss`.
         clip_gradient: largest norm of the gradient of all parameters.
+        label_dropout: of a class-conditional network, the share of images that are shown to it as of no class, so that
+            it can be guided (Ho & Salimans 2022); in [0, 1].
     """
 
     steps: int = 10_000
@@ -72,10 +78,11 @@ class TrainingConfig:
     ema_decay: float = 0.999
     seed: int = 0
     save_every: int = 250
-    bf16: bool = True
+    mixed_precision: str = "bf16"
     loss: str = "mse"
     min_snr_gamma: float | None = None
     clip_gradient: float = 1.0
+    label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every"):
@@ -85,7 +92,9 @@ class TrainingConfig:
         within("learning_rate", self.learning_rate, 1e-12, 1.0)
         within("ema_decay", self.ema_decay, 0.0, 1.0)
         within("clip_gradient", self.clip_gradient, 0.0, 1e9, "(]")
+        within("label_dropout", self.label_dropout, 0.0, 1.0)
         one_of("loss", self.loss, LOSSES)
+        one_of("mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimiser step `step` (0-based)."""
@@ -98,7 +107,8 @@ class TrainingConfig:
 class Trainer:
     """Trains a `UNet` on batches from `data(batch_size, seed, step)` and keeps everything in `folder`.
 
-    Data are a function such as `ddpm_fast.data.moons.batch`, or `ddpm_fast.data.pictures.Pictures`.
+    Data are a function such as `ddpm_fast.data.moons.batch`, or `ddpm_fast.data.pictures.Pictures`. For a network
+    with classes, a batch is a pair: images and labels, int64 [batch_size].
 
     Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted run
     that resumes follows the very trajectory of one that was not interrupted. `folder` then holds a
@@ -119,7 +129,7 @@ class Trainer:
         config: TrainingConfig | None = None,
         network: UNetConfig | None = None,
         diffusion: SamplerConfig | None = None,
-        data: Callable[[int, int, int], Tensor] = moons.batch,
+        data: Callable[[int, int, int], Batch] = moons.batch,
         device: str | torch.device = "cpu",
         samples: int = 0,
     ) -> None:
@@ -154,6 +164,8 @@ class Trainer:
             self.model = UNet(self.network).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate)
+        self.precision = MIXED_PRECISIONS[self.config.mixed_precision]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.alpha_bar = torch.from_numpy(self.diffusion.alphas_cumprod()).to(self.device)
         self._network = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.step = 0
@@ -191,17 +203,20 @@ class Trainer:
         tensors |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-        metadata = {"step": str(self.step), "run": json.dumps(self._identity())}
+        scale = json.dumps(self.scaler.state_dict())
+        metadata = {"step": str(self.step), "run": json.dumps(self._identity()), "scaler": scale}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         write_safetensors(self.folder / STATE_FILE, tensors, metadata)
         if self.samples:
             self._draw()
 
     def _draw(self) -> None:
-        """Let the engine draw what the network has learnt so far."""
+        """Let the engine draw what the network has learnt so far; of its classes, one after the other."""
         seeds, steps = range(self.samples), min(50, self.diffusion.num_train_timesteps)
         shape = (len(seeds), self.network.channels, self.network.image_size, self.network.image_size)
         options = {"config": self.diffusion, "sampler": "ddim", "num_inference_steps": steps, "device": self.device}
+        if self.network.num_classes is not None:
+            options["model_kwargs"] = {"class_labels": torch.arange(self.samples) % self.network.num_classes}
         x = sample(self.ema, shape, seeds=seeds, progress=False, **options)
         images.save(
             self.folder / SAMPLES_FILE, to_uint8(x).cpu().numpy(), seeds, {"step": self.step, "model": self.folder.name}
@@ -211,29 +226,47 @@ class Trainer:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
-        x0 = self.data(config.batch_size, config.seed, self.step).to(self.device)
+        x0, labels = self._batch()
         generator = keyed_generator(NOISE_STREAM, config.seed, self.step)
         t = torch.randint(len(self.alpha_bar), (len(x0),), generator=generator).to(self.device)
         noise = torch.randn(x0.shape, generator=generator).to(self.device)
-        x0, t, noise = (whole[self.rank :: self.world] for whole in (x0, t, noise))
+        condition, count = [], self.network.num_classes
+        if labels is not None and count is not None:
+            dropped = torch.rand(len(x0), generator=generator) < config.label_dropout
+            condition = [labels.masked_fill(dropped, count).to(self.device)]
+        x0, t, noise, *condition = (whole[self.rank :: self.world] for whole in (x0, t, noise, *condition))
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt().float() * x0 + (1 - alpha_bar).sqrt().float() * noise
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            prediction = self._network(x_t, t)
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            prediction = self._network(x_t, t, *condition)
         loss = self.loss(prediction, x0, x_t, noise, t).mean()
         value = self._mean(loss)
         self._check_finite("loss", value)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._check_finite(
-            "gradient", torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_gradient).item()
-        )
-        self.optimizer.step()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_gradient).item()
+        if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
+            self._check_finite("gradient", norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         return value
+
+    def _batch(self) -> tuple[Tensor, Tensor | None]:
+        """Images on the device, and labels where the network takes them."""
+        batch = self.data(self.config.batch_size, self.config.seed, self.step)
+        x0, labels = batch if isinstance(batch, tuple) else (batch, None)
+        count = self.network.num_classes
+        if (labels is None) != (count is None):
+            have, takes = "none" if labels is None else "labels", "none" if count is None else f"{count} classes"
+            raise ValueError(f"data and network do not fit: the data have {have}, the network takes {takes}")
+        if labels is not None and count is not None and not 0 <= labels.min() <= labels.max() < count:
+            raise ValueError(f"labels must lie in 0 … {count - 1}, got {labels.min()} … {labels.max()}")
+        return x0.to(self.device), labels
 
     def _mean(self, loss: Tensor) -> float:
         """Over all processes: they go on or stop together."""
@@ -284,7 +317,7 @@ class Trainer:
         tensors = read_safetensors(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        if not metadata.keys() >= {"run", "step"}:
+        if not metadata.keys() >= {"run", "step", "scaler"}:
             raise CheckpointError(f"{path} is not the state of a training run")
         self._refuse_another_run(json.loads(metadata["run"]), path)
         for prefix, module in (("model.", self.model), ("ema.", self.ema)):
@@ -296,6 +329,8 @@ class Trainer:
                 _, index, moment = name.split(".")
                 state.setdefault(int(index), {})[moment] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(json.loads(metadata["scaler"]))
         self.step = int(metadata["step"])
 
 

@@ -87,7 +87,7 @@ def test_embedded():
     assert found.diffusion == SamplerConfig()
     assert all(parameter.isfinite().all() for parameter in found.model.parameters())
     assert found.model(torch.randn(1, 1, 32, 32), torch.tensor([500])).any()  # trained: it starts at zero
-    size = sum(path.stat().st_size for path in EMBEDDED.iterdir())
+    size = sum(path.stat().st_size for path in EMBEDDED["moons"].iterdir())
     assert size < 4e6
 
 

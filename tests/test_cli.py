@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import ddpm_fast
-from ddpm_fast import cli, images
+from ddpm_fast import cli, commands, images
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.edit import interpolate
 from ddpm_fast.engine import Sampler
@@ -206,7 +206,7 @@ def test_likelihood(model, pictures, tmp_path, capsys):
     mean = np.mean([row["total"] for row in found["pictures"]])
     assert f"2 pictures: at most {mean:.4f} bits per dimension" in said
     checkpoint = load_checkpoint(model)
-    x_0, _ = cli._read([str(pictures)], checkpoint.shape)
+    x_0, _ = commands._read([str(pictures)], checkpoint.shape)
     exact = bits_per_dimension(checkpoint.model, x_0, config=checkpoint.diffusion, seeds=[0, 1], progress=False)
     np.testing.assert_allclose([row["total"] for row in found["pictures"]], exact.total, rtol=1e-6)
 

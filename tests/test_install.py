@@ -37,7 +37,8 @@ from ddpm_fast.kernels import to_uint8
 from ddpm_fast.models import checkpoint
 assert isinstance(ddpm_fast.sample, types.ModuleType)
 files = [ddpm_fast.__file__, ddpm_fast.kernels.__file__, to_uint8.__code__.co_filename]
-print(json.dumps([files, str(checkpoint.EMBEDDED), Path(checkpoint.EMBEDDED).is_dir()]))
+weights = checkpoint.EMBEDDED["moons"]
+print(json.dumps([files, str(weights), Path(weights).is_dir()]))
 """
 
 
@@ -163,7 +164,7 @@ def test_editable_install(tree, tmp_path):
     binaries = tmp_path / "env" / "bin"
     run("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", tree, cwd=tmp_path, bin=binaries)
     with open(tree / "ddpm_fast" / "models" / "checkpoint.py", "a") as file:
-        file.write("EMBEDDED = 'edited'\n")  # what is edited is what runs
+        file.write("EMBEDDED = {'moons': 'edited'}\n")  # what is edited is what runs
     files, weights, _ = json.loads(run("-c", IMPORT, cwd=tmp_path, bin=binaries))
     assert Path(files[0]) == tree / "ddpm_fast" / "__init__.py"
     assert [Path(file).resolve().parent for file in files[1:]] == 2 * [tree / "kernels"]

@@ -142,7 +142,14 @@ def test_networks_learn_by_every_loss(prediction_type, kind, variance_type, tmp_
     learned = variance_type == "learned_range"
     network = TINY.__class__(**{**TINY.to_dict(), "learned_variance": learned})
     diffusion = SamplerConfig(num_train_timesteps=T, prediction_type=prediction_type, variance_type=variance_type)
-    options = {"batch_size": 8, "learning_rate": 1e-2, "warmup": 5, "save_every": 20, "loss": kind, "bf16": False}
+    options = {
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "warmup": 5,
+        "save_every": 20,
+        "loss": kind,
+        "mixed_precision": "no",
+    }
     config = TrainingConfig(steps=80, **options)
     Trainer(tmp_path / "a", config, network, diffusion, small_moons).run(progress=False)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]

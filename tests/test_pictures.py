@@ -32,7 +32,7 @@ def scaled(pixels):
 
 
 def test_every_picture_once_an_epoch_in_another_order(folder):
-    data = Pictures(folder)
+    data = Pictures.read(folder)
     assert (len(data), data.shape) == (7, (3, 8, 8))
     drawn = seen(data, 2, 7).reshape(2, 7, -1)  # two epochs
     expected = scaled(PIXELS).flatten(1)
@@ -45,16 +45,16 @@ def test_every_picture_once_an_epoch_in_another_order(folder):
 
 
 def test_a_batch_depends_on_seed_and_step_alone(folder):
-    data = Pictures(folder, flip=True)
+    data = Pictures.read(folder, flip=True)
     later = data(3, 5, 8)
     seen(data, 3, 4, seed=2)
     assert torch.equal(data(3, 5, 8), later)
-    assert torch.equal(Pictures(folder, flip=True)(3, 5, 8), later)
+    assert torch.equal(Pictures.read(folder, flip=True)(3, 5, 8), later)
     assert not torch.equal(data(3, 6, 8), later)
 
 
 def test_half_are_mirrored(folder):
-    plain, flipped = seen(Pictures(folder), 7, 60), seen(Pictures(folder, flip=True), 7, 60)
+    plain, flipped = seen(Pictures.read(folder), 7, 60), seen(Pictures.read(folder, flip=True), 7, 60)
     same = (plain == flipped).flatten(1).all(1)
     mirrored = (plain.flip(3) == flipped).flatten(1).all(1)
     assert bool((same ^ mirrored).all())
@@ -66,7 +66,7 @@ def test_arrays(tmp_path, kind):
     arrays = {"npz": PIXELS, "npy": PIXELS, "grey": PIXELS[..., 0], "float": scaled(PIXELS).numpy()}
     path = tmp_path / ("data.npz" if kind == "npz" else "data.npy")
     (np.savez if kind == "npz" else np.save)(path, arrays[kind])
-    data = Pictures(path)
+    data = Pictures.read(path)
     assert data.shape == ((1 if kind == "grey" else 3), 8, 8)
     expected = scaled(PIXELS[..., :1] if kind == "grey" else PIXELS)
     drawn = seen(data, 7, 1).flatten(1).sum(1).sort().values
@@ -86,7 +86,7 @@ def test_arrays(tmp_path, kind):
 def test_bad_folders_are_named(folder, spoil, message):
     spoil(folder)
     with pytest.raises(ValueError, match=message):
-        Pictures(folder)
+        Pictures.read(folder)
 
 
 @pytest.mark.parametrize(
@@ -103,11 +103,11 @@ def test_bad_folders_are_named(folder, spoil, message):
 def test_bad_arrays_are_named(tmp_path, array, message):
     np.save(tmp_path / "data.npy", array)
     with pytest.raises(ValueError, match=rf"data\.npy.*{message}"):
-        Pictures(tmp_path / "data.npy")
+        Pictures.read(tmp_path / "data.npy")
     with pytest.raises(ValueError, match="is not there"):
-        Pictures(tmp_path / "none.npy")
+        Pictures.read(tmp_path / "none.npy")
     with pytest.raises(ValueError, match="is not there"):
-        Pictures(tmp_path / "none")
+        Pictures.read(tmp_path / "none")
 
 
 def command(folder, *arguments):
@@ -141,7 +141,7 @@ def test_what_the_command_refuses(folder, tmp_path, capsys):
     np.save(tmp_path / "wide.npy", np.zeros((2, 8, 16, 1), np.uint8))
     for options, message in (
         (["--data", str(tmp_path / "wide.npy")], "pictures must be square, got 8 x 16"),
-        (["--flip"], "--flip is for pictures of --data"),
+        (["--flip"], "--flip is for pictures"),
         (["--data", str(tmp_path / "none")], "is not there"),
         (["--loss", "vlb", "--min-snr", "5"], "min_snr_gamma weighs the squared error"),
     ):

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm_fast import cli, images
+from ddpm_fast import cli, commands, images
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
 from ddpm_fast.kernels import to_uint8
@@ -236,7 +236,7 @@ from ddpm_fast.training import Trainer
 distributed.init_process_group("gloo")
 stop = int(sys.argv[2])
 data = interrupt_at(stop) if stop else small_moons
-run = Trainer(sys.argv[1], replace(CONFIG, bf16=False), TINY, DIFFUSION, data)
+run = Trainer(sys.argv[1], replace(CONFIG, mixed_precision="no"), TINY, DIFFUSION, data)
 assert run.world == 2
 try:
     run.run(progress=False)
@@ -264,7 +264,7 @@ def test_two_processes_train_as_one(tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
-    trainer(tmp_path / "one", dataclasses.replace(CONFIG, bf16=False)).run(progress=False)
+    trainer(tmp_path / "one", dataclasses.replace(CONFIG, mixed_precision="no")).run(progress=False)
     torchrun(tmp_path / "two")
     a, b = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
     assert a.keys() == b.keys()
@@ -399,7 +399,7 @@ def test_the_average_of_the_weights(tmp_path):
 def test_the_network_sees_q_of_x_t_and_learns_the_noise(tmp_path):
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise; a network that says 0 has the loss noise^2."""
     x0 = torch.full((64, 1, 8, 8), 0.5)
-    config = TrainingConfig(steps=1, batch_size=64, save_every=1, bf16=False)
+    config = TrainingConfig(steps=1, batch_size=64, save_every=1, mixed_precision="no")
     run = trainer(tmp_path, config, data=lambda count, seed, step: x0)
     seen = []
     run.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
@@ -483,16 +483,16 @@ def test_command_trains_and_resumes(tmp_path, monkeypatch, capsys):
     def small(data):
         return lambda folder, config, **given: Trainer(folder, config, TINY, DIFFUSION, data)
 
-    monkeypatch.setattr(cli, "Trainer", small(small_moons))
+    monkeypatch.setattr(commands, "Trainer", small(small_moons))
     assert command(tmp_path / "a", "--quiet") == 0
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(cli, "Trainer", small(interrupt_at(3)))
+    monkeypatch.setattr(commands, "Trainer", small(interrupt_at(3)))
     assert command(tmp_path / "b", "--quiet") == 130
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("ddpm-fast: interrupted")
     assert err.count("\n") == 1
-    monkeypatch.setattr(cli, "Trainer", small(small_moons))
+    monkeypatch.setattr(commands, "Trainer", small(small_moons))
     assert command(tmp_path / "b") == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == f"resuming {tmp_path / 'b'} at step 2 of 4"
@@ -539,6 +539,8 @@ def test_command_says_when_the_loss_is_nan(tmp_path, monkeypatch, capsys):
     def data(*_):
         return torch.full((2, 1, 8, 8), math.nan)
 
-    monkeypatch.setattr(cli, "Trainer", lambda folder, config, **given: Trainer(folder, config, TINY, DIFFUSION, data))
+    monkeypatch.setattr(
+        commands, "Trainer", lambda folder, config, **given: Trainer(folder, config, TINY, DIFFUSION, data)
+    )
     assert command(tmp_path, "--quiet") == 1
     assert capsys.readouterr().err.startswith("ddpm-fast: the loss became nan at step 0")

@@ -19,6 +19,7 @@ from ddpm_fast.config import SamplerConfig
 from ddpm_fast.models.checkpoint import (
     Checkpoint,
     CheckpointError,
+    Classes,
     load_checkpoint,
     load_weights,
     read_weights_only,
@@ -45,10 +46,10 @@ def load_model(
     """Load a model with what it was trained for.
 
     Args:
-        source: a checkpoint folder of this package; a diffusers folder, of a DDPMPipeline, a DDIMPipeline or a
-            UNet2DModel; a lucidrains Trainer's `model-N.pt`; a guided- or improved-diffusion checkpoint; or
-            "module:factory", a function that returns one of these models, or (model, shape) or (model, shape, config),
-            shape (C, H, W) and config a `SamplerConfig` or its fields.
+        source: "moons" or "digits", the embedded models; a checkpoint folder of this package; a diffusers folder, of a
+            DDPMPipeline, a DDIMPipeline or a UNet2DModel; a lucidrains Trainer's `model-N.pt`; a guided- or
+            improved-diffusion checkpoint; or "module:factory", a function that returns one of these models, or
+            (model, shape) or (model, shape, config), shape (C, H, W) and config a `SamplerConfig` or its fields.
         arguments: of a diffusers folder: changes to the configuration, fields of `SamplerConfig`. Of a Trainer's file:
             {"unet": {…}, "diffusion": {…}}, what Unet and GaussianDiffusion were made with. Of a guided-diffusion
             file: its MODEL_FLAGS and DIFFUSION_FLAGS, and use_ddim and clip_denoised. Of a factory: its keywords.
@@ -151,7 +152,7 @@ def _from_diffusers(folder: Path, kind: str, arguments: Arguments) -> Checkpoint
         raise CheckpointError(f"{folder} cannot be loaded as a {kind}: {str(error).splitlines()[0]}") from error
     found = _of_unet(loaded, SamplerConfig()) if kind == "UNet2DModel" else _of_pipeline(loaded)
     config = SamplerConfig.from_options(arguments, found.diffusion)
-    return Checkpoint(found.model, config, found.shape, found.about, found.label)
+    return Checkpoint(found.model, config, found.shape, found.about, found.classes)
 
 
 def _of_pipeline(pipeline: Any) -> Checkpoint:
@@ -179,10 +180,9 @@ def _of_unet(unet: Any, config: SamplerConfig) -> Checkpoint:
     if size is None:
         raise ValueError("the UNet2DModel does not say how large its images are: sample_size is missing in its config")
     sizes = (size, size) if isinstance(size, int) else tuple(size)
-    label = None
-    if getattr(unet.config, "num_class_embeds", None):
-        label = ("class_labels", int(unet.config.num_class_embeds))
-    return Checkpoint(unet, config, (unet.config.in_channels, *sizes), {}, label)
+    count = getattr(unet.config, "num_class_embeds", None)
+    classes = Classes("class_labels", int(count)) if count else None
+    return Checkpoint(unet, config, (unet.config.in_channels, *sizes), {}, classes)
 
 
 # denoising-diffusion-pytorch, guided-diffusion, improved-diffusion
@@ -297,10 +297,10 @@ def _from_guided(path: Path, arguments: Arguments) -> Checkpoint:
     )
     if flags.get("use_fp16"):
         model.convert_to_fp16()
-    classes = getattr(model, "num_classes", None)
+    count = getattr(model, "num_classes", None)
     size = int(flags["image_size"])
     rescaled = Retimed(model, scaled_times(steps, 1000 / steps)) if diffusion.rescale_timesteps else model
-    return Checkpoint(rescaled, config, (3, size, size), {}, ("y", classes) if classes else None)
+    return Checkpoint(rescaled, config, (3, size, size), {}, Classes("y", count) if count else None)
 
 
 def _guided_library() -> Any:

@@ -1,1 +1,1 @@
-"""Data sets that ship with the package: procedural, so nothing is downloaded."""
+"""Training data: moons, drawn; digits, from scikit-learn; pictures of one's own."""

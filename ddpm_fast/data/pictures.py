@@ -1,10 +1,12 @@
-"""Images on disk as training data: a folder of pictures, an .npy or an .npz."""
+"""Images as training data: a folder of pictures or of folders, an .npy or an .npz; with classes or without."""
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_fast import images
@@ -17,38 +19,68 @@ class Pictures:
     """Batches of images, each image once an epoch; a batch depends on (batch size, seed, step) alone.
 
     Args:
-        path: a folder of pictures of one size (their first decides size and channels; subfolders are not entered); an
-            .npz or .npy with uint8 [N, H, W, C] or [N, H, W], or float [N, C, H, W] on [-1, 1].
+        pixels: uint8 [N, C, H, W], or float32 on [-1, 1].
+        name: of the data.
         flip: mirror every other image, at random, left to right.
+        labels: int64 [N], 0 … len(classes) - 1: batches are then pairs, of images and labels.
+        classes: their names.
 
     Attributes:
         shape: (C, H, W).
-        about: what tells these data from others: name, count, shape, flip, a checksum of the pixels.
-
-    Raises:
-        ValueError: names the file that is missing, unreadable, of another size, or with values outside the range.
+        classes: None without labels.
+        about: what tells these data from others: name, count, shape, flip, classes, a checksum.
     """
 
-    def __init__(self, path: str | Path, flip: bool = False) -> None:
+    def __init__(
+        self,
+        pixels: Tensor,
+        name: str,
+        flip: bool = False,
+        labels: Tensor | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self._pixels, self._labels, self.flip = pixels, labels, flip
+        self.shape = tuple(pixels.shape[1:])
+        self.classes = None if classes is None else list(classes)
+        checksum = zlib.crc32(pixels.numpy().tobytes())
+        if labels is not None:
+            checksum = zlib.crc32(labels.numpy().tobytes(), checksum)
+        self.about = {"name": name, "count": len(self), "shape": list(self.shape), "flip": flip, "checksum": checksum}
+        if self.classes is not None:
+            self.about["classes"] = self.classes
+        self._orders: dict[tuple[int, int], Tensor] = {}
+
+    @classmethod
+    def read(cls, path: str | Path, flip: bool = False) -> "Pictures":
+        """Read images from disk.
+
+        Args:
+            path: a folder of pictures of one size (the first decides size and channels); a folder of such folders,
+                each a class; an .npy or .npz with uint8 [N, H, W, C] or [N, H, W], or float [N, C, H, W] on [-1, 1],
+                and in an .npz perhaps labels: integers [N], in the array "labels", or in arr_1 as guided-diffusion
+                writes them.
+            flip: see `Pictures`.
+
+        Raises:
+            ValueError: names the file that is missing, unreadable, of another size, or with values outside the range.
+        """
         path = Path(path)
         if path.suffix.lower() in (".npy", ".npz"):
-            self._pixels = _array(path)
-        else:
-            found, _ = images.read([path], images.shape_of(path))
-            self._pixels = torch.from_numpy(found).permute(0, 3, 1, 2).contiguous()
-        self.flip = flip
-        self.shape = tuple(self._pixels.shape[1:])
-        checksum = zlib.crc32(self._pixels.numpy().tobytes())
-        self.about = {
-            "name": path.name, "count": len(self), "shape": list(self.shape), "flip": flip, "checksum": checksum,
-        }  # fmt: skip
-        self._orders: dict[tuple[int, int], Tensor] = {}
+            pixels, labels = _arrays(path)
+            classes = None if labels is None else [str(number) for number in range(int(labels.max()) + 1)]
+            return cls(pixels, path.name, flip, labels, classes)
+        folders = _class_folders(path)
+        if not folders:
+            return cls(_folder([path], path), path.name, flip)
+        counts = [len(images.pictures_in(folder)) for folder in folders]
+        labels = torch.arange(len(folders)).repeat_interleave(torch.tensor(counts))
+        return cls(_folder(folders, folders[0]), path.name, flip, labels, [folder.name for folder in folders])
 
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def __call__(self, count: int, seed: int, step: int) -> Tensor:
-        """Batch number `step`: float32 [count, C, H, W] on [-1, 1]."""
+    def __call__(self, count: int, seed: int, step: int) -> Tensor | tuple[Tensor, Tensor]:
+        """Batch number `step`: float32 [count, C, H, W] on [-1, 1]; and labels, int64 [count], where there are some."""
         places = range(step * count, (step + 1) * count)
         rows = torch.stack([self._order(seed, place // len(self))[place % len(self)] for place in places])
         batch = self._pixels[rows]
@@ -56,7 +88,7 @@ class Pictures:
         if self.flip:
             mirrored = torch.rand(count, generator=keyed_generator(FLIP_STREAM, seed, step)) < 0.5
             batch[mirrored] = batch[mirrored].flip(3)
-        return batch
+        return batch if self._labels is None else (batch, self._labels[rows])
 
     def _order(self, seed: int, epoch: int) -> Tensor:
         if (seed, epoch) not in self._orders:
@@ -65,15 +97,34 @@ class Pictures:
         return self._orders[seed, epoch]
 
 
-def _array(path: Path) -> Tensor:
-    """uint8 or float32 [N, C, H, W]."""
+def _class_folders(path: Path) -> list[Path]:
+    """The folders in a folder that holds no pictures itself: its classes, in alphabetical order."""
+    if not path.is_dir() or images.pictures_in(path):
+        return []
+    return sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+
+
+def _folder(paths: Sequence[Path], first: Path) -> Tensor:
+    """The pictures of folders: uint8 [N, C, H, W], all of the size of the first."""
+    pixels, _ = images.read(paths, images.shape_of(first))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
+    """Images, uint8 or float32 [N, C, H, W], and labels, int64 [N], where there are some."""
     try:
         found = np.load(path, allow_pickle=False)
-        found = found["arr_0"] if path.suffix.lower() == ".npz" else found
+        names = set(found.files) if path.suffix.lower() == ".npz" else set()
+        pixels = found["arr_0"] if names else found
+        labels = next((found[name] for name in ("labels", "arr_1") if name in names), None)
     except FileNotFoundError:
         raise ValueError(f"{path} is not there") from None
     except Exception as error:  # a file of another kind can fail in any way
         raise ValueError(f"{path} cannot be read: {error}") from error
+    return _checked_pixels(path, pixels), None if labels is None else _checked_labels(path, labels, len(pixels))
+
+
+def _checked_pixels(path: Path, found: NDArray) -> Tensor:
     got = f"{found.dtype} {found.shape}"
     if not found.size:
         raise ValueError(f"{path} holds no image, got {got}")
@@ -86,3 +137,9 @@ def _array(path: Path) -> Tensor:
             raise ValueError(f"{path} must lie on [-1, 1], got values from {low:g} to {high:g}")
         return torch.from_numpy(found.astype(np.float32))
     raise ValueError(f"{path} must hold uint8 [N, H, W, C] or float [N, C, H, W], got {got}")
+
+
+def _checked_labels(path: Path, found: NDArray, count: int) -> Tensor:
+    if found.shape != (count,) or not np.issubdtype(found.dtype, np.integer) or found.min() < 0:
+        raise ValueError(f"{path}: labels must be integers [{count}] from 0 on, got {found.dtype} {found.shape}")
+    return torch.from_numpy(found.astype(np.int64))

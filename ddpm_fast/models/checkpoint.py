@@ -19,11 +19,29 @@ from ddpm_fast.validate import known_names
 FORMAT = "ddpm_fast.checkpoint.v1"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-EMBEDDED = Path(__file__).parent.parent / "weights" / "moons32"
+EMBEDDED = {
+    "moons": Path(__file__).parent.parent / "weights" / "moons32",
+    "digits": Path(__file__).parent.parent / "weights" / "digits8",
+}
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, truncated, or not one of ours."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How a class-conditional network is told a class.
+
+    Attributes:
+        keyword: its argument, int64 [B].
+        count: of classes, 0 … count - 1.
+        none: the number that says "no class"; None where the network was not taught one.
+    """
+
+    keyword: str
+    count: int
+    none: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,14 +53,14 @@ class Checkpoint:
         diffusion: what it was trained on: schedule, prediction type; the defaults of sampling from it.
         shape: shape of one sample, (C, H, W).
         about: anything else that config.json says (data set, training).
-        label: of a class-conditional network, the keyword that it takes a class by, and how many classes there are.
+        classes: of a class-conditional network.
     """
 
     model: Any
     diffusion: SamplerConfig
     shape: tuple[int, ...]
     about: dict[str, Any]
-    label: tuple[str, int] | None = None
+    classes: Classes | None = None
 
 
 def save_checkpoint(
@@ -61,13 +79,15 @@ def save_checkpoint(
     write_json(path / CONFIG_FILE, config)
 
 
-def load_checkpoint(folder: str | os.PathLike = EMBEDDED, device: str | torch.device = "cpu") -> Checkpoint:
-    """Load a checkpoint folder; without one, the moon model that ships with the package.
+def load_checkpoint(folder: str | os.PathLike = "moons", device: str | torch.device = "cpu") -> Checkpoint:
+    """Load a checkpoint folder; or, where no folder has such a name, the model "moons" or "digits" of the package.
 
     Raises:
         CheckpointError: in one sentence, what is missing or broken.
     """
     path = Path(folder)
+    if not path.exists():
+        path = EMBEDDED.get(str(folder), path)
     if path.is_file():
         raise CheckpointError(f"{path} is a file: a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not path.is_dir():
@@ -85,7 +105,9 @@ def load_checkpoint(folder: str | os.PathLike = EMBEDDED, device: str | torch.de
     weights = {name: value.float() for name, value in weights.items()}
     load_weights(model, weights, f"{path / WEIGHTS_FILE} does not fit its config.json")
     shape = (unet_config.channels, unet_config.image_size, unet_config.image_size)
-    return Checkpoint(model.eval().requires_grad_(False).to(device), sampler_config, shape, config)
+    count = unet_config.num_classes
+    classes = None if count is None else Classes("class_labels", count, none=count)
+    return Checkpoint(model.eval().requires_grad_(False).to(device), sampler_config, shape, config, classes)
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

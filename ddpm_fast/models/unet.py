@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ class UNetConfig:
         heads: attention heads.
         groups: groups of every GroupNorm.
         learned_variance: whether the output has twice the channels, the second half for the variance.
+        num_classes: of a class-conditional network, which knows one class more: `num_classes` itself says "no class".
     """
 
     channels: int = 1
@@ -35,6 +37,7 @@ class UNetConfig:
     heads: int = 4
     groups: int = 8
     learned_variance: bool = False
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("widths", "attention"):
@@ -46,6 +49,8 @@ class UNetConfig:
         for width in self.widths:
             whole("widths", width, 1)
         one_of("learned_variance", self.learned_variance, (True, False))
+        if self.num_classes is not None:
+            whole("num_classes", self.num_classes, 1)
         for attend in self.attention:
             one_of("attention", attend, (True, False))
         if not self.widths or self.widths[0] % 2:
@@ -58,6 +63,16 @@ class UNetConfig:
             raise ValueError(
                 f"every width must be divisible by groups and heads, got {self.widths}, {self.groups}, {self.heads}"
             )
+
+    @classmethod
+    def for_images(cls, channels: int, image_size: int, **fields: Any) -> "UNetConfig":
+        """The network for images of a size: up to four levels, down to 4 x 4 pixels, the lower half with attention."""
+        levels = 1
+        while levels < 4 and image_size % 2**levels == 0 and image_size // 2**levels >= 4:
+            levels += 1
+        widths = fields.pop("widths", None) or cls.widths[:levels]
+        attention = tuple(level >= len(widths) // 2 for level in range(len(widths)))
+        return cls(channels=channels, image_size=image_size, widths=widths, attention=attention, **fields)
 
     def to_dict(self) -> dict:
         """Return the fields as JSON-ready values."""
@@ -130,7 +145,8 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """Noise-prediction network: model(x, t) with x [B, C, H, W] and t [B] (integers or floats) gives [B, C, H, W].
 
-    With a learned variance it gives [B, 2C, H, W].
+    With a learned variance it gives [B, 2C, H, W]. With classes it is model(x, t, class_labels), labels int64 [B] in
+    0 … num_classes, the last of which is "no class", as if none were given (Ho & Salimans 2022).
     """
 
     def __init__(self, config: UNetConfig | None = None) -> None:
@@ -138,8 +154,11 @@ class UNet(nn.Module):
         self.config = config = config or UNetConfig()
         widths = config.widths
         self.embed = nn.Sequential(
-            nn.Linear(widths[0], config.embedding), nn.SiLU(), nn.Linear(config.embedding, config.embedding), nn.SiLU()
+            nn.Linear(widths[0], config.embedding), nn.SiLU(), nn.Linear(config.embedding, config.embedding)
         )
+        if config.num_classes is not None:
+            self.embed_class = nn.Embedding(config.num_classes + 1, config.embedding)
+            nn.init.normal_(self.embed_class.weight, std=0.02)
         self.enter = nn.Conv2d(config.channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         self.shrink = nn.ModuleList()
@@ -160,7 +179,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.leave[-1].bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Predict the noise in x [B, C, H, W] at timesteps t [B]; H and W divisible by 2^(levels - 1)."""
         channels, unit = self.config.channels, 2 ** len(self.shrink)
         if x.dim() != 4 or x.shape[1] != channels or x.shape[2] % unit or x.shape[3] % unit:
@@ -168,6 +187,13 @@ class UNet(nn.Module):
                 f"x must be [B, {channels}, H, W] with H and W divisible by {unit}, got shape {tuple(x.shape)}"
             )
         embedding = self.embed(timestep_embedding(t, self.config.widths[0]).to(self.enter.weight.dtype))
+        if self.config.num_classes is not None:
+            if class_labels is None:
+                class_labels = torch.full((len(x),), self.config.num_classes, device=x.device)
+            embedding = embedding + self.embed_class(class_labels)
+        elif class_labels is not None:
+            raise ValueError("the network knows no classes, got class_labels")
+        embedding = F.silu(embedding)
         x = self.enter(x)
         skips = []
         for level, stage in enumerate(self.down):
