@@ -12,11 +12,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from digits_quality import draw
 from moon_tables import rows_of
 from study import FUSION_STEPS, LAMBDAS, LEVELS, PREVIEWS, STEPS, ends
 from torch import Tensor
 
 from ddpm_fast.data import moons
+from ddpm_fast.data.digits import halves
 from ddpm_fast.edit import inpaint, interpolate
 from ddpm_fast.files import whole_file
 from ddpm_fast.kernels import q_sample, q_step
@@ -177,6 +179,18 @@ def inpainting() -> Any:
     return _strip(rows, [""] * 10, ["the moon", "known", "plain walk", "10 resamplings"])
 
 
+def digits() -> Any:
+    """Digits asked for and drawn, each over the one that is nearest to it of all that the model has seen."""
+    seen, _ = halves()
+    rows, labels = [], []
+    for guidance in (1.0, 2.0):
+        found = draw("digits", 20, guidance, **QUIET).images
+        rows.append(list(found[:, None]))
+        rows.append(list(seen.images[torch.cdist(found.flatten(1), seen.images.flatten(1)).argmin(1)][:, None]))
+        labels += [f"guidance {guidance:g}", "nearest seen"]
+    return _strip(rows, [str(seed % 10) for seed in range(20)], labels)
+
+
 def _strip(rows: list[list[Tensor]], titles: list[str], labels: list[str], below: float = 0.0) -> Any:
     """Pictures in rows; `below` leaves room, in inches."""
     columns = len(rows[0])
@@ -204,7 +218,8 @@ def _show(panel: Any, picture: Tensor) -> None:
 
 
 FIGURES: dict[str, Callable[[], Any]] = {
-    figure.__name__: figure for figure in (forward, points, previews, steps, collapse, temperature, fusion, inpainting)
+    figure.__name__: figure
+    for figure in (forward, points, previews, steps, collapse, temperature, fusion, inpainting, digits)
 }
 
 

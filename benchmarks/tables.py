@@ -289,17 +289,38 @@ def bfloat16() -> str:
     )
 
 
+def digits() -> str:
+    """Digits drawn by the embedded model: legible, various, and none that it has seen."""
+    lines = []
+    for row in _rows("digits__quality"):
+        guidance = row["guidance"]
+        name = "no class" if guidance is None else "guidance 1, the model's law" if guidance == 1 else f"{guidance:g}"
+        name = "the data, each among the others" if row["digits"] == "data" else name
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
+        lines.append(
+            f"| {name} | {row['count']} | {accuracy} | {row['diversity']:.0%} | {row['to_seen_median']:.3f} "
+            f"| {row['to_unseen_median']:.3f} | {row['to_seen_smallest']:.3f} "
+            f"| {row['nearer_to_seen']:.0%} ± {row['nearer_to_seen_error']:.0%} |"
+        )
+    return markdown_table(
+        "| digits | count | read as asked for | spread within a class | to the nearest seen one "
+        "| to the nearest unseen one | to a seen one, smallest | nearer to a seen one |",
+        lines,
+    )
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "accelerated": accelerated,
         "quality": quality,
+        "digits": digits,
         "overhead": overhead,
         "counts": counts,
         "step": step,
         "walks": walks,
     },
     "docs/benchmarks.md": {"walk_arms": walk_arms},
-    "docs/walk.md": moon_tables.TABLES,
+    "docs/walk.md": {**moon_tables.TABLES, "digits": digits},
     "docs/migration.md": {"bfloat16": bfloat16, "adapters": adapters, "operations": operations},
     "docs/network.md": {"hoisting": hoisting, "precision": precision},
 }
