@@ -1,6 +1,7 @@
 """The engine: buffers, table and graph built once, then walks from noise to data."""
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise
 from ddpm_fast.progress import Show
 from ddpm_fast.seeding import Seeds, resolve_seeds
+from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, resolve_windows
 from ddpm_fast.table import StepTable, build_table
 
 logger = logging.getLogger("ddpm_fast")
@@ -37,12 +39,14 @@ class SampleResult:
         frames: [K, B, C, ...]: the states after K chosen steps ("trajectory"), or the x_0 estimates there ("x0"); None
             for "result".
         frame_timesteps: the K timesteps that those steps started from.
+        speculation: of a speculative walk, its windows, calls and acceptance.
     """
 
     sample: Any
     seeds: list[int] | None
     frames: Tensor | None
     frame_timesteps: list[int]
+    speculation: Speculation | None = None
 
 
 class Sampler:
@@ -61,6 +65,10 @@ class Sampler:
             float32.
         execution, steps_per_replay, backend, optimize, memory_format, compile, tf32: how it is executed: CUDA graphs,
             kernels, and what is done to make the network faster (`ddpm_fast.execution.Execution`).
+        speculate: draw in a few dozen sequential network calls instead of one a step (`ddpm_fast.speculate`): True
+            measures network and model and chooses how many steps to draft at once; a whole number of steps, or
+            {timestep: steps}. Samples have the same law, but are not the images of the walk one step at a time; given
+            seeds and windows they are always the same. Costs more network evaluations in all.
         config: a `SamplerConfig`, such as a checkpoint's; the options are changes to it.
         table: the rows to walk, instead of those that the config describes (`ddpm_fast.edit` has some); of the config
             the clipping remains.
@@ -70,6 +78,7 @@ class Sampler:
         config: the resolved `SamplerConfig`.
         table: its `StepTable`.
         last_seeds: the seeds of the last call; None before it, and after one with generators.
+        windows: how many steps are drafted at once, by timestep; None without speculation.
 
     Raises:
         ValueError, TypeError: in one sentence, what does not fit, before any network call.
@@ -94,6 +103,7 @@ class Sampler:
         memory_format: str | None = None,
         compile: bool = False,
         tf32: bool | None = None,
+        speculate: Speculate = False,
         config: SamplerConfig | None = None,
         table: StepTable | None = None,
         **options: Any,
@@ -111,13 +121,18 @@ class Sampler:
         self.decode = decode
         self.last_seeds: list[int] | None = None
         self._lock, self._walking = threading.RLock(), False
-        self.loop = Loop(
-            self.network,
-            self.table,
-            Clipping.of(self.config),
-            guidance=per_sample("guidance_scale", guidance_scale, self.shape[0], self.device),
-            how=how,
+        clipping = Clipping.of(self.config)
+        scale = per_sample("guidance_scale", guidance_scale, self.shape[0], self.device)
+        make = functools.partial(
+            SpeculativeLoop, model, table=self.table, clipping=clipping, device=self.device, dtype=dtype
         )
+        given: dict[str, Any] = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": scale}
+        self.windows = resolve_windows(speculate, make, self.shape, given, how)
+        self.loop: Loop | SpeculativeLoop
+        if self.windows is None or self.windows.sequential:
+            self.loop = Loop(self.network, self.table, clipping, guidance=scale, how=how)
+        else:
+            self.loop = make(self.shape, windows=self.windows, how=how, **given)
 
     def __call__(
         self,
@@ -162,22 +177,31 @@ class Sampler:
         check_callable("callback", callback)
         keep = kept_steps(output, output_steps, len(self.table))
         with self._alone():
-            noise = self._make_noise(seeds, generator)
             checked_start(x_T, self.shape)
+            if self.windows is not None:
+                self._check_speculative(generator, known, watched=output not in ("sample", "result") or callback)
+            noise = self._make_noise(seeds, generator)
             held = checked_known(known, mask, self.shape)
             if held is not None and generator is not None:
                 raise ValueError("a known image is noised from seeds: not with a generator")
-            if model_kwargs is not None or uncond_kwargs is not None:
-                self.network.update_kwargs(model_kwargs or {}, uncond_kwargs)
-            frames: list[Tensor] = []
-            previews = output == "x0"
-            watched = bool(keep) or callback is not None
             loop = self.loop
-            for done in loop.steps(noise, x_T, known=held, previews=previews, every_step=watched, progress=progress):
-                if done - 1 in keep:
-                    frames.append((loop.x0 if previews else loop.x).clone())  # type: ignore[union-attr]
-                if callback is not None:
-                    callback(done - 1, int(self.table.timestep[done - 1]), loop.x.clone())
+            if model_kwargs is not None or uncond_kwargs is not None:
+                taker = self.network if isinstance(loop, Loop) else loop
+                taker.update_kwargs(model_kwargs or {}, uncond_kwargs)
+            frames: list[Tensor] = []
+            if isinstance(loop, SpeculativeLoop):
+                loop.run(noise, x_T, progress=progress)  # type: ignore[arg-type]
+            else:
+                previews = output == "x0"
+                watched = bool(keep) or callback is not None
+                walk = loop.steps(
+                    noise, x_T, known=held, previews=previews, every_step=watched, progress=progress
+                )  # fmt: skip
+                for done in walk:
+                    if done - 1 in keep:
+                        frames.append((loop.x0 if previews else loop.x).clone())  # type: ignore[union-attr]
+                    if callback is not None:
+                        callback(done - 1, int(self.table.timestep[done - 1]), loop.x.clone())
             with on_device(self.device), torch.no_grad():
                 sample = loop.x.clone()
                 if self.decode is not None:
@@ -185,12 +209,34 @@ class Sampler:
             if output == "sample":
                 return sample
             timesteps = self.table.timestep[sorted(keep)].tolist()
-            return SampleResult(sample, self.last_seeds, torch.stack(frames) if frames else None, timesteps)
+            speculation = None if self.windows is None else self._speculation()
+            return SampleResult(
+                sample, self.last_seeds, torch.stack(frames) if frames else None, timesteps, speculation
+            )
 
     def free(self) -> None:
         """Let go of the recorded graphs and their memory; the next call records anew."""
         with self._alone():
             self.loop.free()
+
+    def _speculation(self) -> Speculation:
+        """What the last walk did."""
+        if isinstance(self.loop, SpeculativeLoop):
+            assert self.loop.last is not None
+            return self.loop.last
+        return Speculation.sequential(self.table.timestep)
+
+    def _check_speculative(self, generator: Any, known: Any, watched: Any) -> None:
+        """Raise for what goes step by step."""
+        if generator is not None:
+            raise ValueError("speculate draws its noise from seeds, which any order of steps can do: not a generator")
+        if known is not None:
+            raise ValueError("speculate does not inpaint: a known image is put in after every step")
+        if watched:
+            raise ValueError(
+                "speculate gives the samples alone (output 'sample' or 'result'): the steps of a batch are not taken "
+                "together, so that there is no state after each"
+            )
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -35,6 +35,7 @@ class Stream(enum.IntEnum):
     FORWARD = 2  # q_sample
     INPAINT = 3  # the known image, noised to the level of the step
     FORWARD_STEP = 4  # q_step
+    ACCEPT = 5  # speculative sampling's tests: the first word of counter j = 0, as a uniform
 
 
 _MASK = 0xFFFFFFFF
@@ -87,14 +88,16 @@ def normals(
     key = (seeds & _MASK)[:, None], (seeds >> 32 & _MASK)[:, None]
     ids = noise_ids.long()[:, None]
     visits = visit.long()[:, None] if isinstance(visit, Tensor) else visit
-    rows = max(1, _BLOCK // q)
+    used = min(q, n)  # a sample of fewer elements has one lane, and that is not full
+    rows = max(1, _BLOCK // used)
     for start in range(0, len(seeds), rows):
         part = slice(start, start + rows)
-        for left in range(0, q, _BLOCK):
-            j = torch.arange(left, min(left + _BLOCK, q), device=seeds.device)[None]
+        for left in range(0, used, _BLOCK):
+            right = min(left + _BLOCK, used)
+            j = torch.arange(left, right, device=seeds.device)[None]
             visited = visits[part] if isinstance(visits, Tensor) else visits
             words = philox_4x32((j, ids[part], int(stream), visited), (key[0][part], key[1][part]))
-            _box_muller(words, z[part, :, left : left + _BLOCK])
+            _box_muller(words, z[part, :, left:right])
     return z.view(len(seeds), 4 * q)[:, :n].contiguous()
 
 

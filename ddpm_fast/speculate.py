@@ -1,0 +1,342 @@
+"""Speculative sampling: a walk in few sequential network calls, of the same law (kernels/speculate.py)."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddpm_fast.execution import DEFAULT, Execution, tf32
+from ddpm_fast.graph import GraphPool, StepGraph, can_capture, seconds
+from ddpm_fast.kernels.dispatch import choose_backend, on_device
+from ddpm_fast.kernels.speculate import Outcome, implementation
+from ddpm_fast.kernels.speculate import Progress as Column
+from ddpm_fast.kernels.threshold import threshold_bound
+from ddpm_fast.loop import Clipping
+from ddpm_fast.network import Model, Network
+from ddpm_fast.noise import PhiloxNoise
+from ddpm_fast.progress import Progress, Show
+from ddpm_fast.table import StepTable
+from ddpm_fast.windows import PAYS, WIDTHS, GuessErrors, Windows, choose_windows
+
+Speculate = bool | int | Mapping[int, int] | Windows
+
+PILOT = 16  # drafts at once of the walk that measures how good guesses are
+LOOK = 4  # rounds between two looks at where the samples are, on a GPU, whose queue a look empties
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What a speculative walk did.
+
+    Attributes:
+        windows: {timestep: window}; with the seeds it makes the images again.
+        calls: network calls, one after the other.
+        volume: network evaluations, over those of a walk one step at a time; drafts that were computed in vain count,
+            and so do rows of the batch that were idle.
+        timesteps: of the steps.
+        acceptance: share of the samples whose draft was accepted, for each of the steps.
+    """
+
+    windows: dict[int, int]
+    calls: int
+    volume: float
+    timesteps: NDArray[np.int64]
+    acceptance: NDArray[np.float64]
+
+    @classmethod
+    def sequential(cls, timesteps: NDArray[np.int64]) -> "Speculation":
+        """Of a walk one step at a time."""
+        return cls({0: 1}, len(timesteps), 1.0, timesteps, np.ones(len(timesteps)))
+
+    def accepted(self, low: int, high: int) -> float:
+        """Share of drafts that were accepted at timesteps low … high - 1; NaN where there is no step."""
+        found = self.acceptance[(self.timesteps >= low) & (self.timesteps < high)]
+        return float(found.mean()) if len(found) else float("nan")
+
+
+class SpeculativeLoop:
+    """Walks a table with a network, several steps a call, with noise from seeds.
+
+    Args:
+        model, shape, model_kwargs, uncond_kwargs, device, dtype: those of `Network`, for a batch of samples.
+        table: the rows to walk; without learned variances.
+        clipping: of the origin estimate.
+        windows: the drafts of every round.
+        guidance: float32 [B], where the network is guided.
+        how: it is executed; steps_per_replay counts for nothing.
+
+    Attributes:
+        x: the states, float32 [B, C, ...].
+        last: what the last walk did.
+        watch: with one sample and without graphs, called with the estimates of the origin that a round committed.
+
+    Raises:
+        ValueError: a table with learned variances, whose drafts have another covariance than what they stand for.
+    """
+
+    @torch.inference_mode(False)  # buffers made inside it could not be written outside
+    def __init__(
+        self,
+        model: Model,
+        shape: tuple[int, ...],
+        *,
+        table: StepTable,
+        clipping: Clipping,
+        windows: Windows,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        guidance: Tensor | None = None,
+        how: Execution = DEFAULT,
+    ) -> None:
+        check_table(table)
+        self.table, self.clipping, self.windows, self.how, self.device = table, clipping, windows, how, device
+        self.shape = shape
+        self.model, self.dtype, self.guidance = model, dtype, guidance
+        self.execution = how.execution
+        self.backend = choose_backend(device, how.backend)
+        self.last: Speculation | None = None
+        self.watch: Callable[[Tensor], Any] | None = None
+        self._kwargs = dict(model_kwargs or {}), uncond_kwargs
+        self._by_row = np.minimum(windows.rows(table.timestep), np.arange(len(table), 0, -1))
+        self._widths = sorted(set(windows.rows(table.timestep).tolist()))
+        self._networks: dict[int, Network] = {}
+        self._graphs: dict[int, StepGraph] = {}
+        self._pool = GraphPool()
+        self._draft, self._verify, self._decide, self._commit = implementation(self.backend)
+
+        batch, room, steps = shape[0], self._widths[-1], len(table)
+        self.x = torch.zeros(shape, device=device)
+        self._drafts, self._noise, self._guess = (torch.zeros(batch, room, *shape[1:], device=device) for _ in range(3))
+        self._dots = torch.zeros(batch, room, self._parts(), 2, dtype=self._sums(), device=device)
+        self._progress = torch.zeros(batch, len(Column), dtype=torch.int32, device=device)
+        self._factor = torch.zeros(batch, device=device)
+        self._rejected = torch.zeros(batch, steps, dtype=torch.uint8, device=device)
+        self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._window_rows = torch.from_numpy(windows.rows(table.timestep)).to(device)
+        self._coefficients, self._ids = table.coefficients(device), table.ids(device)
+
+    def run(self, noise: PhiloxNoise, x_T: Tensor | None = None, *, progress: Show = None) -> Tensor:
+        """Walk to the end and return a copy of x: float32 [B, C, ...].
+
+        Raises:
+            FloatingPointError: NaN, or an infinity that no clipping bounds; says between which steps.
+        """
+        steps, batch = len(self.table), self.shape[0]
+        with self._settings():
+            self._start(noise, x_T)
+        bar = Progress(steps, self.device, progress, every=1)
+        calls = evaluations = reached = 0
+        rounds = LOOK if self.device.type == "cuda" else 1
+        finished = False
+        try:
+            while reached < steps:
+                with self._settings():
+                    rows = self._progress[:, Column.ROW].tolist()
+                    width = self._width(rows, rounds)
+                    for _ in range(rounds):
+                        self._round(width)
+                calls, evaluations = calls + rounds, evaluations + rounds * batch * width
+                before, reached = reached, int(self._progress[:, Column.ROW].min())
+                if self.watch is not None:
+                    self.watch(self._guess[0, : reached - before])
+                bar.advance(reached - before)
+                if not bool(torch.isfinite(self.x).all()):
+                    raise FloatingPointError(self._not_finite_error(before, reached))
+            finished = True
+        finally:
+            bar.close(finished)
+        accepted = 1 - self._rejected.double().mean(0)
+        self.last = Speculation(
+            self.windows.to_dict(), calls, evaluations / (batch * steps), self.table.timestep, accepted.cpu().numpy()
+        )
+        return self.x.clone()
+
+    def update_kwargs(self, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> None:
+        """New values of what the model is given; see `Network.update_kwargs`."""
+        for width, network in self._networks.items():
+            network.update_kwargs(self._repeated(model_kwargs, width), self._repeated(uncond_kwargs, width))
+        self._kwargs = dict(model_kwargs), uncond_kwargs
+
+    def free(self) -> None:
+        """Let go of the recorded graphs."""
+        self._graphs.clear()
+
+    def network(self, width: int) -> Network:
+        """The network for `width` drafts of every sample."""
+        if width not in self._networks:
+            batch, channels = self.shape[0] * width, self.shape[1] * (2 if self.table.doubled else 1)
+            given, unconditional = (self._repeated(kwargs, width) for kwargs in self._kwargs)
+            shape = (batch, *self.shape[1:])
+            network = Network(self.model, shape, channels, given, unconditional, self.device, self.dtype)
+            if self.how.at_once:
+                network.prepare(self.table.timestep.tolist(), self.how)
+            self._networks[width] = network
+        return self._networks[width]
+
+    def seconds(self, width: int) -> float:
+        """How long a call with so many drafts of every sample takes."""
+        network = self.network(width)
+        with self._settings():
+            return seconds(network, self.device)
+
+    def _repeated(self, kwargs: Mapping[str, Any] | None, width: int) -> Any:
+        """The keywords for every draft."""
+        batch = self.shape[0]
+        return kwargs and {
+            name: value.repeat_interleave(width, 0)
+            if isinstance(value, Tensor) and value.dim() and len(value) == batch
+            else value
+            for name, value in kwargs.items()
+        }
+
+    def _start(self, noise: PhiloxNoise, x_T: Tensor | None) -> None:
+        for network in self._networks.values():
+            if network.refresh():
+                self._graphs.clear()
+        self._seeds.copy_(noise.seeds)  # type: ignore[arg-type]
+        self.x.copy_(noise.x_T() if x_T is None else x_T)
+        self._guess.zero_()  # before anything is known
+        self._rejected.zero_()
+        self._progress.zero_()
+        self._progress[:, Column.EVALUATED] = 1
+        self._progress[:, Column.OUTCOME] = Outcome.DONE
+
+    def _width(self, rows: Sequence[int], rounds: int) -> int:
+        """The narrowest network that has room for the windows of samples in these rows, and where they may get to."""
+        needed = 1
+        for row in rows:
+            needed = max([needed, *self._by_row[row : row + 1 + (rounds - 1) * self._widths[-1]].tolist()])
+        return next(width for width in self._widths if width >= needed)
+
+    def _round(self, width: int) -> None:
+        network = self.network(width)
+        if self.execution == "eager" or not can_capture(self.device):
+            self._iterate(network, width)
+            return
+        if width not in self._graphs:
+            kept = [buffer.clone() for buffer in self._state()]
+            self._graphs[width] = StepGraph(lambda: self._iterate(network, width), self.device, self._pool)
+            for buffer, value in zip(self._state(), kept, strict=True):  # recording runs rounds for real
+                buffer.copy_(value)
+        self._graphs[width].replay()
+
+    def _state(self) -> tuple[Tensor, ...]:
+        return self.x, self._guess, self._progress, self._rejected
+
+    def _iterate(self, network: Network, width: int) -> None:
+        """One round, on the fixed buffers."""
+        drafted = self._drafts, self._noise, self._guess
+        self._draft(
+            self.x, self._guess, self._progress, self._window_rows, self._coefficients, self._ids, self._seeds, width,
+            drafts=self._drafts, noise=self._noise, model_input=network.input, timestep=network.timestep,
+        )  # fmt: skip
+        output = network()
+        how = self._limits(output, width)
+        self._verify(
+            *drafted, output, self._progress, self._window_rows, self._coefficients, width, dots=self._dots, **how
+        )
+        self._decide(
+            self._dots, self._progress, self._window_rows, self._coefficients, self._ids, self._seeds, width,
+            factor=self._factor, rejected=self._rejected,
+        )  # fmt: skip
+        self._commit(
+            self.x, *drafted, output, self._progress, self._factor, self._window_rows, self._coefficients, width, **how
+        )
+
+    def _limits(self, output: Tensor, width: int) -> dict[str, Any]:
+        """Clipping and guidance of every draft."""
+        guidance = None if self.guidance is None else self.guidance.repeat_interleave(width)
+        if self.clipping.ratio is None:
+            return {"clip": self.clipping.limit, "guidance": guidance}
+        ahead = torch.arange(width, device=self.device, dtype=torch.int32)
+        rows = (self._progress[:, Column.ROW, None] + ahead).clamp(max=len(self.table) - 1).flatten()
+        bound = threshold_bound(
+            self._drafts[:, :width].flatten(0, 1).contiguous(), output, self._coefficients, rows,
+            ratio=self.clipping.ratio, max_value=self.clipping.max_value, guidance=guidance, backend=self.backend,
+        )  # fmt: skip
+        return {"bound": bound, "guidance": guidance}
+
+    def _parts(self) -> int:
+        if self.backend == "torch":
+            return 1
+        from ddpm_fast.kernels.speculate_triton import parts
+
+        return parts(self.x[0].numel())
+
+    def _sums(self) -> torch.dtype:
+        return torch.float64 if self.backend == "torch" else torch.float32
+
+    @contextlib.contextmanager
+    def _settings(self):
+        """What torch is set to while the network and the rounds run."""
+        with on_device(self.device), torch.no_grad(), tf32(self.how.tf32 if self.device.type == "cuda" else None):
+            yield
+
+    def _not_finite_error(self, low: int, high: int) -> str:
+        bad = (~torch.isfinite(self.x).flatten(1).all(1)).nonzero().flatten().tolist()
+        return (
+            f"the model returned NaN or infinity in steps {low} to {high} of {len(self.table)} "
+            f"(timestep {self.table.timestep[low]} and below), for sample {', '.join(map(str, bad[:5]))} of the batch"
+        )
+
+
+def resolve_windows(
+    speculate: Speculate, make: Callable[..., SpeculativeLoop], shape: tuple[int, ...], given: Mapping[str, Any],
+    how: Execution,
+) -> Windows | None:  # fmt: skip
+    """The windows that `speculate` names; chosen by measurement if it is True; None if it is False.
+
+    Args:
+        speculate: see `Sampler`.
+        make: a `SpeculativeLoop` of everything but what follows.
+        shape: of the batch.
+        given: model_kwargs, uncond_kwargs and guidance, for the batch.
+        how: the walk is executed.
+    """
+    if speculate is False:
+        return None
+    if speculate is not True:
+        return Windows.of(speculate)
+    plain = replace(how, optimize=None, memory_format=None, compile=False)
+    loop = make(shape, windows=Windows.of(WIDTHS[-1]), how=plain, **given)
+    costs: dict[int, float] = {}
+    for width in WIDTHS:
+        try:
+            costs[width] = loop.seconds(width)
+        except torch.OutOfMemoryError:
+            break
+        if width > 1 and costs[width] > 1.9 * costs[width // 2]:
+            break  # wider ones save nothing
+    if all(costs[width] * PAYS > width * costs[1] for width in costs if width > 1):
+        return Windows.of(1)
+    one = {name: _first(value, shape[0]) for name, value in given.items()}
+    pilot = make((1, *shape[1:]), windows=Windows.of(PILOT), how=replace(plain, execution="eager"), **one)
+    errors = GuessErrors(pilot.table)
+    pilot.watch = errors.add
+    pilot.run(PhiloxNoise([0], pilot.shape, pilot.table, pilot.device, pilot.backend), progress=False)
+    return choose_windows(pilot.table, errors.squares, costs)
+
+
+def _first(value: Any, batch: int) -> Any:
+    """What is given for the first sample of the batch."""
+    if isinstance(value, Mapping):
+        return {name: _first(each, batch) for name, each in value.items()}
+    return value[:1] if isinstance(value, Tensor) and value.dim() and len(value) == batch else value
+
+
+def check_table(table: StepTable) -> None:
+    """Raise ValueError for a table that cannot be speculated on."""
+    if table.learned:
+        raise ValueError(
+            "speculate needs a variance that is fixed: drafts with a learned one (variance_type 'learned' or "
+            "'learned_range') differ from what they stand for in covariance; take 'fixed_small' or 'fixed_large'"
+        )
+    if len(np.unique(table.noise_id[table.sigma != 0])) < int((table.sigma != 0).sum()):
+        raise ValueError("speculate needs noise of its own in every row: this table uses a noise id twice")
