@@ -35,7 +35,7 @@ bench-gpu: $(PEERS)  ## whole walks on a GPU, under nine minutes a part: make be
 	$(if $(PART),$(BIN)/python benchmarks/walk_plot.py && $(BIN)/python benchmarks/tables.py)
 
 figures: $(READY)  ## every picture of docs/walk.md, minutes; STUDY=1 measures anew what they show, half an hour
-	$(if $(STUDY),$(BIN)/python benchmarks/study.py)
+	$(if $(STUDY),$(BIN)/python benchmarks/study.py && $(BIN)/python benchmarks/digits_quality.py)
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python benchmarks/tables.py
 

@@ -183,6 +183,7 @@ class TestLayout:
             "FORWARD": 2,
             "INPAINT": 3,
             "FORWARD_STEP": 4,
+            "ACCEPT": 5,
         }
 
     @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**63 - 1, 2**63, 2**64 - 1])
