@@ -1,0 +1,385 @@
+"""The kernels behind a round of speculative sampling; `kernels.speculate` is their contract."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ddpm_fast.kernels.dispatch import ptx, warps
+from ddpm_fast.kernels.layout import with_layout
+from ddpm_fast.kernels.philox import Stream, quarter
+from ddpm_fast.kernels.philox_triton import philox_4x32, polar4, tie, uniform
+from ddpm_fast.kernels.speculate import Outcome, Progress
+from ddpm_fast.kernels.step_triton import to_float32
+from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, load4, sample_index
+
+COLUMNS = tl.constexpr(11)
+STEP = tl.constexpr(int(Stream.STEP))
+ACCEPT = tl.constexpr(int(Stream.ACCEPT))
+PROGRESS = tl.constexpr(len(Progress))
+ROW = tl.constexpr(int(Progress.ROW))
+START = tl.constexpr(int(Progress.START))
+EVALUATED = tl.constexpr(int(Progress.EVALUATED))
+TAKEN = tl.constexpr(int(Progress.TAKEN))
+OUTCOME = tl.constexpr(int(Progress.OUTCOME))
+ACCEPTED = tl.constexpr(int(Outcome.ACCEPTED))
+REJECTED = tl.constexpr(int(Outcome.REJECTED))
+PLAIN = tl.constexpr(int(Outcome.PLAIN))
+DONE = tl.constexpr(int(Outcome.DONE))
+
+
+@triton.jit
+def window_count(windows_ptr, row, steps, WIDTH: tl.constexpr):
+    """Drafts of a round that begins in `row`; 0 past the end."""
+    window = tl.load(windows_ptr + tl.minimum(row, steps - 1))
+    return tl.minimum(tl.minimum(window, WIDTH), steps - row)
+
+
+@triton.jit
+def mean_scales(p_row):
+    """What guess and state are multiplied by in the mean of a draft."""
+    through_output = tl.load(p_row + 4) / tl.load(p_row + 1)
+    return tl.load(p_row + 2) + through_output, tl.load(p_row + 3) - through_output * tl.load(p_row)
+
+
+@triton.jit
+def distance_scales(p_row, sigma):
+    """What the clipped and the raw estimate's errors are multiplied by in D."""
+    inverse = tl.where(sigma == 0, 0.0, 1 / tl.where(sigma == 0, 1.0, sigma))
+    return tl.load(p_row + 2) * inverse, tl.load(p_row + 4) / tl.load(p_row + 1) * inverse
+
+
+@triton.jit
+def estimate(x, out, a, b, limit, CLIP: tl.constexpr):
+    """The estimate of the origin, raw and clipped."""
+    raw = a * x + b * out
+    origin = raw
+    if CLIP != "none":
+        origin = tl.clamp(raw, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    if CLIP == "bound":
+        origin = origin / limit
+    return raw, origin
+
+
+@triton.jit
+def draft_lane(y, radius, direction, guess, mask, o_guess, o_room, o_input, guess_ptr, drafts_ptr, noise_ptr, input_ptr,
+               twin, g_scale, y_scale, sigma, GUIDED: tl.constexpr):  # fmt: skip
+    """Write what belongs to a draft, and return the next one."""
+    z = radius * direction
+    tl.store(guess_ptr + o_guess, guess, mask=mask)
+    tl.store(drafts_ptr + o_room, y, mask=mask)
+    tl.store(noise_ptr + o_room, z, mask=mask)
+    rounded = y.to(input_ptr.dtype.element_ty)
+    tl.store(input_ptr + o_input, rounded, mask=mask)
+    if GUIDED:
+        tl.store(input_ptr + twin + o_input, rounded, mask=mask)
+    return g_scale * guess + y_scale * y + sigma * z
+
+
+@triton.jit(do_not_specialize=["steps", "batch"])
+def draft_kernel(
+    x_ptr, guess_ptr, drafts_ptr, noise_ptr, input_ptr, timestep_ptr, progress_ptr, windows_ptr, coefficients_ptr,
+    ids_ptr, seeds_ptr, steps, batch, room, n, q,
+    GUIDED: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program takes PARTS blocks of counters of one sample through all of its drafts."""
+    i_sample = sample_index()
+    if i_sample >= batch:
+        return
+    p_progress = progress_ptr + i_sample * PROGRESS
+    row = tl.load(p_progress + ROW)
+    count = window_count(windows_ptr, row, steps, WIDTH)
+    if count <= 0:
+        return
+    evaluated = tl.load(p_progress + EVALUATED)
+    taken = tl.load(p_progress + TAKEN)
+    seed = tl.load(seeds_ptr + i_sample)
+    wide = i_sample.to(tl.int64)
+    o_sample = wide * n
+    o_first = wide * room * n
+    o_input = wide * WIDTH * n
+    twin = batch.to(tl.int64) * WIDTH * n  # to the other half of a guided input
+
+    if tl.program_id(0) == 0:
+        for k in range(WIDTH):
+            if k < count:
+                timestep = tl.load(ids_ptr + (row + k) * 2).to(tl.int64)
+                tl.store(timestep_ptr + wide * WIDTH + k, timestep)
+                if GUIDED:
+                    tl.store(timestep_ptr + batch.to(tl.int64) * WIDTH + wide * WIDTH + k, timestep)
+
+    for part in tl.static_range(PARTS):
+        start = block_start(part, BLOCK)
+        if start < q:
+            j = start + tl.arange(0, BLOCK)
+            begins, masks = lanes(j, n, q)
+            y0, y1, y2, y3 = load4(x_ptr + o_sample, begins, j, masks)
+            for k in range(WIDTH):
+                if k < count:
+                    p_row = coefficients_ptr + (row + k) * COLUMNS
+                    sigma = tl.load(p_row + 5)
+                    g_scale, y_scale = mean_scales(p_row)
+                    source = tl.minimum(taken + k, evaluated - 1).to(tl.int64)
+                    guesses = load4(guess_ptr + o_first + source * n, begins, j, masks)
+                    noise_id = tl.load(ids_ptr + (row + k) * 2 + 1)
+                    radii, directions = polar4(seed, tie(j, y0), noise_id, STEP, 0, sigma * 0 + 1, PTX)
+                    o_k = o_first + k * n
+                    o_in = o_input + k * n
+                    y0 = draft_lane(y0, radii[0], directions[0], guesses[0], masks[0], o_k + begins[0] + j,
+                                    o_k + begins[0] + j, o_in + begins[0] + j, guess_ptr, drafts_ptr, noise_ptr,
+                                    input_ptr, twin, g_scale, y_scale, sigma, GUIDED)  # fmt: skip
+                    y1 = draft_lane(y1, radii[1], directions[1], guesses[1], masks[1], o_k + begins[1] + j,
+                                    o_k + begins[1] + j, o_in + begins[1] + j, guess_ptr, drafts_ptr, noise_ptr,
+                                    input_ptr, twin, g_scale, y_scale, sigma, GUIDED)  # fmt: skip
+                    y2 = draft_lane(y2, radii[2], directions[2], guesses[2], masks[2], o_k + begins[2] + j,
+                                    o_k + begins[2] + j, o_in + begins[2] + j, guess_ptr, drafts_ptr, noise_ptr,
+                                    input_ptr, twin, g_scale, y_scale, sigma, GUIDED)  # fmt: skip
+                    y3 = draft_lane(y3, radii[3], directions[3], guesses[3], masks[3], o_k + begins[3] + j,
+                                    o_k + begins[3] + j, o_in + begins[3] + j, guess_ptr, drafts_ptr, noise_ptr,
+                                    input_ptr, twin, g_scale, y_scale, sigma, GUIDED)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["steps", "batch"])
+def verify_kernel(
+    drafts_ptr, noise_ptr, guess_ptr, output_ptr, bound_ptr, guidance_ptr, dots_ptr, progress_ptr, windows_ptr,
+    coefficients_ptr, clip, steps, batch, room, n, q, output_batch,
+    CLIP: tl.constexpr,  # "none", "fixed" or "bound"
+    GUIDED: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program takes PARTS blocks of counters of one draft."""
+    i_draft = sample_index()
+    if i_draft >= batch * WIDTH:
+        return
+    i_sample = i_draft // WIDTH
+    k = i_draft % WIDTH
+    row = tl.load(progress_ptr + i_sample * PROGRESS + ROW)
+    if k >= window_count(windows_ptr, row, steps, WIDTH):
+        return
+    p_row = coefficients_ptr + (row + k) * COLUMNS
+    a = tl.load(p_row)
+    b = tl.load(p_row + 1)
+    clipped_scale, raw_scale = distance_scales(p_row, tl.load(p_row + 5))
+    limit = a * 0
+    if CLIP == "fixed":
+        limit = clip
+    if CLIP == "bound":
+        limit = tl.load(bound_ptr + i_draft)
+    if GUIDED:
+        guidance = tl.load(guidance_ptr + i_draft)
+    o_room = (i_sample.to(tl.int64) * room + k) * n
+    p_output = output_ptr + i_draft.to(tl.int64) * output_batch
+    p_unconditional = p_output + (batch * WIDTH).to(tl.int64) * output_batch
+    along = a * 0
+    square = a * 0
+    for part in tl.static_range(PARTS):
+        start = block_start(part, BLOCK)
+        if start < q:
+            j = start + tl.arange(0, BLOCK)
+            begins, masks = lanes(j, n, q)
+            ys = load4(drafts_ptr + o_room, begins, j, masks)
+            zs = load4(noise_ptr + o_room, begins, j, masks)
+            guesses = load4(guess_ptr + o_room, begins, j, masks)
+            outs = load4(p_output, begins, j, masks)
+            if GUIDED:
+                unconditionals = load4(p_unconditional, begins, j, masks)
+            for lane in tl.static_range(4):
+                out = to_float32(outs[lane], PTX)
+                if GUIDED:
+                    unconditional = to_float32(unconditionals[lane], PTX)
+                    out = unconditional + guidance * (out - unconditional)
+                raw, origin = estimate(ys[lane], out, a, b, limit, CLIP)
+                apart = clipped_scale * (origin - guesses[lane]) + raw_scale * (raw - guesses[lane])
+                apart = tl.where(masks[lane], apart, 0.0)
+                along += tl.sum(tl.where(masks[lane], apart * zs[lane], 0.0), 0)
+                square += tl.sum(apart * apart, 0)
+    parts = tl.num_programs(0)
+    p_dots = dots_ptr + ((i_sample.to(tl.int64) * room + k) * parts + tl.program_id(0)) * 2
+    tl.store(p_dots, along)
+    tl.store(p_dots + 1, square)
+
+
+@triton.jit(do_not_specialize=["steps", "parts"])
+def decide_kernel(
+    dots_ptr, factor_ptr, rejected_ptr, progress_ptr, windows_ptr, coefficients_ptr, ids_ptr, seeds_ptr,
+    steps, room, parts, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program decides for one sample; sums are taken in one order, whatever the launch."""
+    i_sample = tl.program_id(0)
+    p_progress = progress_ptr + i_sample * PROGRESS
+    row = tl.load(p_progress + ROW)
+    count = window_count(windows_ptr, row, steps, WIDTH)
+    seed = tl.load(seeds_ptr + i_sample)
+    p_dots = dots_ptr + i_sample.to(tl.int64) * room * parts * 2
+    alive = row * 0 + 1
+    taken = row * 0
+    outcome = row * 0 + ACCEPTED
+    factor = tl.load(coefficients_ptr) * 0
+    for k in range(WIDTH):
+        if (k < count) & (alive == 1):
+            sigma = tl.load(coefficients_ptr + (row + k) * COLUMNS + 5)
+            along = sigma * 0
+            square = sigma * 0
+            for start in range(0, parts, BLOCK):
+                part = start + tl.arange(0, BLOCK)
+                p_parts = p_dots + (k * parts + part) * 2
+                along += tl.sum(tl.load(p_parts, mask=part < parts, other=0.0), 0)
+                square += tl.sum(tl.load(p_parts + 1, mask=part < parts, other=0.0), 0)
+            noise_id = tl.load(ids_ptr + (row + k) * 2 + 1)
+            word, _, _, _ = philox_4x32(seed, row * 0, noise_id, ACCEPT, 0, False)
+            plain = (sigma == 0) | (count == 1)
+            accepted = (tl.log(uniform(word)) <= along - square / 2) & (plain == 0)
+            taken = k + 1 + row * 0
+            if accepted == 0:
+                alive = alive * 0
+                outcome = tl.where(plain, PLAIN, REJECTED) + row * 0
+                factor = tl.where(plain, 0.0, 2 * along / tl.where(plain, 1.0, square))
+    if count <= 0:
+        outcome = row * 0 + DONE
+    if outcome == REJECTED:
+        tl.store(rejected_ptr + i_sample.to(tl.int64) * steps + row + taken - 1, 1)
+    tl.store(factor_ptr + i_sample, factor)
+    tl.store(p_progress + ROW, row + taken)
+    tl.store(p_progress + START, row)
+    tl.store(p_progress + EVALUATED, tl.maximum(count, 0))
+    tl.store(p_progress + TAKEN, taken)
+    tl.store(p_progress + OUTCOME, outcome)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def commit_kernel(
+    x_ptr, drafts_ptr, noise_ptr, guess_ptr, output_ptr, bound_ptr, guidance_ptr, factor_ptr, progress_ptr,
+    coefficients_ptr, clip, batch, room, n, q, output_batch,
+    CLIP: tl.constexpr, GUIDED: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program takes PARTS blocks of counters of one sample."""
+    i_sample = sample_index()
+    if i_sample >= batch:
+        return
+    p_progress = progress_ptr + i_sample * PROGRESS
+    first = tl.load(p_progress + START)
+    evaluated = tl.load(p_progress + EVALUATED)
+    taken = tl.load(p_progress + TAKEN)
+    accepted = tl.load(p_progress + OUTCOME) == ACCEPTED
+    factor = tl.load(factor_ptr + i_sample)
+    wide = i_sample.to(tl.int64)
+    p_first = output_ptr + wide * WIDTH * output_batch
+    to_unconditional = (batch * WIDTH).to(tl.int64) * output_batch
+    for part in tl.static_range(PARTS):
+        start = block_start(part, BLOCK)
+        if start < q:
+            j = start + tl.arange(0, BLOCK)
+            begins, masks = lanes(j, n, q)
+            for k in range(WIDTH):
+                if k < evaluated:
+                    p_row = coefficients_ptr + (first + k) * COLUMNS
+                    a = tl.load(p_row)
+                    b = tl.load(p_row + 1)
+                    limit = a * 0
+                    if CLIP == "fixed":
+                        limit = clip
+                    if CLIP == "bound":
+                        limit = tl.load(bound_ptr + i_sample * WIDTH + k)
+                    if GUIDED:
+                        guidance = tl.load(guidance_ptr + i_sample * WIDTH + k)
+                    o_room = (wide * room + k) * n
+                    p_output = p_first + k * output_batch
+                    ys = load4(drafts_ptr + o_room, begins, j, masks)
+                    guesses = load4(guess_ptr + o_room, begins, j, masks)
+                    outs = load4(p_output, begins, j, masks)
+                    if GUIDED:
+                        unconditionals = load4(p_output + to_unconditional, begins, j, masks)
+                    for lane in tl.static_range(4):
+                        y = ys[lane]
+                        guess = guesses[lane]
+                        out = to_float32(outs[lane], PTX)
+                        if GUIDED:
+                            unconditional = to_float32(unconditionals[lane], PTX)
+                            out = unconditional + guidance * (out - unconditional)
+                        raw, origin = estimate(y, out, a, b, limit, CLIP)
+                        tl.store(guess_ptr + o_room + begins[lane] + j, origin, mask=masks[lane])
+                        if k == taken - 1:
+                            sigma = tl.load(p_row + 5)
+                            z = tl.load(noise_ptr + o_room + begins[lane] + j, mask=masks[lane])
+                            if accepted:
+                                g_scale, y_scale = mean_scales(p_row)
+                                new = g_scale * guess + y_scale * y + sigma * z
+                            else:
+                                clipped_scale, raw_scale = distance_scales(p_row, sigma)
+                                apart = clipped_scale * (origin - guess) + raw_scale * (raw - guess)
+                                new = tl.load(p_row + 2) * origin + tl.load(p_row + 3) * y + tl.load(p_row + 4) * out
+                                new += sigma * (z - factor * apart)
+                            tl.store(x_ptr + wide * n + begins[lane] + j, new, mask=masks[lane])
+
+
+def parts(n: int) -> int:
+    """Programs that a draft of n elements is divided among."""
+    return grid(1, n)[0]
+
+
+def draft_triton(
+    x: Tensor, guess: Tensor, progress: Tensor, windows: Tensor, coefficients: Tensor, ids: Tensor, seeds: Tensor,
+    width: int, *, drafts: Tensor, noise: Tensor, model_input: Tensor, timestep: Tensor,
+) -> None:  # fmt: skip
+    """Launch `draft_kernel`."""
+    batch, n = len(x), x[0].numel()
+    guided = len(model_input) > batch * width
+    target = model_input if with_layout(model_input)[1].row_major else model_input.new_empty(model_input.shape)
+    draft_kernel[grid(batch, n)](
+        x, guess, drafts, noise, target, timestep, progress, windows, coefficients, ids, seeds,
+        len(coefficients), batch, guess.shape[1], n, quarter(n),
+        GUIDED=guided, WIDTH=width, PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
+    )  # fmt: skip
+    if target is not model_input:
+        model_input.copy_(target)
+
+
+def verify_triton(
+    drafts: Tensor, noise: Tensor, guess: Tensor, output: Tensor, progress: Tensor, windows: Tensor,
+    coefficients: Tensor, width: int, *, clip: float | None = None, bound: Tensor | None = None,
+    guidance: Tensor | None = None, dots: Tensor,
+) -> None:  # fmt: skip
+    """Launch `verify_kernel`."""
+    batch, n = len(guess), guess[0, 0].numel()
+    output, stride = _row_major(output)
+    verify_kernel[grid(batch * width, n)](
+        drafts, noise, guess, output, bound, guidance, dots, progress, windows, coefficients,
+        float(clip or 0.0), len(coefficients), batch, guess.shape[1], n, quarter(n), stride,
+        CLIP=_limit(clip, bound), GUIDED=guidance is not None, WIDTH=width, PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
+    )  # fmt: skip
+
+
+def decide_triton(
+    dots: Tensor, progress: Tensor, windows: Tensor, coefficients: Tensor, ids: Tensor, seeds: Tensor, width: int,
+    *, factor: Tensor, rejected: Tensor,
+) -> None:  # fmt: skip
+    """Launch `decide_kernel`."""
+    decide_kernel[(len(progress),)](
+        dots, factor, rejected, progress, windows, coefficients, ids, seeds, len(coefficients), dots.shape[1],
+        dots.shape[2], WIDTH=width, BLOCK=BLOCK, num_warps=warps(),
+    )  # fmt: skip
+
+
+def commit_triton(
+    x: Tensor, drafts: Tensor, noise: Tensor, guess: Tensor, output: Tensor, progress: Tensor, factor: Tensor,
+    windows: Tensor, coefficients: Tensor, width: int, *, clip: float | None = None, bound: Tensor | None = None,
+    guidance: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch `commit_kernel`."""
+    batch, n = len(x), x[0].numel()
+    output, stride = _row_major(output)
+    commit_kernel[grid(batch, n)](
+        x, drafts, noise, guess, output, bound, guidance, factor, progress, coefficients,
+        float(clip or 0.0), batch, guess.shape[1], n, quarter(n), stride,
+        CLIP=_limit(clip, bound), GUIDED=guidance is not None, WIDTH=width, PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
+    )  # fmt: skip
+
+
+def _row_major(output: Tensor) -> tuple[Tensor, int]:
+    """The output, copied where its samples are not row-major; elements between two samples."""
+    output, layout = with_layout(output)
+    if not layout.row_major:
+        output, layout = with_layout(output.contiguous())
+    return output, layout.batch
+
+
+def _limit(clip: float | None, bound: Tensor | None) -> str:
+    return "bound" if bound is not None else "fixed" if clip is not None else "none"
