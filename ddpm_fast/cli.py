@@ -14,6 +14,7 @@ from ddpm_fast.execution import MEMORY_FORMATS
 from ddpm_fast.losses import LOSSES
 from ddpm_fast.schedules import BETA_SCHEDULES
 from ddpm_fast.training import MIXED_PRECISIONS, TrainingConfig
+from ddpm_fast.windows import Windows
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -24,6 +25,7 @@ Draw samples and write them as a picture grid, a folder of pictures or an array.
   ddpm-fast sample --seeds 0-49999 --out moons.npz      uint8 [N, H, W, C] in arr_0, as FID scripts read it
   ddpm-fast sample --seeds 7 --out folder               folder/000007.png
   ddpm-fast sample --sampler ddim --steps 50 …          fifty deterministic steps instead of a thousand
+  ddpm-fast sample --speculate …                        all steps, of the same law, in fewer sequential network calls
 
 --model takes a checkpoint folder of ddpm-fast, or models of other libraries:
 
@@ -149,6 +151,11 @@ def _widths(text: str) -> tuple[int, ...]:
     return tuple(int(width) for width in text.split(","))
 
 
+def _windows(text: str) -> Windows:
+    pairs = [part.partition(":") for part in text.split(",")]
+    return Windows.of({int(t): int(w) for t, _, w in pairs} if ":" in text else int(text))
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     """What model, on what."""
     parser.add_argument("--model", default="moons", metavar="MODEL", help="sample --help says (default: the moons)")
@@ -172,6 +179,10 @@ def _add_walk(parser: argparse.ArgumentParser) -> None:
         "--guidance", type=float, metavar="W", help="towards the class: 1 is the model's law, 2 is more"
     )
     parser.add_argument("--temperature", type=float, help="scales the noise of every step (default: 1)")
+    parser.add_argument(
+        "--speculate", type=_windows, nargs="?", const=True, default=False, metavar="WINDOWS",
+        help="several steps a network call: 16, 0:4,100:16 (from timestep 100 on 16), or measured; of the same law",
+    )  # fmt: skip
     parser.add_argument("--memory-format", choices=MEMORY_FORMATS[1:], help="of the network; auto tries what is faster")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many samples")
 

@@ -26,6 +26,7 @@ from ddpm_fast.models.checkpoint import EMBEDDED, Checkpoint
 from ddpm_fast.models.unet import UNetConfig
 from ddpm_fast.network import checked_device, default_device
 from ddpm_fast.seeding import parse_seeds, resolve_seeds
+from ddpm_fast.speculate import Speculation
 from ddpm_fast.training import Trainer, TrainingConfig
 from ddpm_fast.validate import whole
 
@@ -33,6 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NO_CLASS = "none"
 
 Conditioning = dict[str, torch.Tensor]
+Drawn = tuple[Sequence[int], images.Bytes, Speculation | None]
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -212,14 +214,18 @@ def _write(
     seeds: Sequence[int],
     config: SamplerConfig,
     device: torch.device,
-    parts: Iterator[tuple[Sequence[int], images.Bytes]],
+    parts: Iterator[Drawn],
     more: dict[str, Any],
 ) -> None:
     """Write what is drawn, and say so."""
     began = time.perf_counter()
     about = {**_about(arguments, config), **more}
     done: list[images.Bytes] = []
-    for part, pictures in parts:
+    calls = 0
+    for part, pictures, speculation in parts:
+        if speculation is not None:
+            about["speculate"] = speculation.windows
+            calls += speculation.calls
         if kind == "folder":
             images.save(arguments.out, pictures, part, about)  # what is done stays, whatever happens to the rest
         else:
@@ -230,7 +236,8 @@ def _write(
         steps = len(config.inference_timesteps())
         seconds = time.perf_counter() - began
         span = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} … {seeds[-1]}"
-        print(f"{arguments.out}: {len(seeds)} samples, {span}, {steps} steps each, {seconds:.1f} s")
+        ahead = f" in {calls} network calls in all" if calls else ""
+        print(f"{arguments.out}: {len(seeds)} samples, {span}, {steps} steps each{ahead}, {seconds:.1f} s")
         print(f"path: {path_taken(device)}")
 
 
@@ -283,9 +290,10 @@ def _draw(
     device: torch.device,
     arguments: argparse.Namespace,
     start: Callable[[Sequence[int]], torch.Tensor] | None = None,
-) -> Iterator[tuple[Sequence[int], images.Bytes]]:
-    """The samples a batch at a time: their seeds, and uint8 [n, H, W, C]; `start` gives a batch its x_T."""
+) -> Iterator[Drawn]:
+    """The samples a batch at a time: their seeds, uint8 [n, H, W, C], and what was speculated; `start` gives x_T."""
     sampler: Sampler | None = None
+    speculate = arguments.speculate
     for number, (part, title) in enumerate(_batches(seeds, arguments.batch), 1):
         told = _conditioning(checkpoint, arguments.label, part)
         untold = _conditioning(checkpoint, NO_CLASS, part) if arguments.guidance is not None else None
@@ -301,11 +309,15 @@ def _draw(
                 dtype=DTYPES[arguments.dtype],
                 memory_format=arguments.memory_format,
                 compile=arguments.compile and number == 1,  # not once more for the rest of a last batch
+                speculate=speculate,
             )
+            speculate = sampler.windows or False  # measured once: the windows are part of what an image is
         x_T = None if start is None else start(part)
         shown = False if arguments.quiet else title
-        x = sampler(seeds=part, x_T=x_T, model_kwargs=told, uncond_kwargs=untold, progress=shown)
-        yield part, to_uint8(x).cpu().numpy()
+        found = sampler(
+            seeds=part, x_T=x_T, model_kwargs=told, uncond_kwargs=untold, output="result", progress=shown
+        )  # fmt: skip
+        yield part, to_uint8(found.sample).cpu().numpy(), found.speculation
 
 
 def _batches(seeds: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], str]]:

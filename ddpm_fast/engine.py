@@ -178,30 +178,21 @@ class Sampler:
         keep = kept_steps(output, output_steps, len(self.table))
         with self._alone():
             checked_start(x_T, self.shape)
-            if self.windows is not None:
-                self._check_speculative(generator, known, watched=output not in ("sample", "result") or callback)
             noise = self._make_noise(seeds, generator)
             held = checked_known(known, mask, self.shape)
             if held is not None and generator is not None:
                 raise ValueError("a known image is noised from seeds: not with a generator")
             loop = self.loop
             if model_kwargs is not None or uncond_kwargs is not None:
-                taker = self.network if isinstance(loop, Loop) else loop
-                taker.update_kwargs(model_kwargs or {}, uncond_kwargs)
+                loop.update_kwargs(model_kwargs or {}, uncond_kwargs)
             frames: list[Tensor] = []
-            if isinstance(loop, SpeculativeLoop):
-                loop.run(noise, x_T, progress=progress)  # type: ignore[arg-type]
-            else:
-                previews = output == "x0"
-                watched = bool(keep) or callback is not None
-                walk = loop.steps(
-                    noise, x_T, known=held, previews=previews, every_step=watched, progress=progress
-                )  # fmt: skip
-                for done in walk:
-                    if done - 1 in keep:
-                        frames.append((loop.x0 if previews else loop.x).clone())  # type: ignore[union-attr]
-                    if callback is not None:
-                        callback(done - 1, int(self.table.timestep[done - 1]), loop.x.clone())
+            previews = output == "x0"
+            watched = bool(keep) or callback is not None
+            for done in loop.steps(noise, x_T, known=held, previews=previews, every_step=watched, progress=progress):
+                if done - 1 in keep:
+                    frames.append((loop.x0 if previews else loop.x).clone())  # type: ignore[union-attr]
+                if callback is not None:
+                    callback(done - 1, int(self.table.timestep[done - 1]), loop.x.clone())
             with on_device(self.device), torch.no_grad():
                 sample = loop.x.clone()
                 if self.decode is not None:
@@ -225,18 +216,6 @@ class Sampler:
             assert self.loop.last is not None
             return self.loop.last
         return Speculation.sequential(self.table.timestep)
-
-    def _check_speculative(self, generator: Any, known: Any, watched: Any) -> None:
-        """Raise for what goes step by step."""
-        if generator is not None:
-            raise ValueError("speculate draws its noise from seeds, which any order of steps can do: not a generator")
-        if known is not None:
-            raise ValueError("speculate does not inpaint: a known image is put in after every step")
-        if watched:
-            raise ValueError(
-                "speculate gives the samples alone (output 'sample' or 'result'): the steps of a batch are not taken "
-                "together, so that there is no state after each"
-            )
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -196,6 +196,15 @@ class Loop:
             self._walked += len(self.table)
         finally:
             bar.close(finished)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the network is guided."""
+        return self.network.guided
+
+    def update_kwargs(self, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> None:
+        """New values of what the model is given; see `Network.update_kwargs`."""
+        self.network.update_kwargs(model_kwargs, uncond_kwargs)
 
     def run(self, noise: Noise, x_T: Tensor | None = None, *, progress: Show = None) -> Tensor:
         """Walk to the end and return a copy of x: float32 [B, C, ...]."""

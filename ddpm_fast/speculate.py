@@ -1,14 +1,14 @@
 """Speculative sampling: a walk in few sequential network calls, of the same law (kernels/speculate.py)."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_fast.execution import DEFAULT, Execution, tf32
 from ddpm_fast.graph import GraphPool, StepGraph, can_capture, seconds
@@ -18,7 +18,7 @@ from ddpm_fast.kernels.speculate import Progress as Column
 from ddpm_fast.kernels.threshold import threshold_bound
 from ddpm_fast.loop import Clipping
 from ddpm_fast.network import Model, Network
-from ddpm_fast.noise import PhiloxNoise
+from ddpm_fast.noise import Noise, PhiloxNoise
 from ddpm_fast.progress import Progress, Show
 from ddpm_fast.table import StepTable
 from ddpm_fast.windows import PAYS, WIDTHS, GuessErrors, Windows, choose_windows
@@ -63,11 +63,12 @@ class SpeculativeLoop:
     """Walks a table with a network, several steps a call, with noise from seeds.
 
     Args:
-        model, shape, model_kwargs, uncond_kwargs, device, dtype: those of `Network`, for a batch of samples.
+        model, shape, model_kwargs, uncond_kwargs, device, dtype, module: those of `Network`, for a batch of samples.
         table: the rows to walk; without learned variances.
         clipping: of the origin estimate.
         windows: the drafts of every round.
         guidance: float32 [B], where the network is guided.
+        inference_mode: run under torch.inference_mode (`Loop`).
         how: it is executed; steps_per_replay counts for nothing.
 
     Attributes:
@@ -92,15 +93,20 @@ class SpeculativeLoop:
         uncond_kwargs: Mapping[str, Any] | None = None,
         device: torch.device,
         dtype: torch.dtype | None = None,
+        module: nn.Module | None = None,
         guidance: Tensor | None = None,
+        inference_mode: bool = False,
         how: Execution = DEFAULT,
     ) -> None:
         check_table(table)
         self.table, self.clipping, self.windows, self.how, self.device = table, clipping, windows, how, device
         self.shape = shape
-        self.model, self.dtype, self.guidance = model, dtype, guidance
+        self.model, self.module, self.dtype, self.guidance = model, module, dtype, guidance
+        self.guided = uncond_kwargs is not None
+        self._no_gradients = torch.inference_mode if inference_mode else torch.no_grad
         self.execution = how.execution
         self.backend = choose_backend(device, how.backend)
+        self.x0: Tensor | None = None  # there is none after each step
         self.last: Speculation | None = None
         self.watch: Callable[[Tensor], Any] | None = None
         self._kwargs = dict(model_kwargs or {}), uncond_kwargs
@@ -122,13 +128,39 @@ class SpeculativeLoop:
         self._window_rows = torch.from_numpy(windows.rows(table.timestep)).to(device)
         self._coefficients, self._ids = table.coefficients(device), table.ids(device)
 
-    def run(self, noise: PhiloxNoise, x_T: Tensor | None = None, *, progress: Show = None) -> Tensor:
-        """Walk to the end and return a copy of x: float32 [B, C, ...].
+    def run(self, noise: Noise, x_T: Tensor | None = None, *, progress: Show = None) -> Tensor:
+        """Walk to the end and return a copy of x: float32 [B, C, ...]."""
+        for _ in self.steps(noise, x_T, progress=progress):
+            pass
+        return self.x.clone()
+
+    def steps(
+        self,
+        noise: Noise,
+        x_T: Tensor | None = None,
+        *,
+        known: Any = None,
+        previews: bool = False,
+        every_step: bool = False,
+        progress: Show = None,
+    ) -> Iterator[int]:
+        """Walk; from time to time the number of steps that all samples have done.
 
         Raises:
+            ValueError: noise that is not from seeds; what is to be seen after every step.
             FloatingPointError: NaN, or an infinity that no clipping bounds; says between which steps.
         """
+        if noise.seeds is None:
+            raise ValueError("speculate draws its noise from seeds, which any order of steps can do: not a generator")
+        if known is not None:
+            raise ValueError("speculate does not inpaint: a known image is put in after every step")
+        if every_step or previews:
+            raise ValueError(
+                "speculate gives the samples alone (output 'sample' or 'result'): the steps of a batch are not taken "
+                "together, so that there is no state after each"
+            )
         steps, batch = len(self.table), self.shape[0]
+        self.last = None
         with self._settings():
             self._start(noise, x_T)
         bar = Progress(steps, self.device, progress, every=1)
@@ -149,14 +181,18 @@ class SpeculativeLoop:
                 bar.advance(reached - before)
                 if not bool(torch.isfinite(self.x).all()):
                     raise FloatingPointError(self._not_finite_error(before, reached))
-            finished = True
+                if reached == steps:
+                    self.last = Speculation(
+                        self.windows.to_dict(),
+                        calls,
+                        evaluations / (batch * steps),
+                        self.table.timestep,
+                        1 - self._rejected.double().mean(0).cpu().numpy(),
+                    )
+                    finished = True
+                yield reached
         finally:
             bar.close(finished)
-        accepted = 1 - self._rejected.double().mean(0)
-        self.last = Speculation(
-            self.windows.to_dict(), calls, evaluations / (batch * steps), self.table.timestep, accepted.cpu().numpy()
-        )
-        return self.x.clone()
 
     def update_kwargs(self, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> None:
         """New values of what the model is given; see `Network.update_kwargs`."""
@@ -174,7 +210,7 @@ class SpeculativeLoop:
             batch, channels = self.shape[0] * width, self.shape[1] * (2 if self.table.doubled else 1)
             given, unconditional = (self._repeated(kwargs, width) for kwargs in self._kwargs)
             shape = (batch, *self.shape[1:])
-            network = Network(self.model, shape, channels, given, unconditional, self.device, self.dtype)
+            network = Network(self.model, shape, channels, given, unconditional, self.device, self.dtype, self.module)
             if self.how.at_once:
                 network.prepare(self.table.timestep.tolist(), self.how)
             self._networks[width] = network
@@ -196,7 +232,7 @@ class SpeculativeLoop:
             for name, value in kwargs.items()
         }
 
-    def _start(self, noise: PhiloxNoise, x_T: Tensor | None) -> None:
+    def _start(self, noise: Noise, x_T: Tensor | None) -> None:
         for network in self._networks.values():
             if network.refresh():
                 self._graphs.clear()
@@ -276,7 +312,7 @@ class SpeculativeLoop:
     @contextlib.contextmanager
     def _settings(self):
         """What torch is set to while the network and the rounds run."""
-        with on_device(self.device), torch.no_grad(), tf32(self.how.tf32 if self.device.type == "cuda" else None):
+        with on_device(self.device), self._no_gradients(), tf32(self.how.tf32 if self.device.type == "cuda" else None):
             yield
 
     def _not_finite_error(self, low: int, high: int) -> str:
@@ -285,6 +321,12 @@ class SpeculativeLoop:
             f"the model returned NaN or infinity in steps {low} to {high} of {len(self.table)} "
             f"(timestep {self.table.timestep[low]} and below), for sample {', '.join(map(str, bad[:5]))} of the batch"
         )
+
+
+def check_speculate(speculate: Any) -> None:
+    """Raise ValueError or TypeError unless `speculate` is False, True, or names windows."""
+    if not isinstance(speculate, bool):
+        Windows.of(speculate)
 
 
 def resolve_windows(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+MODULES = dict.fromkeys(("draft", "verify", "decide", "commit"), "speculate")  # ops that share a file
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")  # of a launch, not of a kernel
 
 
@@ -21,7 +22,7 @@ class Specialisation:
 
     Attributes:
         name: unique.
-        op: the kernel is `<op>_kernel` of `<op>_triton.py`; its BLOCK is that module's.
+        op: the kernel is `<op>_kernel` of `<op>_triton.py`, or of the file in `MODULES`; its BLOCK is that module's.
         arguments: by the kernel's parameter names. A tensor is its Triton type, such as "*bf16", at an address
             divisible by 16, and None where it is absent; numbers and constexprs are their values. An entry of
             `OPTIONS` is one of the launch.
@@ -59,12 +60,19 @@ class Specialisation:
         """Elements that a thread works on; of a loop over the sample, in one turn."""
         from ddpm_fast.kernels import tile_triton
 
-        elements = tile_triton.ELEMENTS if self.op in ("step", "q_sample", "normal") else self._module().BLOCK
+        tiled = ("step", "q_sample", "normal", "draft", "verify", "commit")  # a draft of a sample, in one turn
+        elements = tile_triton.ELEMENTS if self.op in tiled else self._module().BLOCK
         return elements / (self.options()["num_warps"] * 32)
 
     def bytes_per_element(self) -> float:
-        """Bytes that must move between memory and processor for each element of the sample."""
+        """Bytes that must move between memory and processor for each element of the sample, or of a draft."""
         given = self.arguments
+        if self.op in MODULES:
+            moved = {"draft": ("guess", "guess", "drafts", "noise", *("input",) * (1 + bool(given.get("GUIDED")))),
+                     "verify": ("drafts", "noise", "guess", *("output",) * (1 + bool(given.get("GUIDED")))),
+                     "commit": ("drafts", "guess", "guess", *("output",) * (1 + bool(given.get("GUIDED")))),
+                     "decide": ("dots", "dots")}[self.op]  # fmt: skip
+            return sum(_size(given[f"{name}_ptr"]) for name in moved)
         halves = 1 if given.get("GUIDED", "none") == "none" else 2
         times = {"output_ptr": halves + bool(given.get("LEARNED")), "input_ptr": halves}
         tensors = ("x", "output", "z", "known", "mask", "new", "x0", "input", "bytes")
@@ -107,7 +115,7 @@ class Specialisation:
         return {parameter.name for parameter in getattr(self.kernel(), "params", ()) if parameter.do_not_specialize}
 
     def _module(self) -> Any:
-        return importlib.import_module(f"ddpm_fast.kernels.{self.op}_triton")
+        return importlib.import_module(f"ddpm_fast.kernels.{MODULES.get(self.op, self.op)}_triton")
 
 
 def compile_for(specialisation: Specialisation, backend: str, arch: int | str, warp_size: int) -> Any:
@@ -242,6 +250,52 @@ _THRESHOLD = Specialisation(
     413,
 )  # fmt: skip
 
+_DRAFT = Specialisation(
+    "draft",
+    "draft",
+    {
+        "x_ptr": "*fp32", "guess_ptr": "*fp32", "drafts_ptr": "*fp32", "noise_ptr": "*fp32", "input_ptr": "*bf16",
+        "timestep_ptr": "*i64", "progress_ptr": "*i32", "windows_ptr": "*i32", "coefficients_ptr": "*fp32",
+        "ids_ptr": "*i32", "seeds_ptr": "*i64", "steps": 1000, "batch": 4, "room": 32, "n": 3072, "q": 768,
+        "GUIDED": False, "WIDTH": 16, "PTX": True, "num_warps": 2,
+    },
+    40,
+)  # fmt: skip
+_VERIFY = Specialisation(
+    "verify",
+    "verify",
+    {
+        "drafts_ptr": "*fp32", "noise_ptr": "*fp32", "guess_ptr": "*fp32", "output_ptr": "*bf16", "bound_ptr": None,
+        "guidance_ptr": None, "dots_ptr": "*fp32", "progress_ptr": "*i32", "windows_ptr": "*i32",
+        "coefficients_ptr": "*fp32", "clip": 1.0, "steps": 1000, "batch": 4, "room": 32, "n": 3072, "q": 768,
+        "output_batch": 3072, "CLIP": "fixed", "GUIDED": False, "WIDTH": 16, "PTX": True, "num_warps": 2,
+    },
+    26,
+)  # fmt: skip
+_DECIDE = Specialisation(
+    "decide",
+    "decide",
+    {
+        "dots_ptr": "*fp32", "factor_ptr": "*fp32", "rejected_ptr": "*u8", "progress_ptr": "*i32",
+        "windows_ptr": "*i32", "coefficients_ptr": "*fp32", "ids_ptr": "*i32", "seeds_ptr": "*i64", "steps": 1000,
+        "room": 32, "parts": 2, "WIDTH": 16, "num_warps": 2,
+    },
+    90,
+)  # fmt: skip
+_COMMIT = Specialisation(
+    "commit",
+    "commit",
+    {
+        "x_ptr": "*fp32", "drafts_ptr": "*fp32", "noise_ptr": "*fp32", "guess_ptr": "*fp32", "output_ptr": "*bf16",
+        "bound_ptr": None, "guidance_ptr": None, "factor_ptr": "*fp32", "progress_ptr": "*i32",
+        "coefficients_ptr": "*fp32", "clip": 1.0, "batch": 4, "room": 32, "n": 3072, "q": 768, "output_batch": 3072,
+        "CLIP": "fixed", "GUIDED": False, "WIDTH": 16, "PTX": True, "num_warps": 2,
+    },
+    40,
+)  # fmt: skip
+DRAFTS = {"bound_ptr": "*fp32", "CLIP": "bound", "clip": 0.0}
+GUIDED_DRAFTS = {"guidance_ptr": "*fp32", "GUIDED": True}
+
 SPECIALISATIONS = (
     _step("step", 11),
     _step("step-philox", 29, **PHILOX),
@@ -308,4 +362,15 @@ SPECIALISATIONS = (
     _with(_TO_UINT8, "to_uint8-grey", 12, CHANNELS=1, size=1024, batch_stride=1024),
     _with(_TO_UINT8, "to_uint8-channels-last", 22, channel_stride=1, pixel_stride=3),
     _with(_TO_UINT8, "to_uint8-bf16", 24, x_ptr="*bf16"),
+    _DRAFT,
+    _with(_DRAFT, "draft-guided", 50, GUIDED=True),
+    _with(_DRAFT, "draft-float32-batch-1", 39, input_ptr="*fp32", batch=1),
+    _VERIFY,
+    _with(_VERIFY, "verify-bound", 29, **DRAFTS),
+    _with(_VERIFY, "verify-guided", 31, **GUIDED_DRAFTS),
+    _with(_VERIFY, "verify-latents", 23, clip=0.0, CLIP="none"),
+    _DECIDE,
+    _COMMIT,
+    _with(_COMMIT, "commit-bound", 43, **DRAFTS),
+    _with(_COMMIT, "commit-guided", 43, **GUIDED_DRAFTS),
 )

@@ -168,8 +168,8 @@ def verify_kernel(
     o_room = (i_sample.to(tl.int64) * room + k) * n
     p_output = output_ptr + i_draft.to(tl.int64) * output_batch
     p_unconditional = p_output + (batch * WIDTH).to(tl.int64) * output_batch
-    along = a * 0
-    square = a * 0
+    along = tl.zeros((BLOCK,), tl.float32)
+    square = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(PARTS):
         start = block_start(part, BLOCK)
         if start < q:
@@ -189,12 +189,12 @@ def verify_kernel(
                 raw, origin = estimate(ys[lane], out, a, b, limit, CLIP)
                 apart = clipped_scale * (origin - guesses[lane]) + raw_scale * (raw - guesses[lane])
                 apart = tl.where(masks[lane], apart, 0.0)
-                along += tl.sum(tl.where(masks[lane], apart * zs[lane], 0.0), 0)
-                square += tl.sum(apart * apart, 0)
+                along += tl.where(masks[lane], apart * zs[lane], 0.0)
+                square += apart * apart
     parts = tl.num_programs(0)
     p_dots = dots_ptr + ((i_sample.to(tl.int64) * room + k) * parts + tl.program_id(0)) * 2
-    tl.store(p_dots, along)
-    tl.store(p_dots + 1, square)
+    tl.store(p_dots, tl.sum(along, 0))
+    tl.store(p_dots + 1, tl.sum(square, 0))
 
 
 @triton.jit(do_not_specialize=["steps", "parts"])

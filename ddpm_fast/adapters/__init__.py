@@ -8,6 +8,7 @@ from typing import Any
 
 from ddpm_fast.adapters.walk import Options
 from ddpm_fast.execution import Execution
+from ddpm_fast.speculate import Speculate
 
 # Package of the object's class, or of one of its bases → the adapter that knows it.
 _ADAPTERS = {
@@ -32,6 +33,7 @@ def accelerate(
     memory_format: str | None = None,
     compile: bool = False,
     tf32: bool | None = None,
+    speculate: Speculate = False,
 ) -> Any:
     """Return a fast sampler with the interface of `obj`, an instance of a subclass of its class.
 
@@ -49,13 +51,16 @@ def accelerate(
             `last_seeds`; "auto", as the library if torch.manual_seed was called (with a seed below 2^32), else philox.
         execution, steps_per_replay, backend, optimize, memory_format, compile, tf32: how it is executed
             (`ddpm_fast.execution.Execution`); a scheduler uses `backend` alone.
+        speculate: draw in a few dozen sequential network calls (`ddpm_fast.sample.Sampler`): True, a window, or
+            {timestep: window}. Samples then have the law of `obj`, but are no longer its images: their noise comes
+            from seeds, which are drawn from the generator or the global seed (`last_seeds`; `last_speculation`).
 
     Raises:
         TypeError: an object that no adapter knows; names those that are known.
         ValueError: a configuration that is not supported; names the field.
     """
     how = Execution(execution, steps_per_replay, backend, optimize, memory_format, compile, tf32)
-    options = Options(noise, how)
+    options = Options(noise, how, speculate)
     for base in type(obj).__mro__:
         adapter = _ADAPTERS.get(base.__module__.partition(".")[0])
         if adapter is not None:

@@ -48,6 +48,8 @@ def accelerate(obj: Any, options: Options) -> Any:
     """The fast pipeline or scheduler for `obj`; see `ddpm_fast.accelerate`."""
     for stock, fast in _SCHEDULERS.items():
         if isinstance(obj, stock):
+            if options.speculate is not False:
+                raise ValueError("a scheduler takes one step at a time: speculate is for pipelines")
             _refuse_override(obj, stock, fast, "step")
             check_config(obj)
             return adopt(copy.deepcopy(obj), _over(fast, obj), _backend=options.how.backend, _cached=None)

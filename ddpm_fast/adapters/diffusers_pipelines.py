@@ -18,6 +18,7 @@ from ddpm_fast.adapters.diffusers_schedulers import FastDDIMScheduler, FastDDPMS
 from ddpm_fast.adapters.diffusers_tables import clipping_of, table_of
 from ddpm_fast.adapters.walk import Options, Walker, adopt
 from ddpm_fast.seeding import Seeds
+from ddpm_fast.speculate import Speculation
 from ddpm_fast.validate import one_of, whole
 
 logger = logging.getLogger("ddpm_fast")
@@ -52,6 +53,11 @@ class _Fast:
     def last_seeds(self) -> list[int] | None:
         """The seeds of the last call's images, one each; None where a generator or a global seed made the noise."""
         return self._walker.last_seeds
+
+    @property
+    def last_speculation(self) -> Speculation | None:
+        """What the last call did, if it speculated."""
+        return self._walker.last_speculation
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the folder that the pipeline of diffusers writes: it loads here and there."""
@@ -105,7 +111,7 @@ class _Fast:
                 hoistable=not hooked,
                 **conditioning,
             )
-            guided = loop.network.guided
+            guided = loop.guided
             if x_T is None:
                 noise, start = walker.noise(generator, loop, seeds=seeds, dtype=dtype), None
             else:

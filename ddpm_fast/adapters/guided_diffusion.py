@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast.adapters.walk import Options, Walker, adopt
-from ddpm_fast.loop import Clipping
+from ddpm_fast.loop import Clipping, Loop
 from ddpm_fast.network import resolve_device
 from ddpm_fast.noise import GeneratorNoise
 from ddpm_fast.schedules import Array
+from ddpm_fast.speculate import Speculation
 from ddpm_fast.table import StepTable
 from ddpm_fast.validate import one_of, whole, within
 
@@ -300,8 +301,15 @@ class _Fast:
         """The seeds of the last walk's samples, one each; None where a global seed made the noise."""
         return self._walker.last_seeds
 
+    @property
+    def last_speculation(self) -> Speculation | None:
+        """What the last walk did, if it speculated."""
+        return self._walker.last_speculation
+
     def _walk(self, call: _Call, every: bool) -> Iterator[dict[str, Tensor]]:
         """Walk; the last state, or with `every` all states and origin estimates."""
+        if self._walker.options.speculate is not False and (call.denoised_fn or call.cond_fn):
+            raise ValueError("speculate does not go with denoised_fn or cond_fn, which follow every step")
         table = table_of(self, call.eta)
         clipping = Clipping(limit=1.0 if call.clip_denoised else None)
         told = _Told(call.model, _time_scale(self))
@@ -325,12 +333,13 @@ class _Fast:
             )  # fmt: skip
             noise = walker.noise(None, loop)
             # The library draws noise where none is used, too; several steps in one replay would leave it out.
-            singly = every or (isinstance(noise, GeneratorNoise) and loop.steps_per_replay > 1)
+            singly = every or (isinstance(noise, GeneratorNoise) and self._walker.options.how.steps_per_replay > 1)
             for done in loop.steps(noise, call.noise, previews=every, every_step=singly, progress=bool(call.progress)):
                 if not every:
                     if done == len(table):
                         yield {"sample": loop.x.clone()}
                     continue
+                assert isinstance(loop, Loop)  # the other has no states to show, and has said so
                 assert loop.x0 is not None
                 origin = loop.x0.clone()
                 if late is not None:

@@ -19,6 +19,7 @@ from ddpm_fast.adapters.walk import Options, Walker, adopt
 from ddpm_fast.loop import Clipping
 from ddpm_fast.models.checkpoint import read_weights_only
 from ddpm_fast.schedules import Array
+from ddpm_fast.speculate import Speculation
 from ddpm_fast.table import StepTable
 from ddpm_fast.timesteps import Timesteps
 from ddpm_fast.validate import whole
@@ -141,6 +142,11 @@ class _Fast:
         """The seeds of the last call's samples, one each; None where a global seed made the noise."""
         return self._walker.last_seeds
 
+    @property
+    def last_speculation(self) -> Speculation | None:
+        """What the last call did, if it speculated."""
+        return self._walker.last_speculation
+
     def _column(self, name: str, t: Timesteps) -> Array:
         return getattr(self, name).double().cpu().numpy()[t]
 
@@ -220,7 +226,8 @@ class _Fast:
                 module=self.model,
                 hoistable=not conditioned,
             )
-            loop.network.model.x0 = loop.x0 if conditioned else None  # type: ignore[attr-defined]
+            if conditioned:
+                loop.network.model.x0 = loop.x0  # type: ignore[attr-defined, union-attr]
             noise = walker.noise(None, loop)
             states = [noise.x_T() if x_T is None else x_T]
             for done in loop.steps(noise, states[0], every_step=keep, progress=label):

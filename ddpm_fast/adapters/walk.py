@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from ddpm_fast.loop import Clipping, Correction, Loop
 from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise, global_generator
 from ddpm_fast.seeding import Seeds, resolve_seeds
+from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, check_speculate, resolve_windows
 from ddpm_fast.table import StepTable
 from ddpm_fast.validate import one_of
 
@@ -23,6 +25,7 @@ KEPT = 4  # loops: walks of as many shapes, schedules or guidance scales in turn
 _HUMAN = 2**32  # torch's own seeds are drawn from 2^64 numbers (2^53 on CUDA); people's are small
 
 T = TypeVar("T")
+AnyLoop = Loop | SpeculativeLoop
 
 
 def adopt(obj: Any, cls: type[T], **attributes: Any) -> T:
@@ -47,13 +50,16 @@ class Options:
             in which the library draws; "philox", a seed a sample; "auto", the library's if torch.manual_seed was
             called (with a seed below 2^32), else philox.
         how: it is executed.
+        speculate: several steps a network call (`ddpm_fast.sample.Sampler`).
     """
 
     noise: str = "auto"
     how: Execution = DEFAULT
+    speculate: Speculate = False
 
     def __post_init__(self) -> None:
         one_of("noise", self.noise, NOISES)
+        check_speculate(self.speculate)
 
 
 class Walker:
@@ -67,7 +73,7 @@ class Walker:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.last_seeds: list[int] | None = None
-        self._loops: list[tuple[tuple[Any, ...], Loop]] = []  # the last used one first
+        self._loops: list[tuple[tuple[Any, ...], AnyLoop]] = []  # the last used one first
         self._pool = GraphPool()
         self._lock = threading.Lock()
         self._walks: int | None = None  # the thread; 0 for a generator's walk, which any thread may go on with
@@ -76,9 +82,15 @@ class Walker:
         return Walker, (self.options,)  # a copy walks in the same way; buffers and graphs are not copied
 
     @property
-    def last_loop(self) -> Loop | None:
+    def last_loop(self) -> AnyLoop | None:
         """The loop of the last walk, of those that are kept."""
         return self._loops[0][1] if self._loops else None
+
+    @property
+    def last_speculation(self) -> Speculation | None:
+        """What the last walk did, if it speculated."""
+        loop = self.last_loop
+        return loop.last if isinstance(loop, SpeculativeLoop) else None
 
     @contextlib.contextmanager
     def alone(self, generator: bool = False) -> Iterator["Walker"]:
@@ -121,7 +133,7 @@ class Walker:
         execution: str | None = None,
         module: nn.Module | None = None,
         hoistable: bool = True,
-    ) -> Loop:
+    ) -> AnyLoop:
         """The loop of a walk; one of the last few if nothing but the values of tensors in kwargs differs from it.
 
         Args:
@@ -142,27 +154,41 @@ class Walker:
                guidance_scale, keep_x0, inference_mode, execution, owner)  # fmt: skip
         kept = owner is not None and correction is None
         if kept:
-            for place, (known, loop) in enumerate(self._loops):
+            for place, (known, same) in enumerate(self._loops):
                 if known == key:
                     self._loops.insert(0, self._loops.pop(place))
                     if kwargs:
-                        loop.network.update_kwargs(model_kwargs or {}, uncond_kwargs)
-                    return loop
+                        same.update_kwargs(model_kwargs or {}, uncond_kwargs)
+                    return same
         channels = shape[1] * (2 if table.doubled else 1)
         scale = None if guidance_scale is None else torch.full(shape[:1], float(guidance_scale), device=device)
         how = self.options.how
         how = replace(how, execution=execution or how.execution, optimize=how.optimize if hoistable else None)
-        loop = Loop(
-            Network(model, shape, channels, model_kwargs, uncond_kwargs, device, dtype, module),
-            table,
-            clipping,
-            guidance=scale,
-            correction=correction,
-            keep_x0=keep_x0,
-            inference_mode=inference_mode,
-            how=how,
-            pool=self._pool,
-        )
+        loop: AnyLoop
+        windows = None
+        if self.options.speculate is not False:
+            if correction is not None or keep_x0:
+                raise ValueError("speculate does not go with cond_fn or self-conditioning, which follow every step")
+            make = partial(
+                SpeculativeLoop, model, table=table, clipping=clipping, device=device, dtype=dtype, module=module,
+                inference_mode=inference_mode,
+            )  # fmt: skip
+            given: dict[str, Any] = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": scale}
+            windows = resolve_windows(self.options.speculate, make, shape, given, how)
+        if windows is not None and not windows.sequential:
+            loop = make(shape, windows=windows, how=how, **given)
+        else:
+            loop = Loop(
+                Network(model, shape, channels, model_kwargs, uncond_kwargs, device, dtype, module),
+                table,
+                clipping,
+                guidance=scale,
+                correction=correction,
+                keep_x0=keep_x0,
+                inference_mode=inference_mode,
+                how=how,
+                pool=self._pool,
+            )
         if kept:  # loops of another network would keep that alive
             alike = [(known, other) for known, other in self._loops if known[-1] == owner]
             self._loops = [(key, loop), *alike[: KEPT - 1]]
@@ -176,7 +202,7 @@ class Walker:
     def noise(
         self,
         generator: torch.Generator | Sequence[torch.Generator] | None,
-        loop: Loop,
+        loop: AnyLoop,
         *,
         seeds: Seeds = None,
         dtype: torch.dtype = torch.float32,
@@ -200,7 +226,9 @@ class Walker:
             generator = generator[0]
         choice = self.options.noise
         library = choice == "library" or (choice == "auto" and is_globally_seeded(loop.device))
-        if seeds is None and (generator is not None or library):
+        if seeds is None and isinstance(loop, SpeculativeLoop):
+            seeds = _drawn_seeds(generator, loop.shape[0])
+        elif seeds is None and (generator is not None or library):
             self.last_seeds = None
             noise = GeneratorNoise(generator, loop.shape, loop.table, loop.device, dtype=dtype, copies=copies)
             if not z_from_global or generator is None:
@@ -210,6 +238,14 @@ class Walker:
             seeds = int(torch.randint(2**48, ()))  # follows torch.manual_seed, whatever the seed
         self.last_seeds = resolve_seeds(seeds, loop.shape[0])
         return PhiloxNoise(self.last_seeds, loop.shape, loop.table, loop.device, loop.backend)
+
+
+def _drawn_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int]:
+    """A seed for each sample from the generators, or from torch's global one: the same generator, the same samples."""
+    if isinstance(generator, (list, tuple)):
+        return [_drawn_seeds(each, 1)[0] for each in generator]
+    device = "cpu" if generator is None else generator.device  # type: ignore[union-attr]
+    return torch.randint(2**62, (count,), generator=generator, device=device).tolist()  # type: ignore[arg-type]
 
 
 def _signature(kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

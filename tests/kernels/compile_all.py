@@ -6,6 +6,7 @@ the specialisation. And the row of a kernel that was changed, for a test that th
 
 import importlib
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import sys
@@ -21,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import sass
 
 from ddpm_fast.kernels import step_triton
-from ddpm_fast.kernels.specialisations import MAIN, SPECIALISATIONS, Specialisation, compile_for
+from ddpm_fast.kernels.specialisations import MAIN, MODULES, SPECIALISATIONS, Specialisation, compile_for
 
 SM_90 = sass.TARGETS["sm_90"]
 NAMED = {specialisation.name: specialisation for specialisation in SPECIALISATIONS}
@@ -35,6 +36,7 @@ TENSORS = {
     "bf16": torch.bfloat16,
     "i32": torch.int32,
     "i64": torch.int64,
+    "u8": torch.uint8,
 }
 
 
@@ -136,7 +138,38 @@ def launch_threshold(threshold_triton, a):
     )
 
 
+def speculative(a):
+    """What all launches of a round take: the table's tensors, the buffers, and what limits and guides."""
+    batch, room, width, n = a.get("batch", 4), a["room"], a["WIDTH"], a.get("n", 1)
+    halves = 2 if a.get("GUIDED") else 1
+    return {
+        "progress": tensor(a["progress_ptr"], batch, 5),
+        "windows": tensor(a.get("windows_ptr"), 1000),
+        "coefficients": tensor(a["coefficients_ptr"], 1000, 11),
+        "ids": tensor(a.get("ids_ptr"), 1000, 2),
+        "seeds": tensor(a.get("seeds_ptr"), batch),
+        "x": tensor(a.get("x_ptr"), batch, n),
+        **{name: tensor(a.get(f"{name}_ptr"), batch, room, n) for name in ("drafts", "noise", "guess")},
+        "output": tensor(a.get("output_ptr"), halves * batch * width, n),
+        "model_input": tensor(a.get("input_ptr"), halves * batch * width, n),
+        "timestep": tensor(a.get("timestep_ptr"), halves * batch * width),
+        "dots": tensor(a.get("dots_ptr"), batch, room, a.get("parts", 1), 2),
+        "factor": tensor(a.get("factor_ptr"), batch),
+        "rejected": tensor(a.get("rejected_ptr"), batch, 1000),
+        "clip": a.get("clip") if a.get("CLIP") == "fixed" else None,
+        "bound": tensor(a.get("bound_ptr"), batch * width),
+        "guidance": tensor(a.get("guidance_ptr"), batch * width),
+        "width": width,
+    }
+
+
+def launch_speculative(launch, a):
+    given = speculative(a)
+    return launch(**{name: given[name] for name in inspect.signature(launch).parameters})
+
+
 LAUNCHES = {
+    **dict.fromkeys(MODULES, launch_speculative),
     "step": launch_step,
     "q_sample": launch_q_sample,
     "normal": launch_normal,
