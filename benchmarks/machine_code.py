@@ -74,7 +74,7 @@ def of_amdgcn(text: str) -> Code:
     resources = {
         "registers": number["vgpr_count"],
         "stack": number["private_segment_fixed_size"],
-        "local": 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]),
+        "local": 4 * number["vgpr_spill_count"],  # scalars go to lanes of vectors, or else to the private segment
     }
     return Code(instructions, labels, resources)
 

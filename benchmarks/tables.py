@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import moon_tables
+import speculation_tables
 from results import markdown_table, read_result
 
 from ddpm_fast.files import whole_file
@@ -322,6 +323,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/benchmarks.md": {"walk_arms": walk_arms},
     "docs/walk.md": {**moon_tables.TABLES, "digits": digits},
     "docs/migration.md": {"bfloat16": bfloat16, "adapters": adapters, "operations": operations},
+    "docs/speculation.md": speculation_tables.TABLES,
     "docs/network.md": {"hoisting": hoisting, "precision": precision},
 }
 

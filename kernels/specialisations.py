@@ -257,9 +257,9 @@ _DRAFT = Specialisation(
         "x_ptr": "*fp32", "guess_ptr": "*fp32", "drafts_ptr": "*fp32", "noise_ptr": "*fp32", "input_ptr": "*bf16",
         "timestep_ptr": "*i64", "progress_ptr": "*i32", "windows_ptr": "*i32", "coefficients_ptr": "*fp32",
         "ids_ptr": "*i32", "seeds_ptr": "*i64", "steps": 1000, "batch": 4, "room": 32, "n": 3072, "q": 768,
-        "GUIDED": False, "WIDTH": 16, "PTX": True, "num_warps": 2,
+        "GUIDED": False, "WIDTH": 16, "SPAN": 16, "PTX": True, "num_warps": 2,
     },
-    40,
+    38,
 )  # fmt: skip
 _VERIFY = Specialisation(
     "verify",
@@ -363,8 +363,8 @@ SPECIALISATIONS = (
     _with(_TO_UINT8, "to_uint8-channels-last", 22, channel_stride=1, pixel_stride=3),
     _with(_TO_UINT8, "to_uint8-bf16", 24, x_ptr="*bf16"),
     _DRAFT,
-    _with(_DRAFT, "draft-guided", 50, GUIDED=True),
-    _with(_DRAFT, "draft-float32-batch-1", 39, input_ptr="*fp32", batch=1),
+    _with(_DRAFT, "draft-guided", 40, GUIDED=True),
+    _with(_DRAFT, "draft-float32-batch-1", 37, input_ptr="*fp32", batch=1),
     _VERIFY,
     _with(_VERIFY, "verify-bound", 29, **DRAFTS),
     _with(_VERIFY, "verify-guided", 31, **GUIDED_DRAFTS),

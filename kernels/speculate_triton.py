@@ -79,7 +79,11 @@ def draft_lane(y, radius, direction, guess, mask, o_guess, o_room, o_input, gues
 def draft_kernel(
     x_ptr, guess_ptr, drafts_ptr, noise_ptr, input_ptr, timestep_ptr, progress_ptr, windows_ptr, coefficients_ptr,
     ids_ptr, seeds_ptr, steps, batch, room, n, q,
-    GUIDED: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,  # WIDTH, rounded up to a power of 2
+    PTX: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program takes PARTS blocks of counters of one sample through all of its drafts."""
     i_sample = sample_index()
@@ -100,12 +104,11 @@ def draft_kernel(
     twin = batch.to(tl.int64) * WIDTH * n  # to the other half of a guided input
 
     if tl.program_id(0) == 0:
-        for k in range(WIDTH):
-            if k < count:
-                timestep = tl.load(ids_ptr + (row + k) * 2).to(tl.int64)
-                tl.store(timestep_ptr + wide * WIDTH + k, timestep)
-                if GUIDED:
-                    tl.store(timestep_ptr + batch.to(tl.int64) * WIDTH + wide * WIDTH + k, timestep)
+        k = tl.arange(0, SPAN)
+        timesteps = tl.load(ids_ptr + (row + k) * 2, mask=k < count, other=0).to(tl.int64)
+        tl.store(timestep_ptr + wide * WIDTH + k, timesteps, mask=k < count)
+        if GUIDED:
+            tl.store(timestep_ptr + batch.to(tl.int64) * WIDTH + wide * WIDTH + k, timesteps, mask=k < count)
 
     for part in tl.static_range(PARTS):
         start = block_start(part, BLOCK)
@@ -326,7 +329,7 @@ def draft_triton(
     draft_kernel[grid(batch, n)](
         x, guess, drafts, noise, target, timestep, progress, windows, coefficients, ids, seeds,
         len(coefficients), batch, guess.shape[1], n, quarter(n),
-        GUIDED=guided, WIDTH=width, PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
+        GUIDED=guided, WIDTH=width, SPAN=triton.next_power_of_2(width), PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
     if target is not model_input:
         model_input.copy_(target)

@@ -324,3 +324,38 @@ def test_freed_graphs_give_their_memory_back():
     sampler.free()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < before
+
+
+SPECULATED = {"speculate": {0: 2, 100: 8, 500: 16}, "output": "result", "progress": False}
+
+
+def test_speculation_in_a_graph_is_that_run_eagerly():
+    """Rounds replayed from graphs of three widths, and rounds launched one by one: the same rounds and samples."""
+    model = load_checkpoint(device="cuda").model
+    graph, eager = (
+        sample(model, (3, 1, 32, 32), seeds=0, execution=execution, **SPECULATED) for execution in ("graph", "eager")
+    )
+    torch.testing.assert_close(graph.sample, eager.sample, rtol=1e-3, atol=1e-3)
+    assert graph.speculation.calls < 300
+    again = sample(model, (3, 1, 32, 32), seeds=0, execution="graph", **SPECULATED)
+    assert torch.equal(again.sample, graph.sample)
+
+
+def test_speculation_measures_and_is_worth_it_for_one_sample():
+    checkpoint = load_checkpoint("digits", device="cuda")
+    sampler = Sampler(
+        checkpoint.model, (1, 1, 8, 8), config=checkpoint.diffusion, speculate=True,
+        model_kwargs={"class_labels": torch.tensor([3])},
+    )  # fmt: skip
+    found = sampler(seeds=0, output="result", progress=False)
+    assert bool(torch.isfinite(found.sample).all())
+    assert found.speculation.calls < 500
+
+
+def test_speculation_under_autocast_in_channels_last():
+    model = load_checkpoint(device="cuda").model
+    options = {**SPECULATED, "dtype": torch.bfloat16, "memory_format": "channels_last", "optimize": "hoist"}
+    x = sample(model, (2, 1, 32, 32), seeds=0, **options).sample
+    assert x.dtype == torch.float32
+    assert x.min() >= -1.01
+    assert x.max() <= 1.01

@@ -1,0 +1,125 @@
+"""Speculative walks of the embedded models against the sequential sampler, in one run on a CPU.
+
+    python benchmarks/speculation.py            a quarter of an hour; writes benchmarks/results/cpu__speculation.json
+    python benchmarks/speculation.py --smoke    seconds: whether it runs
+
+For each policy and batch size: network calls one after the other until the last sample ends, volume (network
+evaluations, those of idle rows too, over those of the sequential walk), rejections a sample (each ends a round, so one
+more is the floor of calls), and how many times faster the walk is than the plain sequential one and than the hoisted
+one. All arms take turns, seed by seed; ratios are medians over the seeds.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from results import write_result
+from torch import Tensor
+
+from ddpm_fast.kernels.speculate import Progress
+from ddpm_fast.models.checkpoint import Checkpoint, load_checkpoint
+from ddpm_fast.sample import Sampler
+from ddpm_fast.speculate import Speculation, SpeculativeLoop
+
+BY_T = {0: 2, 100: 8, 250: 16, 500: 32}
+SMALL_BATCH: dict[str, Any] = {
+    "4": 4, "8": 8, "16": 16, "32": 32, "64": 64, "by t": BY_T, "measured": True,
+}  # fmt: skip
+ALONE = ("16", "32", "64")  # also with the guess of the literature, the last estimate of an examined state
+RANGES = ((0, 100), (100, 250), (250, 500), (500, 1000))
+
+
+def with_frozen_guesses(loop: SpeculativeLoop) -> None:
+    """Make a loop guess as Hu et al. 2025 do: one estimate for all drafts, that of the last examined state."""
+    commit = loop._commit
+
+    def frozen(
+        x: Tensor, drafts: Tensor, noise: Tensor, guess: Tensor, output: Tensor, progress: Tensor, *rest, **more
+    ):
+        commit(x, drafts, noise, guess, output, progress, *rest, **more)
+        last = torch.arange(len(x)), (progress[:, Progress.TAKEN].long() - 1).clamp(min=0)
+        guess.copy_(guess[last][:, None].expand_as(guess))
+
+    loop._commit = frozen
+
+
+def arms_of(checkpoint: Checkpoint, batch: int, steps: int) -> dict[tuple[str, str, bool], Sampler]:
+    """Samplers by policy, guess, and whether they are hoisted."""
+    shape = (batch, *checkpoint.shape)
+    options: dict[str, Any] = {"config": checkpoint.diffusion, "num_inference_steps": steps}
+    if checkpoint.classes is not None:
+        options["model_kwargs"] = {checkpoint.classes.keyword: torch.arange(batch) % checkpoint.classes.count}
+
+    def make(speculate: Any, hoist: bool = False) -> Sampler:
+        how = {"optimize": "hoist" if hoist else None}
+        return Sampler(checkpoint.model, shape, speculate=speculate, **how, **options)
+
+    arms = {("sequential", "-", False): make(False), ("sequential", "-", True): make(False, hoist=True)}
+    policies = (
+        SMALL_BATCH if batch == 1 else {"8": 8, "by t": BY_T, "measured": True} if batch == 4 else {"measured": True}
+    )
+    for name, windows in policies.items():
+        arms[name, "of the row", False] = make(windows)
+        if batch == 1 and name in ALONE:
+            arms[name, "frozen", False] = make(windows)
+            with_frozen_guesses(arms[name, "frozen", False].loop)  # type: ignore[arg-type]
+    arms["measured", "of the row", True] = make(arms["measured", "of the row", False].windows, hoist=True)
+    return arms
+
+
+def compare(checkpoint: Checkpoint, batch: int, seeds: int, steps: int) -> list[dict[str, Any]]:
+    """All arms for a model and a batch size."""
+    arms = arms_of(checkpoint, batch, steps)
+    times: dict[tuple[str, str, bool], list[float]] = {key: [] for key in arms}
+    did: dict[tuple[str, str, bool], list[Speculation]] = {key: [] for key in arms}
+    for sampler in arms.values():  # the first call traces, allocates and picks algorithms
+        sampler(seeds=10_000, progress=False)
+    for turn in range(seeds):
+        for key, sampler in arms.items():
+            began = time.perf_counter()
+            found = sampler(seeds=100 * turn, progress=False, output="result")
+            times[key].append(time.perf_counter() - began)
+            if found.speculation is not None:
+                did[key].append(found.speculation)
+    rows = []
+    for key, sampler in arms.items():
+        policy, guess, hoisted = key
+        row: dict[str, Any] = {"policy": policy, "guess": guess, "hoisted": hoisted, "batch": batch, "seeds": seeds}
+        for name, other in (("plain", False), ("hoisted", True)):
+            ratios = np.divide(times["sequential", "-", other], times[key])
+            row[f"faster_than_{name}"] = {
+                "median": float(np.median(ratios)), "low": float(ratios.min()), "high": float(ratios.max()),
+            }  # fmt: skip
+        if did[key]:
+            row["windows"] = sampler.windows.to_dict() if sampler.windows else None
+            row["calls"] = float(np.mean([each.calls for each in did[key]]))
+            row["volume"] = float(np.mean([each.volume for each in did[key]]))
+            row["rejections"] = float(np.mean([(1 - each.acceptance).sum() for each in did[key]]))
+            row["acceptance"] = {
+                f"{low} to {high}": float(np.mean([each.accepted(low, high) for each in did[key]]))
+                for low, high in RANGES
+            }
+        rows.append(row)
+        print({name: value for name, value in row.items() if name != "acceptance"}, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="few steps, few seeds; writes nothing")
+    parser.add_argument("--models", nargs="+", default=["moons", "digits"], help="default: %(default)s")
+    given = parser.parse_args()
+    rows = []
+    for name in given.models:
+        checkpoint = load_checkpoint(name)
+        for batch, seeds in ((1, 4), (4, 3), (16, 2)):
+            seeds, steps = (1, 30) if given.smoke else (seeds, checkpoint.diffusion.num_train_timesteps)
+            rows += [{"model": name, **row} for row in compare(checkpoint, batch, seeds, steps)]
+            if not given.smoke:
+                write_result("cpu__speculation", rows)
+
+
+if __name__ == "__main__":
+    main()
