@@ -315,6 +315,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "accelerated": accelerated,
         "quality": quality,
         "digits": digits,
+        "speculated": speculation_tables.speculated,
         "overhead": overhead,
         "counts": counts,
         "step": step,

@@ -1,6 +1,7 @@
 """Speculative sampling: a walk in few sequential network calls, of the same law (kernels/speculate.py)."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from ddpm_fast.execution import DEFAULT, Execution, tf32
 from ddpm_fast.graph import GraphPool, StepGraph, can_capture, seconds
 from ddpm_fast.kernels.dispatch import choose_backend, on_device
-from ddpm_fast.kernels.speculate import Outcome, implementation
+from ddpm_fast.kernels.normal import normal
+from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.kernels.speculate import Outcome, Window, implementation, log_uniforms
 from ddpm_fast.kernels.speculate import Progress as Column
 from ddpm_fast.kernels.threshold import threshold_bound
 from ddpm_fast.loop import Clipping
@@ -25,7 +28,10 @@ from ddpm_fast.windows import PAYS, WIDTHS, GuessErrors, Windows, choose_windows
 
 Speculate = bool | int | Mapping[int, int] | Windows
 
+AHEAD = 1 << 25  # normals that are made ahead of a walk on the PyTorch path: 128 MB
 PILOT = 16  # drafts at once of the walk that measures how good guesses are
+# What was measured, for a network and all that it was measured with.
+_CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Windows]] = weakref.WeakKeyDictionary()
 LOOK = 4  # rounds between two looks at where the samples are, on a GPU, whose queue a look empties
 
 
@@ -121,12 +127,18 @@ class SpeculativeLoop:
         self.x = torch.zeros(shape, device=device)
         self._drafts, self._noise, self._guess = (torch.zeros(batch, room, *shape[1:], device=device) for _ in range(3))
         self._dots = torch.zeros(batch, room, self._parts(), 2, dtype=self._sums(), device=device)
-        self._progress = torch.zeros(batch, len(Column), dtype=torch.int32, device=device)
+        self._begin = torch.tensor([0, 0, 1, 0, Outcome.DONE], dtype=torch.int32, device=device)
+        self._progress = self._begin.repeat(batch, 1)
         self._factor = torch.zeros(batch, device=device)
         self._rejected = torch.zeros(batch, steps, dtype=torch.uint8, device=device)
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._log_u = torch.zeros(batch, steps, device=device)
+        self._ahead: Tensor | None = None
         self._window_rows = torch.from_numpy(windows.rows(table.timestep)).to(device)
         self._coefficients, self._ids = table.coefficients(device), table.ids(device)
+        if how.at_once:
+            for width in self._widths:
+                self.network(width)
 
     def run(self, noise: Noise, x_T: Tensor | None = None, *, progress: Show = None) -> Tensor:
         """Walk to the end and return a copy of x: float32 [B, C, ...]."""
@@ -217,10 +229,11 @@ class SpeculativeLoop:
         return self._networks[width]
 
     def seconds(self, width: int) -> float:
-        """How long a call with so many drafts of every sample takes."""
+        """How long a round with so many drafts of every sample takes; with one, the network's call alone."""
         network = self.network(width)
         with self._settings():
-            return seconds(network, self.device)
+            self._make_ahead()
+            return seconds(network if width == 1 else lambda: self._iterate(network, width), self.device)
 
     def _repeated(self, kwargs: Mapping[str, Any] | None, width: int) -> Any:
         """The keywords for every draft."""
@@ -237,12 +250,20 @@ class SpeculativeLoop:
             if network.refresh():
                 self._graphs.clear()
         self._seeds.copy_(noise.seeds)  # type: ignore[arg-type]
+        self._log_u.copy_(log_uniforms(self._seeds, self._ids))
+        self._make_ahead()
         self.x.copy_(noise.x_T() if x_T is None else x_T)
         self._guess.zero_()  # before anything is known
         self._rejected.zero_()
-        self._progress.zero_()
-        self._progress[:, Column.EVALUATED] = 1
-        self._progress[:, Column.OUTCOME] = Outcome.DONE
+        self._progress.copy_(self._begin)
+
+    def _make_ahead(self) -> None:
+        """On the PyTorch path the noise of every row at once, if that is not too much: drafts are made twice."""
+        batch, steps = self._rejected.shape
+        if self.backend == "torch" and batch * steps * self._drafts[0, 0].numel() <= AHEAD:
+            seeds, ids = self._seeds.repeat_interleave(steps), self._ids[:, 1].repeat(batch)
+            flat = normal(seeds, ids, Stream.STEP, self.shape[1:], backend="torch")
+            self._ahead = flat.view(batch, steps, *self.shape[1:])
 
     def _width(self, rows: Sequence[int], rounds: int) -> int:
         """The narrowest network that has room for the windows of samples in these rows, and where they may get to."""
@@ -269,21 +290,43 @@ class SpeculativeLoop:
     def _iterate(self, network: Network, width: int) -> None:
         """One round, on the fixed buffers."""
         drafted = self._drafts, self._noise, self._guess
+        shared: dict[str, Any] = {}
+        if self.backend == "torch":
+            window = Window(self._coefficients, self._progress, self._window_rows, width, self.x.dim())
+            shared = {"window": window}
         self._draft(
             self.x, self._guess, self._progress, self._window_rows, self._coefficients, self._ids, self._seeds, width,
-            drafts=self._drafts, noise=self._noise, model_input=network.input, timestep=network.timestep,
+            drafts=self._drafts, noise=self._noise, model_input=network.input, timestep=network.timestep, **shared,
+            **({} if self._ahead is None else {"ahead": self._ahead}),
         )  # fmt: skip
         output = network()
         how = self._limits(output, width)
         self._verify(
-            *drafted, output, self._progress, self._window_rows, self._coefficients, width, dots=self._dots, **how
+            *drafted,
+            output,
+            self._progress,
+            self._window_rows,
+            self._coefficients,
+            width,
+            dots=self._dots,
+            **how,
+            **shared,
         )
         self._decide(
-            self._dots, self._progress, self._window_rows, self._coefficients, self._ids, self._seeds, width,
-            factor=self._factor, rejected=self._rejected,
+            self._dots, self._progress, self._window_rows, self._coefficients, self._log_u, width,
+            factor=self._factor, rejected=self._rejected, **shared,
         )  # fmt: skip
         self._commit(
-            self.x, *drafted, output, self._progress, self._factor, self._window_rows, self._coefficients, width, **how
+            self.x,
+            *drafted,
+            output,
+            self._progress,
+            self._factor,
+            self._window_rows,
+            self._coefficients,
+            width,
+            **how,
+            **shared,
         )
 
     def _limits(self, output: Tensor, width: int) -> dict[str, Any]:
@@ -346,20 +389,37 @@ def resolve_windows(
         return None
     if speculate is not True:
         return Windows.of(speculate)
-    plain = replace(how, optimize=None, memory_format=None, compile=False)
-    loop = make(shape, windows=Windows.of(WIDTHS[-1]), how=plain, **given)
+    one = make((1, *shape[1:]), windows=Windows.of(PILOT), how=replace(_plainly(how), execution="eager"), **{
+        name: _first(value, shape[0]) for name, value in given.items()
+    })  # fmt: skip
+    network = one.model if one.module is None else one.module
+    known = _CHOSEN.setdefault(network, {}) if isinstance(network, nn.Module) else {}
+    rows = one.table.coefficients().numpy().tobytes(), one.table.timestep.tobytes()
+    key = (shape, rows, one.clipping, one.dtype, one.device, one.guided, how, torch.get_num_threads())
+    if key not in known:
+        known[key] = _measured_windows(
+            lambda width: make(shape, windows=Windows.of(width), how=_plainly(how), **given).seconds(width), one
+        )
+    return known[key]
+
+
+def _plainly(how: Execution) -> Execution:
+    """Without what takes long to prepare."""
+    return replace(how, optimize=None, memory_format=None, compile=False)
+
+
+def _measured_windows(seconds_of: Callable[[int], float], pilot: SpeculativeLoop) -> Windows:
+    """Windows for what rounds of each width cost, and how good guesses are in a walk of `pilot`, one sample."""
     costs: dict[int, float] = {}
     for width in WIDTHS:
         try:
-            costs[width] = loop.seconds(width)
+            costs[width] = seconds_of(width)
         except torch.OutOfMemoryError:
             break
         if width > 1 and costs[width] > 1.9 * costs[width // 2]:
             break  # wider ones save nothing
     if all(costs[width] * PAYS > width * costs[1] for width in costs if width > 1):
         return Windows.of(1)
-    one = {name: _first(value, shape[0]) for name, value in given.items()}
-    pilot = make((1, *shape[1:]), windows=Windows.of(PILOT), how=replace(plain, execution="eager"), **one)
     errors = GuessErrors(pilot.table)
     pilot.watch = errors.add
     pilot.run(PhiloxNoise([0], pilot.shape, pilot.table, pilot.device, pilot.backend), progress=False)

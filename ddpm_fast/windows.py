@@ -1,7 +1,7 @@
 """How many steps a speculative walk drafts at once: given, or chosen by the network's cost and how good guesses are."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,8 @@ def _round_cost(
 def choose_windows(table: StepTable, squares: NDArray[np.float64], costs: Mapping[int, float]) -> Windows:
     """The windows for a network of these costs, constant over ranges of t; of one step where others do not pay.
 
+    From the windows that are best for every step by itself, averaged over each range, by halving and doubling.
+
     Args:
         table: the rows of the walk.
         squares: |D|^2 of every step and lag (`GuessErrors`).
@@ -148,16 +150,28 @@ def choose_windows(table: StepTable, squares: NDArray[np.float64], costs: Mappin
     accepted = acceptance(squares)
     best = best_windows(accepted, costs)
     last = int(table.timestep.max()) + 1
-    bounds: list[tuple[int, int]] = []
-    for low, high in zip(RANGES, (*RANGES[1:], 1001), strict=True):
-        inside = (table.timestep >= low * last // 1000) & (table.timestep < max(high * last // 1000, 1))
-        if inside.any():
-            start = 0 if not bounds else low * last // 1000
-            bounds.append((start, int(2 ** np.round(np.log2(best[inside]).mean()))))
-    kept = [pair for place, pair in enumerate(bounds) if place == 0 or pair[1] != bounds[place - 1][1]]
-    candidates = [Windows(tuple(kept)), *(Windows(((0, width),)) for width in costs)]
-    expected = [expected_cost(each.rows(table.timestep), accepted, costs)[0] for each in candidates]
-    place = int(np.argmin(expected))
-    if len(table) * costs[1] < PAYS * expected[place]:
+    starts = sorted({low * last // 1000 for low in RANGES})
+    place = np.searchsorted(starts, table.timestep, side="right") - 1
+    exponents = [
+        round(float(np.log2(best[place == k]).mean())) if (place == k).any() else 0 for k in range(len(starts))
+    ]
+    widths = [2**exponent for exponent in exponents]
+
+    def cost(chosen: Sequence[int]) -> float:
+        return float(expected_cost(np.array(chosen, np.int32)[place], accepted, costs)[0])
+
+    least = cost(widths)
+    for _ in range(3):
+        before = least
+        for k in range(len(starts)):
+            for width in (widths[k] // 2, 2 * widths[k]):
+                tried = [*widths[:k], width, *widths[k + 1 :]]
+                if width in costs and cost(tried) < least:
+                    widths, least = tried, cost(tried)
+                    break
+        if least == before:
+            break
+    if len(table) * costs[1] < PAYS * least:
         return Windows(((0, 1),))
-    return candidates[place]
+    kept = [k for k in range(len(starts)) if k == 0 or widths[k] != widths[k - 1]]
+    return Windows(tuple((starts[k], widths[k]) for k in kept))

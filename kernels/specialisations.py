@@ -277,7 +277,7 @@ _DECIDE = Specialisation(
     "decide",
     {
         "dots_ptr": "*fp32", "factor_ptr": "*fp32", "rejected_ptr": "*u8", "progress_ptr": "*i32",
-        "windows_ptr": "*i32", "coefficients_ptr": "*fp32", "ids_ptr": "*i32", "seeds_ptr": "*i64", "steps": 1000,
+        "windows_ptr": "*i32", "coefficients_ptr": "*fp32", "log_u_ptr": "*fp32", "steps": 1000,
         "room": 32, "parts": 2, "WIDTH": 16, "num_warps": 2,
     },
     90,

@@ -35,7 +35,6 @@ A sample past the last row stays as it is.
 
 import enum
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,34 +67,30 @@ class Window:
 
     Args:
         coefficients: float32 [S, 11], the columns of `kernels.step.COLUMNS`.
-        rows: int [B]: row of every sample.
+        progress: its ROW counts, or START where the round is to be committed.
         windows: int32 [S]: drafts of a round that begins in a row.
         width: W.
         dim: of the samples, the batch's included.
     """
 
-    def __init__(self, coefficients: Tensor, rows: Tensor, windows: Tensor, width: int, dim: int) -> None:
-        steps = len(coefficients)
-        ahead = torch.arange(width, device=rows.device)
-        last = rows.clamp(max=steps - 1)
-        self.count = torch.minimum(windows[last].long().clamp(max=width), steps - rows)  # 0 past the end
-        self.rows = (rows[:, None] + ahead).clamp(max=steps - 1)
+    def __init__(
+        self, coefficients: Tensor, progress: Tensor, windows: Tensor, width: int, dim: int, column: int = Progress.ROW
+    ) -> None:
+        steps, start = len(coefficients), progress[:, column].long()
+        ahead = torch.arange(width, device=start.device)
+        self.start = start
+        self.count = torch.minimum(windows[start.clamp(max=steps - 1)].long().clamp(max=width), steps - start)
+        self.rows = (start[:, None] + ahead).clamp(max=steps - 1)
         self.valid = ahead < self.count[:, None]
-        columns = coefficients[self.rows].movedim(-1, 0)
-        for name, column in zip(COLUMNS, columns, strict=True):
-            setattr(self, name, column.view(*column.shape, *(1,) * (dim - 1)))
-
-    a: Any
-    b: Any
-    c_x0: Any
-    c_x: Any
-    c_out: Any
-    sigma: Any
-
-    def mean(self, y: Tensor, guess: Tensor, at: tuple[Any, Any]) -> Tensor:
-        """The mean of the steps `at`, with `guess` for the origin and the output to match it, (guess - a y) / b."""
-        through_output = self.c_out[at] / self.b[at]
-        return (self.c_x0[at] + through_output) * guess + (self.c_x[at] - through_output * self.a[at]) * y
+        columns = coefficients[self.rows].view(len(start), width, *(1,) * (dim - 1), len(COLUMNS)).unbind(-1)
+        self.a, self.b, self.c_x0, self.c_x, self.c_out, self.sigma, *_ = columns
+        through_output = self.c_out / self.b
+        # The mean of a draft: of its guess, with the output that belongs to it, (guess - a y) / b; and of its state.
+        self.of_guess, self.of_state = self.c_x0 + through_output, self.c_x - through_output * self.a
+        quiet = self.sigma == 0
+        self.plain = quiet | (self.count == 1).view(-1, *(1,) * dim)
+        inverse = torch.where(quiet, 0, 1 / self.sigma)
+        self.of_origin, self.of_raw = self.c_x0 * inverse, through_output * inverse
 
     def origin(self, y: Tensor, out: Tensor, clip: float | None, bound: Tensor | None) -> tuple[Tensor, Tensor]:
         """The network's estimates of the origin, as they are and as they are clipped."""
@@ -107,8 +102,15 @@ class Window:
 
     def distance(self, raw: Tensor, origin: Tensor, guess: Tensor) -> Tensor:
         """D: the two means' difference over sigma, without their cancellation; 0 where there is no noise."""
-        apart = self.c_x0 * (origin - guess) + self.c_out / self.b * (raw - guess)
-        return torch.where(self.sigma == 0, 0, apart / self.sigma)
+        return self.of_origin * (origin - guess) + self.of_raw * (raw - guess)
+
+
+def log_uniforms(seeds: Tensor, ids: Tensor) -> Tensor:
+    """log u of every sample and row: float32 [B, S]."""
+    key = ((seeds & 0xFFFFFFFF)[:, None], (seeds >> 32 & 0xFFFFFFFF)[:, None])
+    counter = torch.zeros(1, 1, dtype=torch.int64, device=seeds.device)
+    word, *_ = philox.philox_4x32((counter, ids[None, :, 1].long(), int(philox.Stream.ACCEPT), 0), key)
+    return philox.uniform(word).log_()
 
 
 def draft_torch(
@@ -125,29 +127,32 @@ def draft_torch(
     noise: Tensor,
     model_input: Tensor,
     timestep: Tensor,
+    window: Window | None = None,
+    ahead: Tensor | None = None,
 ) -> None:
     """Move the guesses up by the steps that were taken, the last one standing for rows that are new; and draft.
 
     Writes guess, drafts and noise, and what the network reads: model_input in its dtype, [B W, C, ...] or guided twice
-    that, and its timestep, int64.
+    that, and its timestep, int64. The twin alone takes the round's `window`, and the noise of all rows, `ahead`,
+    [B, S, C, ...], to work it out once.
     """
     batch, full = guess.shape[:2]
-    row, evaluated, taken = (
-        progress[:, column].long() for column in (Progress.ROW, Progress.EVALUATED, Progress.TAKEN)
-    )
-    window = Window(coefficients, row, windows, width, x.dim())
-    source = torch.minimum(taken[:, None] + torch.arange(full, device=x.device), evaluated[:, None] - 1)
-    guess.copy_(guess[torch.arange(batch, device=x.device)[:, None], source])
+    window = window or Window(coefficients, progress, windows, width, x.dim())
+    every = torch.arange(batch, device=x.device)[:, None]
+    taken, evaluated = progress[:, Progress.TAKEN, None], progress[:, Progress.EVALUATED, None]
+    source = torch.minimum(taken + torch.arange(full, device=x.device), evaluated - 1)
+    guess.copy_(guess[every, source])
     told = ids[window.rows]
-    flat = philox.normals(
-        seeds.repeat_interleave(width), told[..., 1].flatten(), philox.Stream.STEP, x[0].numel(), dtype=x.dtype
-    )
-    noise[:, :width] = flat.view(batch, width, *x.shape[1:])
-    y = x
-    for k in range(width):
-        drafts[:, k] = y
-        if k + 1 < width:
-            y = window.mean(y, guess[:, k], (slice(None), k)) + window.sigma[:, k] * noise[:, k]
+    if ahead is None:
+        repeated, noise_ids = seeds.repeat_interleave(width), told[..., 1].flatten()
+        flat = philox.normals(repeated, noise_ids, philox.Stream.STEP, x[0].numel(), dtype=x.dtype)
+        noise[:, :width] = flat.view(batch, width, *x.shape[1:])
+    else:
+        noise[:, :width] = ahead[every, window.rows]
+    fresh = window.of_guess * guess[:, :width] + window.sigma * noise[:, :width]
+    drafts[:, 0] = x
+    for k in range(width - 1):
+        torch.addcmul(fresh[:, k], window.of_state[:, k], drafts[:, k], out=drafts[:, k + 1])
     for half in halves(model_input, batch * width):
         half.copy_(drafts[:, :width].flatten(0, 1))
     for half in halves(timestep, batch * width):
@@ -168,10 +173,11 @@ def verify_torch(
     bound: Tensor | None = None,
     guidance: Tensor | None = None,
     dots: Tensor,
+    window: Window | None = None,
 ) -> None:
     """Write dots: D z and |D|^2 of every draft."""
     drafts, noise, guess = drafts[:, :width], noise[:, :width], guess[:, :width]
-    window = Window(coefficients, progress[:, Progress.ROW].long(), windows, width, guess.dim() - 1)
+    window = window or Window(coefficients, progress, windows, width, guess.dim() - 1)
     out, _ = split_output(drafts.flatten(0, 1), output, guidance)
     raw, origin = window.origin(drafts, out.reshape(drafts.shape), clip, bound)
     distance = window.distance(raw, origin, guess).flatten(2).double()
@@ -185,33 +191,32 @@ def decide_torch(
     progress: Tensor,
     windows: Tensor,
     coefficients: Tensor,
-    ids: Tensor,
-    seeds: Tensor,
+    log_u: Tensor,
     width: int,
     *,
     factor: Tensor,
     rejected: Tensor,
+    window: Window | None = None,
 ) -> None:
-    """Find the steps that every sample's round commits, and go on in `progress`; mark rejections in uint8 [B, S]."""
-    batch = len(dots)
-    row = progress[:, Progress.ROW].long()
-    window = Window(coefficients, row, windows, width, 1)
+    """Find the steps that every sample's round commits, and go on in `progress`; mark rejections in uint8 [B, S].
+
+    `log_u`, [B, S], is that of `log_uniforms`.
+    """
+    window = window or Window(coefficients, progress, windows, width, 1)
+    every = torch.arange(len(dots), device=dots.device)
     along, square = dots[:, :width].sum(2).unbind(-1)
-    counter = torch.zeros(batch, width, dtype=torch.int64, device=dots.device)
-    key = ((seeds & 0xFFFFFFFF)[:, None], (seeds >> 32 & 0xFFFFFFFF)[:, None])
-    word, *_ = philox.philox_4x32((counter, ids[window.rows][..., 1].long(), int(philox.Stream.ACCEPT), 0), key)
-    plain = (window.sigma == 0) | (window.count == 1)[:, None]
-    accepted = ~plain & (philox.uniform(word).to(dots.dtype).log() <= along - square / 2)
+    plain = window.plain.view(window.rows.shape)
+    accepted = ~plain & (log_u[every[:, None], window.rows] <= along - square / 2)
     stops = window.valid & ~accepted
     stopped, place = stops.any(1), stops.int().argmax(1)
     taken = torch.where(stopped, place + 1, window.count)
-    at = torch.arange(batch, device=dots.device), place
-    outcome = torch.where(plain[at], Outcome.PLAIN, Outcome.REJECTED)
-    outcome = torch.where(stopped, outcome, Outcome.ACCEPTED)
+    at = every, place
+    reflected = stopped & ~plain[at]
+    outcome = torch.where(stopped, torch.where(plain[at], Outcome.PLAIN, Outcome.REJECTED), Outcome.ACCEPTED)
     outcome = torch.where(window.count == 0, Outcome.DONE, outcome)
-    factor.copy_(torch.where(outcome == Outcome.REJECTED, 2 * along[at] / square[at], 0))
-    rejected[at[0], window.rows[at]] |= outcome == Outcome.REJECTED
-    progress.copy_(torch.stack([row + taken, row, window.count, taken, outcome], dim=1))
+    factor.copy_(torch.where(reflected, 2 * along[at] / square[at], 0))
+    rejected[every, window.rows[at]] |= reflected
+    progress.copy_(torch.stack([window.start + taken, window.start, window.count, taken, outcome], dim=1))
 
 
 def commit_torch(
@@ -229,25 +234,28 @@ def commit_torch(
     clip: float | None = None,
     bound: Tensor | None = None,
     guidance: Tensor | None = None,
+    window: Window | None = None,
 ) -> None:
     """Take the steps that were decided on: write the new states to x, and the network's estimates to guess."""
-    batch = len(x)
+    batch, ones = len(x), (1,) * (x.dim() - 1)
     drafts, noise, guess = drafts[:, :width], noise[:, :width], guess[:, :width]
-    start, evaluated, taken, outcome = progress[:, 1:].long().unbind(1)
-    window = Window(coefficients, start, windows, width, x.dim())
+    window = window or Window(coefficients, progress, windows, width, x.dim(), Progress.START)
     out, _ = split_output(drafts.flatten(0, 1), output, guidance)
     out = out.reshape(drafts.shape)
     raw, origin = window.origin(drafts, out, clip, bound)
-    at = torch.arange(batch, device=x.device), (taken - 1).clamp(min=0)
-    y, z, sigma = drafts[at], noise[at], window.sigma[at]
-    drafted = window.mean(y, guess[at], at) + sigma * z
+    evaluated, taken, outcome = progress[:, Progress.EVALUATED :].unbind(1)
+    at = torch.arange(batch, device=x.device), (taken.long() - 1).clamp(min=0)
+    y, z, g, sigma = drafts[at], noise[at], guess[at], window.sigma[at]
+    drafted = window.of_guess[at] * g + window.of_state[at] * y + sigma * z
     mean = window.c_x0[at] * origin[at] + window.c_x[at] * y + window.c_out[at] * out[at]
-    turned = factor.to(x.dtype).view(-1, *(1,) * (x.dim() - 1)) * window.distance(raw, origin, guess)[at]
-    column = outcome.view(-1, *(1,) * (x.dim() - 1))
-    new = torch.where(column == Outcome.ACCEPTED, drafted, mean + sigma * (z - turned))
-    x.copy_(torch.where(column == Outcome.DONE, x, new))
+    distance = window.of_origin[at] * (origin[at] - g) + window.of_raw[at] * (raw[at] - g)
+    outcome = outcome.view(batch, *ones)
+    new = torch.where(
+        outcome == Outcome.ACCEPTED, drafted, mean + sigma * (z - factor.to(x.dtype).view(batch, *ones) * distance)
+    )
+    x.copy_(torch.where(outcome == Outcome.DONE, x, new))
     kept = torch.arange(width, device=x.device) < evaluated[:, None]
-    guess.copy_(torch.where(kept.view(batch, width, *(1,) * (x.dim() - 1)), origin, guess))
+    guess.copy_(torch.where(kept.view(batch, width, *ones), origin, guess))
 
 
 def implementation(backend: str) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None], Callable]:

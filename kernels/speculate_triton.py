@@ -7,14 +7,13 @@ from torch import Tensor
 from ddpm_fast.kernels.dispatch import ptx, warps
 from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.philox import Stream, quarter
-from ddpm_fast.kernels.philox_triton import philox_4x32, polar4, tie, uniform
+from ddpm_fast.kernels.philox_triton import polar4, tie
 from ddpm_fast.kernels.speculate import Outcome, Progress
 from ddpm_fast.kernels.step_triton import to_float32
 from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, load4, sample_index
 
 COLUMNS = tl.constexpr(11)
 STEP = tl.constexpr(int(Stream.STEP))
-ACCEPT = tl.constexpr(int(Stream.ACCEPT))
 PROGRESS = tl.constexpr(len(Progress))
 ROW = tl.constexpr(int(Progress.ROW))
 START = tl.constexpr(int(Progress.START))
@@ -202,15 +201,15 @@ def verify_kernel(
 
 @triton.jit(do_not_specialize=["steps", "parts"])
 def decide_kernel(
-    dots_ptr, factor_ptr, rejected_ptr, progress_ptr, windows_ptr, coefficients_ptr, ids_ptr, seeds_ptr,
-    steps, room, parts, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    dots_ptr, factor_ptr, rejected_ptr, progress_ptr, windows_ptr, coefficients_ptr, log_u_ptr, steps, room, parts,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program decides for one sample; sums are taken in one order, whatever the launch."""
     i_sample = tl.program_id(0)
     p_progress = progress_ptr + i_sample * PROGRESS
     row = tl.load(p_progress + ROW)
     count = window_count(windows_ptr, row, steps, WIDTH)
-    seed = tl.load(seeds_ptr + i_sample)
+    p_log_u = log_u_ptr + i_sample.to(tl.int64) * steps + row
     p_dots = dots_ptr + i_sample.to(tl.int64) * room * parts * 2
     alive = row * 0 + 1
     taken = row * 0
@@ -226,10 +225,8 @@ def decide_kernel(
                 p_parts = p_dots + (k * parts + part) * 2
                 along += tl.sum(tl.load(p_parts, mask=part < parts, other=0.0), 0)
                 square += tl.sum(tl.load(p_parts + 1, mask=part < parts, other=0.0), 0)
-            noise_id = tl.load(ids_ptr + (row + k) * 2 + 1)
-            word, _, _, _ = philox_4x32(seed, row * 0, noise_id, ACCEPT, 0, False)
             plain = (sigma == 0) | (count == 1)
-            accepted = (tl.log(uniform(word)) <= along - square / 2) & (plain == 0)
+            accepted = (tl.load(p_log_u + k) <= along - square / 2) & (plain == 0)
             taken = k + 1 + row * 0
             if accepted == 0:
                 alive = alive * 0
@@ -351,12 +348,12 @@ def verify_triton(
 
 
 def decide_triton(
-    dots: Tensor, progress: Tensor, windows: Tensor, coefficients: Tensor, ids: Tensor, seeds: Tensor, width: int,
-    *, factor: Tensor, rejected: Tensor,
+    dots: Tensor, progress: Tensor, windows: Tensor, coefficients: Tensor, log_u: Tensor, width: int, *,
+    factor: Tensor, rejected: Tensor,
 ) -> None:  # fmt: skip
     """Launch `decide_kernel`."""
     decide_kernel[(len(progress),)](
-        dots, factor, rejected, progress, windows, coefficients, ids, seeds, len(coefficients), dots.shape[1],
+        dots, factor, rejected, progress, windows, coefficients, log_u, len(coefficients), dots.shape[1],
         dots.shape[2], WIDTH=width, BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
 

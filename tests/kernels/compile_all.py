@@ -154,6 +154,7 @@ def speculative(a):
         "model_input": tensor(a.get("input_ptr"), halves * batch * width, n),
         "timestep": tensor(a.get("timestep_ptr"), halves * batch * width),
         "dots": tensor(a.get("dots_ptr"), batch, room, a.get("parts", 1), 2),
+        "log_u": tensor(a.get("log_u_ptr"), batch, 1000),
         "factor": tensor(a.get("factor_ptr"), batch),
         "rejected": tensor(a.get("rejected_ptr"), batch, 1000),
         "clip": a.get("clip") if a.get("CLIP") == "fixed" else None,

@@ -83,9 +83,8 @@ class Round:
         shifted = self.guess.clone()
         # The network's output, near to that of the guesses.
         verify(*drafted, self.output, self.progress, *table, WIDTH, dots=self.dots, **self.limits)
-        decide(
-            self.dots, self.progress, *table, self.ids, self.seeds, WIDTH, factor=self.factor, rejected=self.rejected
-        )
+        log_u = speculate.log_uniforms(self.seeds, self.ids)
+        decide(self.dots, self.progress, *table, log_u, WIDTH, factor=self.factor, rejected=self.rejected)
         commit(self.x, *drafted, self.output, self.progress, self.factor, *table, WIDTH, **self.limits)
         found = {name: getattr(self, name).cpu() for name in (
             "x", "guess", "drafts", "noise", "model_input", "timestep", "progress", "factor", "rejected"
