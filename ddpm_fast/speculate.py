@@ -1,6 +1,7 @@
 """Speculative sampling: a walk in few sequential network calls, of the same law (kernels/speculate.py)."""
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddpm_fast.execution import DEFAULT, Execution, tf32
-from ddpm_fast.graph import GraphPool, StepGraph, can_capture, seconds
+from ddpm_fast.graph import CaptureError, GraphPool, StepGraph, can_capture, seconds
 from ddpm_fast.kernels.dispatch import choose_backend, on_device
 from ddpm_fast.kernels.normal import normal
 from ddpm_fast.kernels.philox import Stream
@@ -24,11 +25,16 @@ from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import Noise, PhiloxNoise
 from ddpm_fast.progress import Progress, Show
 from ddpm_fast.table import StepTable
+from ddpm_fast.validate import line_of
 from ddpm_fast.windows import PAYS, WIDTHS, GuessErrors, Windows, choose_windows
+
+logger = logging.getLogger("ddpm_fast")
 
 Speculate = bool | int | Mapping[int, int] | Windows
 
 AHEAD = 1 << 25  # normals that are made ahead of a walk on the PyTorch path: 128 MB
+FEW = 64  # drafts in a call: up to so many every width is timed, and more as long as the cost of a draft
+STILL_FALLS = 0.95  # falls to this share or below with every doubling
 PILOT = 16  # drafts at once of the walk that measures how good guesses are
 # What was measured, for a network and all that it was measured with.
 _CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Windows]] = weakref.WeakKeyDictionary()
@@ -110,6 +116,8 @@ class SpeculativeLoop:
         self.model, self.module, self.dtype, self.guidance = model, module, dtype, guidance
         self.guided = uncond_kwargs is not None
         self._no_gradients = torch.inference_mode if inference_mode else torch.no_grad
+        if how.execution == "graph" and not can_capture(device):
+            raise ValueError(f"execution='graph' needs a CUDA device, got {device}")
         self.execution = how.execution
         self.backend = choose_backend(device, how.backend)
         self.x0: Tensor | None = None  # there is none after each step
@@ -177,7 +185,7 @@ class SpeculativeLoop:
             self._start(noise, x_T)
         bar = Progress(steps, self.device, progress, every=1)
         calls = evaluations = reached = 0
-        rounds = LOOK if self.device.type == "cuda" else 1
+        rounds = LOOK if self._records() else 1
         finished = False
         try:
             while reached < steps:
@@ -208,6 +216,7 @@ class SpeculativeLoop:
 
     def update_kwargs(self, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> None:
         """New values of what the model is given; see `Network.update_kwargs`."""
+        self.network(self._widths[-1])  # one there is, to check them
         for width, network in self._networks.items():
             network.update_kwargs(self._repeated(model_kwargs, width), self._repeated(uncond_kwargs, width))
         self._kwargs = dict(model_kwargs), uncond_kwargs
@@ -236,7 +245,7 @@ class SpeculativeLoop:
             return seconds(network if width == 1 else lambda: self._iterate(network, width), self.device)
 
     def _repeated(self, kwargs: Mapping[str, Any] | None, width: int) -> Any:
-        """The keywords for every draft."""
+        """The keywords for every draft: tensors with an entry a sample go with their samples."""
         batch = self.shape[0]
         return kwargs and {
             name: value.repeat_interleave(width, 0)
@@ -273,19 +282,32 @@ class SpeculativeLoop:
         return next(width for width in self._widths if width >= needed)
 
     def _round(self, width: int) -> None:
-        network = self.network(width)
-        if self.execution == "eager" or not can_capture(self.device):
-            self._iterate(network, width)
-            return
-        if width not in self._graphs:
-            kept = [buffer.clone() for buffer in self._state()]
-            self._graphs[width] = StepGraph(lambda: self._iterate(network, width), self.device, self._pool)
-            for buffer, value in zip(self._state(), kept, strict=True):  # recording runs rounds for real
-                buffer.copy_(value)
-        self._graphs[width].replay()
+        if self._records() and width not in self._graphs:
+            self._record(width)
+        if width in self._graphs:
+            self._graphs[width].replay()
+        else:
+            self._iterate(self.network(width), width)
 
-    def _state(self) -> tuple[Tensor, ...]:
-        return self.x, self._guess, self._progress, self._rejected
+    def _records(self) -> bool:
+        """Whether rounds are to be recorded in graphs."""
+        return self.execution != "eager" and can_capture(self.device)
+
+    def _record(self, width: int) -> None:
+        """Record a round; where that fails, rounds run eagerly from now on."""
+        network = self.network(width)
+        state = self.x, self._guess, self._progress, self._rejected
+        kept = [buffer.clone() for buffer in state]
+        try:
+            self._graphs[width] = StepGraph(lambda: self._iterate(network, width), self.device, self._pool)
+        except (CaptureError, torch.OutOfMemoryError) as error:
+            why = f"the rounds cannot be recorded in a CUDA graph: {line_of(error)}"
+            if self.execution == "graph":
+                raise RuntimeError(why) from error
+            logger.warning("%s; running eagerly", why)
+            self.execution = "eager"
+        for buffer, value in zip(state, kept, strict=True):  # recording runs rounds for real
+            buffer.copy_(value)
 
     def _iterate(self, network: Network, width: int) -> None:
         """One round, on the fixed buffers."""
@@ -398,7 +420,9 @@ def resolve_windows(
     key = (shape, rows, one.clipping, one.dtype, one.device, one.guided, how, torch.get_num_threads())
     if key not in known:
         known[key] = _measured_windows(
-            lambda width: make(shape, windows=Windows.of(width), how=_plainly(how), **given).seconds(width), one
+            lambda width: make(shape, windows=Windows.of(width), how=_plainly(how), **given).seconds(width),
+            one,
+            shape[0],
         )
     return known[key]
 
@@ -408,16 +432,17 @@ def _plainly(how: Execution) -> Execution:
     return replace(how, optimize=None, memory_format=None, compile=False)
 
 
-def _measured_windows(seconds_of: Callable[[int], float], pilot: SpeculativeLoop) -> Windows:
+def _measured_windows(seconds_of: Callable[[int], float], pilot: SpeculativeLoop, batch: int) -> Windows:
     """Windows for what rounds of each width cost, and how good guesses are in a walk of `pilot`, one sample."""
     costs: dict[int, float] = {}
     for width in WIDTHS:
+        narrower = [costs[each] / each for each in (width // 2, width // 4) if each in costs]
+        if batch * width > FEW and len(narrower) == 2 and narrower[0] > STILL_FALLS * narrower[1]:
+            break  # a draft costs no less in wider calls
         try:
             costs[width] = seconds_of(width)
         except torch.OutOfMemoryError:
             break
-        if width > 1 and costs[width] > 1.9 * costs[width // 2]:
-            break  # wider ones save nothing
     if all(costs[width] * PAYS > width * costs[1] for width in costs if width > 1):
         return Windows.of(1)
     errors = GuessErrors(pilot.table)

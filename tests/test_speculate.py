@@ -16,10 +16,13 @@ from speculative_problems import (
     mixture_p_value,
     walk,
 )  # fmt: skip
+from test_graph import Replayed
 
+from ddpm_fast import speculate as speculation
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
 from ddpm_fast.engine import Sampler
+from ddpm_fast.graph import CaptureError
 from ddpm_fast.kernels.speculate import Outcome, Progress
 from ddpm_fast.loop import Clipping
 from ddpm_fast.models.checkpoint import load_checkpoint
@@ -349,3 +352,50 @@ def test_windows():
     assert Windows.of(windows.to_dict()) == windows
     assert not windows.sequential
     assert Windows.of(1).sequential
+
+
+# Graphs, with a stand-in for the recording
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    monkeypatch.setattr(speculation, "can_capture", lambda device: True)
+    monkeypatch.setattr(speculation, "StepGraph", Replayed)
+    Replayed.made = Replayed.replays = 0
+
+
+def drawn(**options):
+    config = SamplerConfig(num_train_timesteps=50)
+    return sample(
+        networks()["epsilon"], (3, 1, 8, 8), seeds=5, config=config, speculate={0: 2, 20: 4, 35: 8}, output="result",
+        **options, **QUIET,
+    )  # fmt: skip
+
+
+def test_replayed_rounds_are_those_launched_one_by_one(recording):
+    """Several rounds between two looks, graphs of three widths, and rounds past the end that change nothing."""
+    eager, graph = drawn(execution="eager"), drawn(execution="graph")
+    assert torch.equal(graph.sample, eager.sample)
+    np.testing.assert_array_equal(graph.speculation.acceptance, eager.speculation.acceptance)
+    assert Replayed.made == 3
+    assert Replayed.replays == graph.speculation.calls
+    assert 0 <= graph.speculation.calls - eager.speculation.calls < speculation.LOOK
+
+
+@pytest.mark.parametrize("error", [CaptureError("operation not permitted"), torch.OutOfMemoryError("out of memory")])
+def test_rounds_that_cannot_be_recorded_run_eagerly_and_say_so(recording, monkeypatch, caplog, error):
+    def refused(body, device, pool):
+        body()
+        raise error
+
+    monkeypatch.setattr(speculation, "StepGraph", refused)
+    found = drawn()
+    assert torch.equal(found.sample, drawn(execution="eager").sample)
+    assert "running eagerly" in caplog.text
+    with pytest.raises(RuntimeError, match="the rounds cannot be recorded in a CUDA graph"):
+        drawn(execution="graph")
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="execution='graph' needs a CUDA device"):
+        drawn(execution="graph")
