@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ddpm_fast.config import SamplerConfig
+from ddpm_fast.execution import Execution
 from ddpm_fast.kernels import philox, speculate
 from ddpm_fast.kernels.dispatch import interpreting
 from ddpm_fast.kernels.speculate import Outcome, Progress
@@ -81,7 +82,6 @@ class Round:
             noise=self.noise, model_input=self.model_input, timestep=self.timestep,
         )  # fmt: skip
         shifted = self.guess.clone()
-        # The network's output, near to that of the guesses.
         verify(*drafted, self.output, self.progress, *table, WIDTH, dots=self.dots, **self.limits)
         log_u = speculate.log_uniforms(self.seeds, self.ids)
         decide(self.dots, self.progress, *table, log_u, WIDTH, factor=self.factor, rejected=self.rejected)
@@ -108,8 +108,11 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [*((shape, FORMS[0]) for shape in SHAPES), *((SHAPES[1], form) for form in FORMS[1:]), (SHAPES[2], FORMS[5])],
+    ids=str,
+)
 def test_kernels_and_twins_agree(shape, form, kernel_device):
     twin = Round(shape, torch.device("cpu"), **form).run("torch")
     found = Round(shape, kernel_device, **form).run("triton")
@@ -200,18 +203,16 @@ def test_the_twin_is_the_textbook(shape, config):
 @pytest.mark.parametrize("guided", [False, True])
 def test_whole_walks(guided, kernel_device):
     """The loop on the kernels and on their twins: the same rounds, the same samples."""
-    shape, found = (3, 1, 6, 6), {}
+    shape, found = (2, 1, 4, 4), {}
     table = build_table(SamplerConfig(num_train_timesteps=30))
     for backend, device in (("torch", torch.device("cpu")), ("triton", kernel_device)):
-        from ddpm_fast.execution import Execution
-
         loop = SpeculativeLoop(
             lambda x, t: 0.4 * x * (1 + t.view(-1, 1, 1, 1) / 100), shape, table=table, clipping=Clipping(1.0),
             windows=Windows.of({0: 2, 10: 4, 20: 8}), device=device, how=Execution(backend=backend, optimize=None),
-            guidance=torch.tensor([1.0, 2.0, 0.5], device=device) if guided else None,
+            guidance=torch.tensor([1.0, 2.0], device=device) if guided else None,
             uncond_kwargs={} if guided else None,
         )  # fmt: skip
-        x = loop.run(PhiloxNoise([3, 4, 5], shape, table, device, backend), progress=False)
+        x = loop.run(PhiloxNoise([3, 4], shape, table, device, backend), progress=False)
         found[backend] = x.cpu(), loop.last
     (x, did), (expected, expected_did) = found["triton"], found["torch"]
     torch.testing.assert_close(x, expected, rtol=1e-3, atol=2e-3)
