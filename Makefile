@@ -50,6 +50,7 @@ bench: $(PEERS)  ## benchmarks for a CPU; GUIDED=path-to-a-checkout adds guided-
 	$(BIN)/python benchmarks/hoisting.py $(if $(GUIDED),--guided-diffusion $(GUIDED))
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/speculation.py
+	$(BIN)/python benchmarks/speculation.py --calls
 	$(BIN)/python benchmarks/walks.py --part cpu
 	$(BIN)/python benchmarks/walk_plot.py
 

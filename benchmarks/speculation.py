@@ -1,6 +1,7 @@
 """Speculative walks of the embedded models against the sequential sampler, in one run on a CPU.
 
     python benchmarks/speculation.py            a quarter of an hour; writes benchmarks/results/cpu__speculation.json
+    python benchmarks/speculation.py --calls    calls and volume for more windows, one sample at a time, not timed
     python benchmarks/speculation.py --smoke    seconds: whether it runs
 
 For each policy and batch size: network calls one after the other until the last sample ends, volume (network
@@ -28,6 +29,10 @@ SMALL_BATCH: dict[str, Any] = {
     "8": 8, "16": 16, "32": 32, "64": 64, "by t": BY_T, "measured": True,
 }  # fmt: skip
 ALONE = ("16", "64")  # also with the guess of the literature, the last estimate of an examined state
+COUNTED: dict[str, Any] = {
+    "16": 16, "32": 32, "48": 48, "64": 64, "4, 8 from 25, 16 from 100, 32 from 400": {0: 4, 25: 8, 100: 16, 400: 32},
+    "8, 16 from 25, 48 from 100": {0: 8, 25: 16, 100: 48},
+}  # fmt: skip
 RANGES = ((0, 100), (100, 250), (250, 500), (500, 1000))
 
 
@@ -104,14 +109,44 @@ def compare(checkpoint: Checkpoint, batch: int, seeds: int, steps: int) -> list[
     return rows
 
 
+def count(checkpoint: Checkpoint, seeds: int) -> list[dict[str, Any]]:
+    """Calls and volume of one sample at a time, guessed by the row and frozen; nothing is timed."""
+    rows = []
+    told = {} if checkpoint.classes is None else {checkpoint.classes.keyword: torch.zeros(1, dtype=torch.int64)}
+    for name, windows in COUNTED.items():
+        for guess in ("of the row", "frozen"):
+            shape = (1, *checkpoint.shape)
+            sampler = Sampler(
+                checkpoint.model, shape, config=checkpoint.diffusion, speculate=windows, model_kwargs=told
+            )
+            if guess == "frozen":
+                with_frozen_guesses(sampler.loop)  # type: ignore[arg-type]
+            did = [sampler(seeds=seed, output="result", progress=False).speculation for seed in range(seeds)]
+            rows.append({
+                "windows": name,
+                "guess": guess,
+                "seeds": seeds,
+                "calls": float(np.mean([each.calls for each in did])),
+                "volume": float(np.mean([each.volume for each in did])),
+                "rejections": float(np.mean([(1 - each.acceptance).sum() for each in did])),
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="few steps, few seeds; writes nothing")
+    parser.add_argument("--calls", action="store_true", help="count calls alone: cpu__speculation_calls.json")
     parser.add_argument("--models", nargs="+", default=["moons", "digits"], help="default: %(default)s")
     given = parser.parse_args()
     rows = []
     for name in given.models:
         checkpoint = load_checkpoint(name)
+        if given.calls:
+            rows += [{"model": name, **row} for row in count(checkpoint, 4)]
+            write_result("cpu__speculation_calls", rows)
+            continue
         for batch, seeds in ((1, 3), (4, 2), (16, 1)):
             seeds, steps = (1, 30) if given.smoke else (seeds, checkpoint.diffusion.num_train_timesteps)
             rows += [{"model": name, **row} for row in compare(checkpoint, batch, seeds, steps)]

@@ -37,14 +37,14 @@ def speculation() -> str:
 def guesses() -> str:
     """The guess of the row against the frozen one."""
     lines = []
-    rows = [row for row in _rows() if row["batch"] == 1 and not row["hoisted"]]
+    rows = read_result("cpu__speculation_calls")["rows"]
     for frozen in (row for row in rows if row["guess"] == "frozen"):
-        (own,) = (r for r in rows if r["guess"] == "of the row" and all(r[k] == frozen[k] for k in ("model", "policy")))
+        (own,) = (r for r in rows if r["guess"] != "frozen" and all(r[k] == frozen[k] for k in ("model", "windows")))
         cells = " | ".join(
             f"{row['calls']:.0f} | {row['volume']:.2f} | {row['rejections']:.0f}" for row in (frozen, own)
         )
-        lines.append(f"| {frozen['model']} | {frozen['policy']} | {cells} |")
-    header = "| model | window | frozen: calls | volume | rejections | of the row: calls | volume | rejections |"
+        lines.append(f"| {frozen['model']} | {frozen['windows']} | {cells} |")
+    header = "| model | windows | frozen: calls | volume | rejections | of the row: calls | volume | rejections |"
     return markdown_table(header, lines)
 
 
