@@ -1,6 +1,6 @@
 """Are speculated moons those of the sequential sampler? Two-sample tests of what is measured of them.
 
-    python benchmarks/speculation_quality.py [--count 256]
+    python benchmarks/speculation_quality.py [--count 192]
 
 Lit fraction, radius, position and misfit of speculated samples (seeds from 1,000,000 on, so that none shares its noise)
 against the sequential samples of moons__quality.json, by the Kolmogorov-Smirnov test. Writes
@@ -39,7 +39,7 @@ def compare(found: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--count", type=int, default=192)
     count = parser.parse_args().count
     checkpoint = load_checkpoint()
     sampler = Sampler(
