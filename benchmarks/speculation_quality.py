@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from ddpm_fast.models.checkpoint import load_checkpoint
 from ddpm_fast.sample import Sampler
 
-WINDOWS = {0: 4, 25: 8, 100: 16, 400: 32}
-FIRST_SEED, BATCH = 1_000_000, 8
+WINDOWS = {0: 2, 25: 8, 50: 16}
+FIRST_SEED, BATCH = 1_000_000, 1
 
 
 def sequential() -> dict[str, Any]:
