@@ -280,7 +280,7 @@ _DECIDE = Specialisation(
         "windows_ptr": "*i32", "coefficients_ptr": "*fp32", "log_u_ptr": "*fp32", "steps": 1000,
         "room": 32, "parts": 2, "WIDTH": 16, "num_warps": 2,
     },
-    90,
+    70,
 )  # fmt: skip
 _COMMIT = Specialisation(
     "commit",
