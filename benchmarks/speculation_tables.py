@@ -59,4 +59,11 @@ def speculated() -> str:
     return markdown_table("| model, on a CPU | batch | calls | volume | times faster |", lines)
 
 
-TABLES = {"speculation": speculation, "guesses": guesses}
+def speculated_moons() -> str:
+    """Speculated moons against sequential ones."""
+    found = read_result("moons__speculated")["rows"]["tests"]
+    lines = [f"| {name} | {test['distance']:.3f} | {test['p']:.2f} |" for name, test in found.items()]
+    return markdown_table("| | distance | p |", lines)
+
+
+TABLES = {"speculation": speculation, "guesses": guesses, "speculated_moons": speculated_moons}
