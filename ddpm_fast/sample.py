@@ -26,9 +26,9 @@ def sample(model: Model, shape: Sequence[int], **options: Any) -> Any:
         shape: (B, C, H, W), (B, C, L), (B, C, D, H, W), ….
         options: what to draw with (`Sampler.__call__`: seeds, generator, x_T, known, mask, output, output_steps,
             callback, progress), how to run (`Sampler`: model_kwargs, guidance_scale, uncond_kwargs, decode, device,
-            dtype, config, table; `Execution`: execution, steps_per_replay, backend, optimize, memory_format, compile,
-            tf32), and which walk (`SamplerConfig`: num_inference_steps, sampler, eta, beta_schedule, prediction_type,
-            variance_type, timestep_spacing, clip_sample, temperature, …).
+            dtype, speculate, config, table; `Execution`: execution, steps_per_replay, backend, optimize, memory_format,
+            compile, tf32), and which walk (`SamplerConfig`: num_inference_steps, sampler, eta, beta_schedule,
+            prediction_type, variance_type, timestep_spacing, clip_sample, temperature, …).
 
     Returns:
         x_0, or a `SampleResult` where `output` is "result", "x0" or "trajectory".
