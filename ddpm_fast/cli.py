@@ -181,7 +181,8 @@ def _add_walk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help="scales the noise of every step (default: 1)")
     parser.add_argument(
         "--speculate", type=_windows, nargs="?", const=True, default=False, metavar="WINDOWS",
-        help="several steps a network call: 16, 0:4,100:16 (from timestep 100 on 16), or measured; of the same law",
+        help="several steps a network call, of the same law: 16; 0:4,100:16, from timestep 100 on 16; without WINDOWS "
+        "they are measured, which takes as long as two or three samples",
     )  # fmt: skip
     parser.add_argument("--memory-format", choices=MEMORY_FORMATS[1:], help="of the network; auto tries what is faster")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many samples")

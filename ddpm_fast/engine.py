@@ -66,9 +66,10 @@ class Sampler:
         execution, steps_per_replay, backend, optimize, memory_format, compile, tf32: how it is executed: CUDA graphs,
             kernels, and what is done to make the network faster (`ddpm_fast.execution.Execution`).
         speculate: draw in a few dozen sequential network calls instead of one a step (`ddpm_fast.speculate`): True
-            measures network and model and chooses how many steps to draft at once; a whole number of steps, or
-            {timestep: steps}. Samples have the same law, but are not the images of the walk one step at a time; given
-            seeds and windows they are always the same. Costs more network evaluations in all.
+            measures the network, once, in the time of two or three samples, and chooses how many steps to draft at
+            once; a whole number of steps, or {timestep: steps}. Samples have the same law, but are not the images of
+            the walk one step at a time; given seeds and windows they are always the same. Costs more network
+            evaluations in all.
         config: a `SamplerConfig`, such as a checkpoint's; the options are changes to it.
         table: the rows to walk, instead of those that the config describes (`ddpm_fast.edit` has some); of the config
             the clipping remains.
