@@ -1,7 +1,6 @@
 """The engine: buffers, table and graph built once, then walks from noise to data."""
 
 import contextlib
-import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise
 from ddpm_fast.progress import Show
 from ddpm_fast.seeding import Seeds, resolve_seeds
-from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, resolve_windows
+from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, speculative_loop
 from ddpm_fast.table import StepTable, build_table
 
 logger = logging.getLogger("ddpm_fast")
@@ -124,16 +123,11 @@ class Sampler:
         self._lock, self._walking = threading.RLock(), False
         clipping = Clipping.of(self.config)
         scale = per_sample("guidance_scale", guidance_scale, self.shape[0], self.device)
-        make = functools.partial(
-            SpeculativeLoop, model, table=self.table, clipping=clipping, device=self.device, dtype=dtype
-        )
-        given: dict[str, Any] = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": scale}
-        self.windows = resolve_windows(speculate, make, self.shape, given, how)
-        self.loop: Loop | SpeculativeLoop
-        if self.windows is None or self.windows.sequential:
-            self.loop = Loop(self.network, self.table, clipping, guidance=scale, how=how)
-        else:
-            self.loop = make(self.shape, windows=self.windows, how=how, **given)
+        self.windows, ahead = speculative_loop(
+            speculate, model, self.shape, table=self.table, clipping=clipping, model_kwargs=model_kwargs,
+            uncond_kwargs=uncond_kwargs, device=self.device, dtype=dtype, guidance=scale, how=how,
+        )  # fmt: skip
+        self.loop = ahead or Loop(self.network, self.table, clipping, guidance=scale, how=how)
 
     def __call__(
         self,

@@ -5,6 +5,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -185,17 +186,18 @@ class SpeculativeLoop:
             self._start(noise, x_T)
         bar = Progress(steps, self.device, progress, every=1)
         calls = evaluations = reached = 0
+        rows = [0] * batch
         rounds = LOOK if self._records() else 1
         finished = False
         try:
             while reached < steps:
+                width = self._width(rows, rounds)
                 with self._settings():
-                    rows = self._progress[:, Column.ROW].tolist()
-                    width = self._width(rows, rounds)
                     for _ in range(rounds):
                         self._round(width)
+                    rows = self._progress[:, Column.ROW].tolist()
                 calls, evaluations = calls + rounds, evaluations + rounds * batch * width
-                before, reached = reached, int(self._progress[:, Column.ROW].min())
+                before, reached = reached, min(rows)
                 if self.watch is not None:
                     self.watch(self._guess[0, : reached - before])
                 bar.advance(reached - before)
@@ -394,7 +396,32 @@ def check_speculate(speculate: Any) -> None:
         Windows.of(speculate)
 
 
-def resolve_windows(
+def speculative_loop(
+    speculate: Speculate,
+    model: Model,
+    shape: tuple[int, ...],
+    *,
+    how: Execution,
+    model_kwargs: Mapping[str, Any] | None,
+    uncond_kwargs: Mapping[str, Any] | None,
+    guidance: Tensor | None,
+    **fixed: Any,
+) -> tuple[Windows | None, SpeculativeLoop | None]:
+    """What `speculate` asks for: the windows, None if it is False; and the loop, None where no step is drafted ahead.
+
+    Args:
+        speculate: see `Sampler`.
+        model, shape, how, model_kwargs, uncond_kwargs, guidance, fixed: those of `SpeculativeLoop`.
+    """
+    make: Callable[..., SpeculativeLoop] = partial(SpeculativeLoop, model, **fixed)
+    given: dict[str, Any] = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": guidance}
+    windows = _resolved(speculate, make, shape, given, how)
+    if windows is None or windows.sequential:
+        return windows, None
+    return windows, make(shape, windows=windows, how=how, **given)
+
+
+def _resolved(
     speculate: Speculate, make: Callable[..., SpeculativeLoop], shape: tuple[int, ...], given: Mapping[str, Any],
     how: Execution,
 ) -> Windows | None:  # fmt: skip

@@ -66,6 +66,11 @@ def _mix(product: Tensor | int, word: Tensor | int, key: Tensor | int) -> Tensor
     return ((product >> 32) ^ word ^ key) & _MASK
 
 
+def key_of(seeds: Tensor) -> tuple[Tensor, Tensor]:
+    """The two words of every seed's key: int64 [M, 1] each."""
+    return (seeds & _MASK)[:, None], (seeds >> 32 & _MASK)[:, None]
+
+
 def uniform(word: Tensor) -> Tensor:
     """Map 32-bit words (int64) to float32 uniforms in (0, 1]."""
     return word.float().mul_(2.0**-32).add_(2.0**-33)
@@ -85,7 +90,7 @@ def normals(
     """
     q = quarter(n)
     z = torch.empty(len(seeds), 4, q, dtype=dtype, device=seeds.device)
-    key = (seeds & _MASK)[:, None], (seeds >> 32 & _MASK)[:, None]
+    key = key_of(seeds)
     ids = noise_ids.long()[:, None]
     visits = visit.long()[:, None] if isinstance(visit, Tensor) else visit
     used = min(q, n)  # a sample of fewer elements has one lane, and that is not full

@@ -35,6 +35,7 @@ A sample past the last row stays as it is.
 
 import enum
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,16 +101,15 @@ class Window:
             return raw, raw.clamp(-limit, limit) / limit
         return raw, raw if clip is None else raw.clamp(-clip, clip)
 
-    def distance(self, raw: Tensor, origin: Tensor, guess: Tensor) -> Tensor:
-        """D: the two means' difference over sigma, without their cancellation; 0 where there is no noise."""
-        return self.of_origin * (origin - guess) + self.of_raw * (raw - guess)
+    def distance(self, raw: Tensor, origin: Tensor, guess: Tensor, at: Any = ...) -> Tensor:
+        """D of the drafts `at`: the means' difference over sigma, without cancellation; 0 where there is no noise."""
+        return self.of_origin[at] * (origin - guess) + self.of_raw[at] * (raw - guess)
 
 
 def log_uniforms(seeds: Tensor, ids: Tensor) -> Tensor:
     """log u of every sample and row: float32 [B, S]."""
-    key = ((seeds & 0xFFFFFFFF)[:, None], (seeds >> 32 & 0xFFFFFFFF)[:, None])
     counter = torch.zeros(1, 1, dtype=torch.int64, device=seeds.device)
-    word, *_ = philox.philox_4x32((counter, ids[None, :, 1].long(), int(philox.Stream.ACCEPT), 0), key)
+    word, *_ = philox.philox_4x32((counter, ids[None, :, 1].long(), int(philox.Stream.ACCEPT), 0), philox.key_of(seeds))
     return philox.uniform(word).log_()
 
 
@@ -248,7 +248,7 @@ def commit_torch(
     y, z, g, sigma = drafts[at], noise[at], guess[at], window.sigma[at]
     drafted = window.of_guess[at] * g + window.of_state[at] * y + sigma * z
     mean = window.c_x0[at] * origin[at] + window.c_x[at] * y + window.c_out[at] * out[at]
-    distance = window.of_origin[at] * (origin[at] - g) + window.of_raw[at] * (raw[at] - g)
+    distance = window.distance(raw[at], origin[at], g, at)
     outcome = outcome.view(batch, *ones)
     new = torch.where(
         outcome == Outcome.ACCEPTED, drafted, mean + sigma * (z - factor.to(x.dtype).view(batch, *ones) * distance)

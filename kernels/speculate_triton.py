@@ -6,14 +6,12 @@ from torch import Tensor
 
 from ddpm_fast.kernels.dispatch import ptx, warps
 from ddpm_fast.kernels.layout import with_layout
-from ddpm_fast.kernels.philox import Stream, quarter
+from ddpm_fast.kernels.philox import quarter
 from ddpm_fast.kernels.philox_triton import polar4, tie
 from ddpm_fast.kernels.speculate import Outcome, Progress
-from ddpm_fast.kernels.step_triton import to_float32
+from ddpm_fast.kernels.step_triton import COLUMNS, STEP, to_float32
 from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, load4, sample_index
 
-COLUMNS = tl.constexpr(11)
-STEP = tl.constexpr(int(Stream.STEP))
 PROGRESS = tl.constexpr(len(Progress))
 ROW = tl.constexpr(int(Progress.ROW))
 START = tl.constexpr(int(Progress.START))
@@ -60,11 +58,11 @@ def estimate(x, out, a, b, limit, CLIP: tl.constexpr):
 
 
 @triton.jit
-def draft_lane(y, radius, direction, guess, mask, o_guess, o_room, o_input, guess_ptr, drafts_ptr, noise_ptr, input_ptr,
+def draft_lane(y, radius, direction, guess, mask, o_room, o_input, guess_ptr, drafts_ptr, noise_ptr, input_ptr,
                twin, g_scale, y_scale, sigma, GUIDED: tl.constexpr):  # fmt: skip
     """Write what belongs to a draft, and return the next one."""
     z = radius * direction
-    tl.store(guess_ptr + o_guess, guess, mask=mask)
+    tl.store(guess_ptr + o_room, guess, mask=mask)
     tl.store(drafts_ptr + o_room, y, mask=mask)
     tl.store(noise_ptr + o_room, z, mask=mask)
     rounded = y.to(input_ptr.dtype.element_ty)
@@ -127,16 +125,16 @@ def draft_kernel(
                     o_k = o_first + k * n
                     o_in = o_input + k * n
                     y0 = draft_lane(y0, radii[0], directions[0], guesses[0], masks[0], o_k + begins[0] + j,
-                                    o_k + begins[0] + j, o_in + begins[0] + j, guess_ptr, drafts_ptr, noise_ptr,
+                                    o_in + begins[0] + j, guess_ptr, drafts_ptr, noise_ptr,
                                     input_ptr, twin, g_scale, y_scale, sigma, GUIDED)  # fmt: skip
                     y1 = draft_lane(y1, radii[1], directions[1], guesses[1], masks[1], o_k + begins[1] + j,
-                                    o_k + begins[1] + j, o_in + begins[1] + j, guess_ptr, drafts_ptr, noise_ptr,
+                                    o_in + begins[1] + j, guess_ptr, drafts_ptr, noise_ptr,
                                     input_ptr, twin, g_scale, y_scale, sigma, GUIDED)  # fmt: skip
                     y2 = draft_lane(y2, radii[2], directions[2], guesses[2], masks[2], o_k + begins[2] + j,
-                                    o_k + begins[2] + j, o_in + begins[2] + j, guess_ptr, drafts_ptr, noise_ptr,
+                                    o_in + begins[2] + j, guess_ptr, drafts_ptr, noise_ptr,
                                     input_ptr, twin, g_scale, y_scale, sigma, GUIDED)  # fmt: skip
                     y3 = draft_lane(y3, radii[3], directions[3], guesses[3], masks[3], o_k + begins[3] + j,
-                                    o_k + begins[3] + j, o_in + begins[3] + j, guess_ptr, drafts_ptr, noise_ptr,
+                                    o_in + begins[3] + j, guess_ptr, drafts_ptr, noise_ptr,
                                     input_ptr, twin, g_scale, y_scale, sigma, GUIDED)  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_unet import random_unet
 
 from ddpm_fast import cli, images
 from ddpm_fast.config import SamplerConfig
@@ -29,19 +30,11 @@ def shades(count, seed, step):
     return (labels.float() / 2 - 0.5).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).clone(), labels
 
 
-def random_unet(config=TINY):
-    torch.manual_seed(0)
-    model = UNet(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A checkpoint of a random network with classes."""
     folder = tmp_path_factory.mktemp("models") / "classes"
-    save_checkpoint(folder, random_unet(), DIFFUSION, dtype=torch.float32)
+    save_checkpoint(folder, random_unet(TINY), DIFFUSION, dtype=torch.float32)
     return folder
 
 
@@ -49,7 +42,7 @@ def model(tmp_path_factory):
 
 
 def test_the_output_depends_on_the_class_and_on_no_neighbour():
-    model, x = random_unet(), torch.randn(1, 1, 8, 8).expand(4, 1, 8, 8)
+    model, x = random_unet(TINY), torch.randn(1, 1, 8, 8).expand(4, 1, 8, 8)
     labels = torch.tensor([0, 1, 2, 3])
     together = model(x, torch.full((4,), 5), labels)
     for row, other in itertools.combinations(together, 2):
@@ -59,7 +52,7 @@ def test_the_output_depends_on_the_class_and_on_no_neighbour():
 
 
 def test_no_label_is_no_class():
-    model, x, t = random_unet(), torch.randn(2, 1, 8, 8), torch.tensor([3, 9])
+    model, x, t = random_unet(TINY), torch.randn(2, 1, 8, 8), torch.tensor([3, 9])
     assert torch.equal(model(x, t), model(x, t, torch.tensor([3, 3])))
 
 

@@ -4,7 +4,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +15,7 @@ from ddpm_fast.loop import Clipping, Correction, Loop
 from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise, global_generator
 from ddpm_fast.seeding import Seeds, resolve_seeds
-from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, check_speculate, resolve_windows
+from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, check_speculate, speculative_loop
 from ddpm_fast.table import StepTable
 from ddpm_fast.validate import one_of
 
@@ -164,31 +163,24 @@ class Walker:
         scale = None if guidance_scale is None else torch.full(shape[:1], float(guidance_scale), device=device)
         how = self.options.how
         how = replace(how, execution=execution or how.execution, optimize=how.optimize if hoistable else None)
-        loop: AnyLoop
-        windows = None
-        if self.options.speculate is not False:
-            if correction is not None or keep_x0:
-                raise ValueError("speculate does not go with cond_fn or self-conditioning, which follow every step")
-            make = partial(
-                SpeculativeLoop, model, table=table, clipping=clipping, device=device, dtype=dtype, module=module,
-                inference_mode=inference_mode,
-            )  # fmt: skip
-            given: dict[str, Any] = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": scale}
-            windows = resolve_windows(self.options.speculate, make, shape, given, how)
-        if windows is not None and not windows.sequential:
-            loop = make(shape, windows=windows, how=how, **given)
-        else:
-            loop = Loop(
-                Network(model, shape, channels, model_kwargs, uncond_kwargs, device, dtype, module),
-                table,
-                clipping,
-                guidance=scale,
-                correction=correction,
-                keep_x0=keep_x0,
-                inference_mode=inference_mode,
-                how=how,
-                pool=self._pool,
-            )
+        if self.options.speculate is not False and (correction is not None or keep_x0):
+            raise ValueError("speculate does not go with cond_fn or self-conditioning, which follow every step")
+        _, ahead = speculative_loop(
+            self.options.speculate, model, shape, table=table, clipping=clipping, model_kwargs=model_kwargs,
+            uncond_kwargs=uncond_kwargs, device=device, dtype=dtype, module=module, guidance=scale,
+            inference_mode=inference_mode, how=how,
+        )  # fmt: skip
+        loop = ahead or Loop(
+            Network(model, shape, channels, model_kwargs, uncond_kwargs, device, dtype, module),
+            table,
+            clipping,
+            guidance=scale,
+            correction=correction,
+            keep_x0=keep_x0,
+            inference_mode=inference_mode,
+            how=how,
+            pool=self._pool,
+        )
         if kept:  # loops of another network would keep that alive
             alike = [(known, other) for known, other in self._loops if known[-1] == owner]
             self._loops = [(key, loop), *alike[: KEPT - 1]]
