@@ -1,22 +1,24 @@
-"""Speculative walks of the embedded models against the sequential sampler, in one run on a CPU.
+"""Speculative walks of the embedded models against the sequential sampler, in one run.
 
-    python benchmarks/speculation.py            a quarter of an hour; writes benchmarks/results/cpu__speculation.json
+    python benchmarks/speculation.py            on a GPU if there is one, else half an hour on a CPU
     python benchmarks/speculation.py --calls    calls and volume for more windows, one sample at a time, not timed
     python benchmarks/speculation.py --smoke    seconds: whether it runs
 
 For each policy and batch size: network calls one after the other until the last sample ends, volume (network
 evaluations, those of idle rows too, over those of the sequential walk), rejections a sample (each ends a round, so one
 more is the floor of calls), and how many times faster the walk is than the plain sequential one and than the hoisted
-one. All arms take turns, seed by seed; ratios are medians over the seeds.
+one. All arms take turns, seed by seed; ratios are medians over the seeds. Writes
+benchmarks/results/<gpu or cpu>__speculation.json, or …__speculation_calls.json.
 """
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from results import write_result
+from results import FOLDER, slug, write_result
 from torch import Tensor
 
 from ddpm_fast.kernels.speculate import Progress
@@ -44,18 +46,21 @@ def with_frozen_guesses(loop: SpeculativeLoop) -> None:
         x: Tensor, drafts: Tensor, noise: Tensor, guess: Tensor, output: Tensor, progress: Tensor, *rest, **more
     ):
         commit(x, drafts, noise, guess, output, progress, *rest, **more)
-        last = torch.arange(len(x)), (progress[:, Progress.TAKEN].long() - 1).clamp(min=0)
+        last = torch.arange(len(x), device=x.device), (progress[:, Progress.TAKEN].long() - 1).clamp(min=0)
         guess.copy_(guess[last][:, None].expand_as(guess))
 
     loop._commit = frozen
 
 
-def arms_of(checkpoint: Checkpoint, batch: int, steps: int) -> dict[tuple[str, str, bool], Sampler]:
+def arms_of(
+    checkpoint: Checkpoint, batch: int, steps: int, device: torch.device
+) -> dict[tuple[str, str, bool], Sampler]:
     """Samplers by policy, guess, and whether they are hoisted."""
     shape = (batch, *checkpoint.shape)
     options: dict[str, Any] = {"config": checkpoint.diffusion, "num_inference_steps": steps}
     if checkpoint.classes is not None:
-        options["model_kwargs"] = {checkpoint.classes.keyword: torch.arange(batch) % checkpoint.classes.count}
+        labels = torch.arange(batch, device=device) % checkpoint.classes.count
+        options["model_kwargs"] = {checkpoint.classes.keyword: labels}
 
     def make(speculate: Any, hoist: bool = False) -> Sampler:
         how = {"optimize": "hoist" if hoist else None}
@@ -74,15 +79,20 @@ def arms_of(checkpoint: Checkpoint, batch: int, steps: int) -> dict[tuple[str, s
     return arms
 
 
-def compare(checkpoint: Checkpoint, batch: int, seeds: int, steps: int) -> list[dict[str, Any]]:
+def compare(checkpoint: Checkpoint, batch: int, seeds: int, steps: int, device: torch.device) -> list[dict[str, Any]]:
     """All arms for a model and a batch size."""
-    arms = arms_of(checkpoint, batch, steps)
+    arms = arms_of(checkpoint, batch, steps, device)
+    for sampler in arms.values():  # what the first walk alone has to do: graphs are recorded, caches filled
+        if device.type == "cuda":
+            sampler(seeds=0, progress=False)
     times: dict[tuple[str, str, bool], list[float]] = {key: [] for key in arms}
     did: dict[tuple[str, str, bool], list[Speculation]] = {key: [] for key in arms}
     for turn in range(seeds):
         for key, sampler in arms.items():
             began = time.perf_counter()
             found = sampler(seeds=100 * turn, progress=False, output="result")
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             times[key].append(time.perf_counter() - began)
             if found.speculation is not None:
                 did[key].append(found.speculation)
@@ -109,10 +119,12 @@ def compare(checkpoint: Checkpoint, batch: int, seeds: int, steps: int) -> list[
     return rows
 
 
-def count(checkpoint: Checkpoint, seeds: int) -> list[dict[str, Any]]:
+def count(checkpoint: Checkpoint, seeds: int, device: torch.device) -> list[dict[str, Any]]:
     """Calls and volume of one sample at a time, guessed by the row and frozen; nothing is timed."""
     rows = []
-    told = {} if checkpoint.classes is None else {checkpoint.classes.keyword: torch.zeros(1, dtype=torch.int64)}
+    told = {}
+    if checkpoint.classes is not None:
+        told[checkpoint.classes.keyword] = torch.zeros(1, dtype=torch.int64, device=device)
     for name, windows in COUNTED.items():
         for guess in ("of the row", "frozen"):
             shape = (1, *checkpoint.shape)
@@ -139,19 +151,26 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="few steps, few seeds; writes nothing")
     parser.add_argument("--calls", action="store_true", help="count calls alone: cpu__speculation_calls.json")
     parser.add_argument("--models", nargs="+", default=["moons", "digits"], help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the result")
+    parser.add_argument("--commit", help="where there is no git: what `git describe --always --dirty` says elsewhere")
     given = parser.parse_args()
+    device = torch.device(given.device)
+    machine = slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
+    name = f"{machine}__speculation" + ("_calls" if given.calls else "")
     rows = []
-    for name in given.models:
-        checkpoint = load_checkpoint(name)
-        if given.calls:
-            rows += [{"model": name, **row} for row in count(checkpoint, 4)]
-            write_result("cpu__speculation_calls", rows)
-            continue
-        for batch, seeds in ((1, 3), (4, 2), (16, 1)):
-            seeds, steps = (1, 30) if given.smoke else (seeds, checkpoint.diffusion.num_train_timesteps)
-            rows += [{"model": name, **row} for row in compare(checkpoint, batch, seeds, steps)]
+    for model in given.models:
+        checkpoint = load_checkpoint(model, device=device)
+        for batch, seeds in ((1, 4),) if given.calls else ((1, 3), (4, 3), (16, 3)):
+            if given.calls:
+                found = count(checkpoint, seeds, device)
+            elif given.smoke:
+                found = compare(checkpoint, batch, 1, 30, device)
+            else:
+                found = compare(checkpoint, batch, seeds, checkpoint.diffusion.num_train_timesteps, device)
+            rows += [{"model": model, **row} for row in found]
             if not given.smoke:
-                write_result("cpu__speculation", rows)
+                write_result(name, rows, folder=given.out, commit=given.commit)
 
 
 if __name__ == "__main__":

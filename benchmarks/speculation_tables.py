@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from results import markdown_table, read_result
+from results import FOLDER, markdown_table, read_result
+
+OWN = "of the row, each step"  # what ddpm_fast does
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -48,6 +50,44 @@ def guesses() -> str:
     return markdown_table(header, lines)
 
 
+def ideas() -> str:
+    """What else was tried, and what it saves."""
+    rows = read_result("cpu__speculation_ideas")["rows"]
+    widths = sorted({row["width"] for row in rows})
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = {row["width"]: row["calls"] for row in rows if row["model"] == model and row["idea"] == OWN}
+        for idea in dict.fromkeys(row["idea"] for row in rows):
+            cells, ends = [], []
+            for width in widths:
+                (row,) = (r for r in rows if (r["model"], r["idea"], r["width"]) == (model, idea, width))
+                more = "" if idea == OWN else f" ({row['calls'] / own[width] - 1:+.0%})"
+                cells.append(f"{row['calls']:.1f}{more} | {row['rejections']:.0f}")
+                ends.append(row["rounds_ended_by_the_likeliest_row"])
+            name = f"**{idea}**" if idea == OWN else idea
+            lines.append(f"| {model} | {name} | {' | '.join(cells)} | {max(ends):.0%} |")
+    columns = " | ".join(f"window {width}: calls | rejections" for width in widths)
+    return markdown_table(
+        f"| model | guess, rule | {columns} | rounds that one step of the window ends, at most |", lines
+    )
+
+
+def replay() -> str:
+    """What a call costs by batch size, in calls of one."""
+    lines = []
+    for path in sorted(FOLDER.glob("*__replay.json")):
+        found = read_result(path.stem)
+        machine = found["environment"]["gpu"] or f"CPU, {found['environment']['threads']} threads"
+        rows = found["rows"]
+        batches = sorted({row["batch"] for row in rows})
+        for network in dict.fromkeys(row["network"] for row in rows):
+            own = {row["batch"]: row for row in rows if row["network"] == network}
+            cells = " | ".join(f"{own[batch]['single_calls']:.2f}" for batch in batches if batch > 1)
+            lines.append(f"| {machine} | {network} | {own[1]['ms']:.2f} ms | {cells} |")
+    header = " | ".join(str(batch) for batch in batches if batch > 1)
+    return markdown_table(f"| machine | network | a call of one | {header} |", lines)
+
+
 def speculated() -> str:
     """What `speculate=True` brings, in short."""
     lines = [
@@ -66,4 +106,7 @@ def speculated_moons() -> str:
     return markdown_table("| | distance | p |", lines)
 
 
-TABLES = {"speculation": speculation, "guesses": guesses, "speculated_moons": speculated_moons}
+TABLES = {
+    "speculation": speculation, "guesses": guesses, "speculated_moons": speculated_moons, "ideas": ideas,
+    "replay": replay,
+}  # fmt: skip

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ddpm_fast.execution import DEFAULT, Execution, tf32
 from ddpm_fast.graph import CaptureError, GraphPool, StepGraph, can_capture, seconds
@@ -474,8 +475,12 @@ def _measured_windows(seconds_of: Callable[[int], float], pilot: SpeculativeLoop
         return Windows.of(1)
     errors = GuessErrors(pilot.table)
     pilot.watch = errors.add
-    pilot.run(PhiloxNoise([0], pilot.shape, pilot.table, pilot.device, pilot.backend), progress=False)
-    return choose_windows(pilot.table, errors.squares, costs)
+    bar = tqdm(total=len(pilot.table), unit="step", desc="choosing windows", disable=None, leave=False)
+    pilot.run(PhiloxNoise([0], pilot.shape, pilot.table, pilot.device, pilot.backend), progress=bar)
+    windows = choose_windows(pilot.table, errors.squares, costs)
+    took = ", ".join(f"{1e3 * each:.3g} ms for {width}" for width, each in costs.items())
+    logger.info("speculate: windows %s for a batch of %d; rounds take %s", windows.to_dict(), batch, took)
+    return windows
 
 
 def _first(value: Any, batch: int) -> Any:

@@ -1,0 +1,76 @@
+"""What one network call costs by its batch size: what wide windows of a speculative walk have to pay.
+
+    python benchmarks/replay.py                  a minute or two; a GPU if there is one, else a CPU
+    python benchmarks/replay.py --device cpu
+
+The embedded networks and the CIFAR-10 U-Net, hoisted, on a GPU in a CUDA graph; on a CPU the U-Net is left out.
+A call's time says nothing of its weights: the U-Net's are random. Writes benchmarks/results/<gpu or cpu>__replay.json.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import FOLDER, slug, write_result
+from torch import nn
+from walk_networks import KINDS
+
+from ddpm_fast.execution import Execution
+from ddpm_fast.graph import seconds
+from ddpm_fast.models.checkpoint import load_checkpoint
+from ddpm_fast.network import Network
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def networks(device: torch.device) -> dict[str, tuple[nn.Module, tuple[int, ...], torch.dtype]]:
+    """Networks by name, with the shape of a sample and a dtype to run in."""
+    found = {}
+    for name in ("moons", "digits"):
+        checkpoint = load_checkpoint(name)
+        found[f"embedded {name}"] = (checkpoint.model.to(device), checkpoint.shape, torch.float32)
+    if device.type == "cuda":
+        kind = KINDS["cifar"]
+        for dtype in (torch.float32, torch.bfloat16):
+            model = kind.make().eval().requires_grad_(False).to(device, dtype)
+            found[f"{kind.short}, {str(dtype).removeprefix('torch.')}"] = (model, kind.shape, dtype)
+    return found
+
+
+@torch.no_grad()
+def measure(device: torch.device, batches: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Milliseconds of a call for every network and batch size, and how many single calls that is."""
+    rows = []
+    for name, (model, shape, dtype) in networks(device).items():
+        told = {}
+        if "digits" in name:
+            told = {"class_labels": torch.zeros(1, dtype=torch.int64, device=device)}
+        alone = None
+        for batch in batches:
+            kwargs = {key: value.expand(batch).clone() for key, value in told.items()}
+            network = Network(model, (batch, *shape), shape[0], kwargs, None, device, dtype)
+            network.prepare([0], Execution(optimize="hoist"))
+            took = seconds(network, device)
+            alone = took if alone is None else alone
+            rows.append({"network": name, "batch": batch, "ms": 1e3 * took, "single_calls": took / alone})
+            print(f"{name:26} batch {batch:3} {1e3 * took:9.3f} ms = {took / alone:6.2f} single calls", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--smoke", action="store_true", help="two batch sizes; writes nothing")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the result")
+    parser.add_argument("--commit", help="where there is no git: what `git describe --always --dirty` says elsewhere")
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    rows = measure(device, BATCHES[:2] if given.smoke else BATCHES)
+    if not given.smoke:
+        name = slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
+        print(write_result(f"{name}__replay", rows, folder=given.out, commit=given.commit))
+
+
+if __name__ == "__main__":
+    main()
