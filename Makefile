@@ -51,6 +51,9 @@ bench: $(PEERS)  ## benchmarks for a CPU; GUIDED=path-to-a-checkout adds guided-
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/speculation.py --calls
+	$(BIN)/python benchmarks/speculation_ideas.py
+	$(BIN)/python benchmarks/speculation_plot.py
+	$(BIN)/python benchmarks/replay.py
 	$(BIN)/python benchmarks/walks.py --part cpu
 	$(BIN)/python benchmarks/walk_plot.py
 

@@ -462,6 +462,22 @@ def _plainly(how: Execution) -> Execution:
 
 def _measured_windows(seconds_of: Callable[[int], float], pilot: SpeculativeLoop, batch: int) -> Windows:
     """Windows for what rounds of each width cost, and how good guesses are in a walk of `pilot`, one sample."""
+    costs = _round_costs(seconds_of, batch)
+    if all(costs[width] * PAYS > width * costs[1] for width in costs if width > 1):
+        windows = Windows.of(1)  # however good guesses are
+    else:
+        errors = GuessErrors(pilot.table)
+        pilot.watch = errors.add
+        bar = tqdm(total=len(pilot.table), unit="step", desc="choosing windows", disable=None, leave=False)
+        pilot.run(PhiloxNoise([0], pilot.shape, pilot.table, pilot.device, pilot.backend), progress=bar)
+        windows = choose_windows(pilot.table, errors.squares, costs)
+    took = ", ".join(f"{1e3 * each:.3g} ms for {width}" for width, each in costs.items())
+    logger.info("speculate: windows %s for a batch of %d; rounds take %s", windows.to_dict(), batch, took)
+    return windows
+
+
+def _round_costs(seconds_of: Callable[[int], float], batch: int) -> dict[int, float]:
+    """Seconds of a round of each width, as far as wider ones may pay and fit into memory."""
     costs: dict[int, float] = {}
     for width in WIDTHS:
         narrower = [costs[each] / each for each in (width // 2, width // 4) if each in costs]
@@ -471,16 +487,7 @@ def _measured_windows(seconds_of: Callable[[int], float], pilot: SpeculativeLoop
             costs[width] = seconds_of(width)
         except torch.OutOfMemoryError:
             break
-    if all(costs[width] * PAYS > width * costs[1] for width in costs if width > 1):
-        return Windows.of(1)
-    errors = GuessErrors(pilot.table)
-    pilot.watch = errors.add
-    bar = tqdm(total=len(pilot.table), unit="step", desc="choosing windows", disable=None, leave=False)
-    pilot.run(PhiloxNoise([0], pilot.shape, pilot.table, pilot.device, pilot.backend), progress=bar)
-    windows = choose_windows(pilot.table, errors.squares, costs)
-    took = ", ".join(f"{1e3 * each:.3g} ms for {width}" for width, each in costs.items())
-    logger.info("speculate: windows %s for a batch of %d; rounds take %s", windows.to_dict(), batch, took)
-    return windows
+    return costs
 
 
 def _first(value: Any, batch: int) -> Any:

@@ -9,7 +9,7 @@ from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.philox import quarter
 from ddpm_fast.kernels.philox_triton import polar4, tie
 from ddpm_fast.kernels.speculate import Outcome, Progress
-from ddpm_fast.kernels.step_triton import COLUMNS, STEP, to_float32
+from ddpm_fast.kernels.step_triton import COLUMNS, STEP, clip_form, estimate, guide, to_float32
 from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, load4, sample_index
 
 PROGRESS = tl.constexpr(len(Progress))
@@ -43,18 +43,6 @@ def distance_scales(p_row, sigma):
     """What the clipped and the raw estimate's errors are multiplied by in D."""
     inverse = tl.where(sigma == 0, 0.0, 1 / tl.where(sigma == 0, 1.0, sigma))
     return tl.load(p_row + 2) * inverse, tl.load(p_row + 4) / tl.load(p_row + 1) * inverse
-
-
-@triton.jit
-def estimate(x, out, a, b, limit, CLIP: tl.constexpr):
-    """The estimate of the origin, raw and clipped."""
-    raw = a * x + b * out
-    origin = raw
-    if CLIP != "none":
-        origin = tl.clamp(raw, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-    if CLIP == "bound":
-        origin = origin / limit
-    return raw, origin
 
 
 @triton.jit
@@ -158,9 +146,7 @@ def verify_kernel(
     a = tl.load(p_row)
     b = tl.load(p_row + 1)
     clipped_scale, raw_scale = distance_scales(p_row, tl.load(p_row + 5))
-    limit = a * 0
-    if CLIP == "fixed":
-        limit = clip
+    limit = clip
     if CLIP == "bound":
         limit = tl.load(bound_ptr + i_draft)
     if GUIDED:
@@ -182,10 +168,10 @@ def verify_kernel(
             if GUIDED:
                 unconditionals = load4(p_unconditional, begins, j, masks)
             for lane in tl.static_range(4):
-                out = to_float32(outs[lane], PTX)
                 if GUIDED:
-                    unconditional = to_float32(unconditionals[lane], PTX)
-                    out = unconditional + guidance * (out - unconditional)
+                    out = guide(outs[lane], unconditionals[lane], guidance, PTX)
+                else:
+                    out = to_float32(outs[lane], PTX)
                 raw, origin = estimate(ys[lane], out, a, b, limit, CLIP)
                 apart = clipped_scale * (origin - guesses[lane]) + raw_scale * (raw - guesses[lane])
                 apart = tl.where(masks[lane], apart, 0.0)
@@ -271,9 +257,7 @@ def commit_kernel(
                     p_row = coefficients_ptr + (first + k) * COLUMNS
                     a = tl.load(p_row)
                     b = tl.load(p_row + 1)
-                    limit = a * 0
-                    if CLIP == "fixed":
-                        limit = clip
+                    limit = clip
                     if CLIP == "bound":
                         limit = tl.load(bound_ptr + i_sample * WIDTH + k)
                     if GUIDED:
@@ -288,10 +272,10 @@ def commit_kernel(
                     for lane in tl.static_range(4):
                         y = ys[lane]
                         guess = guesses[lane]
-                        out = to_float32(outs[lane], PTX)
                         if GUIDED:
-                            unconditional = to_float32(unconditionals[lane], PTX)
-                            out = unconditional + guidance * (out - unconditional)
+                            out = guide(outs[lane], unconditionals[lane], guidance, PTX)
+                        else:
+                            out = to_float32(outs[lane], PTX)
                         raw, origin = estimate(y, out, a, b, limit, CLIP)
                         tl.store(guess_ptr + o_room + begins[lane] + j, origin, mask=masks[lane])
                         if k == taken - 1:
@@ -341,7 +325,8 @@ def verify_triton(
     verify_kernel[grid(batch * width, n)](
         drafts, noise, guess, output, bound, guidance, dots, progress, windows, coefficients,
         float(clip or 0.0), len(coefficients), batch, guess.shape[1], n, quarter(n), stride,
-        CLIP=_limit(clip, bound), GUIDED=guidance is not None, WIDTH=width, PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
+        CLIP=clip_form(clip, bound), GUIDED=guidance is not None, WIDTH=width, PTX=ptx(), BLOCK=BLOCK,
+        num_warps=warps(),
     )  # fmt: skip
 
 
@@ -367,7 +352,8 @@ def commit_triton(
     commit_kernel[grid(batch, n)](
         x, drafts, noise, guess, output, bound, guidance, factor, progress, coefficients,
         float(clip or 0.0), batch, guess.shape[1], n, quarter(n), stride,
-        CLIP=_limit(clip, bound), GUIDED=guidance is not None, WIDTH=width, PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
+        CLIP=clip_form(clip, bound), GUIDED=guidance is not None, WIDTH=width, PTX=ptx(), BLOCK=BLOCK,
+        num_warps=warps(),
     )  # fmt: skip
 
 
@@ -377,7 +363,3 @@ def _row_major(output: Tensor) -> tuple[Tensor, int]:
     if not layout.row_major:
         output, layout = with_layout(output.contiguous())
     return output, layout.batch
-
-
-def _limit(clip: float | None, bound: Tensor | None) -> str:
-    return "bound" if bound is not None else "fixed" if clip is not None else "none"

@@ -29,6 +29,25 @@ def to_float32(values, PTX: tl.constexpr):
 
 
 @triton.jit
+def guide(out, unconditional, guidance, PTX: tl.constexpr):
+    """The guided output, from both halves as the network stored them."""
+    unconditional = to_float32(unconditional, PTX)
+    return unconditional + guidance * (to_float32(out, PTX) - unconditional)
+
+
+@triton.jit
+def estimate(x, out, a, b, limit, CLIP: tl.constexpr):
+    """The estimate of the origin, raw and clipped."""
+    raw = a * x + b * out
+    origin = raw
+    if CLIP != "none":
+        origin = tl.clamp(raw, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    if CLIP == "bound":
+        origin = origin / limit
+    return raw, origin
+
+
+@triton.jit
 def place(first, pixels, channel_stride, pixel_stride, ONE_WRAP: tl.constexpr, BLOCK: tl.constexpr):
     """Where the BLOCK elements from `first` on, row-major in a sample, lie in memory with these strides."""
     channel = first // pixels
@@ -117,10 +136,9 @@ def step_kernel(
         noise_id = tl.load(ids_ptr + row * 2 + 1)
     if GUIDED != "none":
         guidance = tl.load(guidance_ptr + i_sample)
+    limit = clip
     if CLIP == "bound":
         limit = tl.load(bound_ptr + i_sample)
-    if CLIP == "fixed":
-        limit = clip
     following = tl.minimum(row + 1, steps - 1)
     if SCALE_INPUT:
         input_scale = tl.load(coefficients_ptr + following * COLUMNS + 10)
@@ -177,15 +195,11 @@ def step_kernel(
                 mask = masks[lane]
                 o_lane = o_sample + begins[lane]
                 x = xs[lane]
-                out = to_float32(outs[lane], PTX)
-                if GUIDED != "none":
-                    unconditional = to_float32(unconditionals[lane], PTX)
-                    out = unconditional + guidance * (out - unconditional)
-                x0 = a * x + b * out
-                if CLIP != "none":
-                    x0 = tl.clamp(x0, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-                if CLIP == "bound":
-                    x0 = x0 / limit
+                if GUIDED == "none":
+                    out = to_float32(outs[lane], PTX)
+                else:
+                    out = guide(outs[lane], unconditionals[lane], guidance, PTX)
+                _, x0 = estimate(x, out, a, b, limit, CLIP)
                 if WRITE_X0:
                     tl.store(x0_ptr + o_lane + j, x0, mask=mask)
                 new = c_x0 * x0 + c_x * x
@@ -216,6 +230,11 @@ def step_kernel(
                     tl.store(p_input + o_input, rounded, mask=mask)
                     if GUIDED != "none":
                         tl.store(p_input_twin + o_input, rounded, mask=mask)
+
+
+def clip_form(clip: float | None, bound: Tensor | None) -> str:
+    """The CLIP of a kernel."""
+    return "bound" if bound is not None else "fixed" if clip is not None else "none"
 
 
 def step_triton(
@@ -249,7 +268,6 @@ def step_triton(
     output, source = with_layout(output)
     target = None if model_input is None else with_layout(model_input)[1]
     noise = "tensor" if z is not None else "philox" if seeds is not None else "none"
-    limit = "bound" if bound is not None else "fixed" if clip is not None else "none"
     order = "none" if guidance is None else "conditional" if conditional_first else "unconditional"
     strided_output, strided_input = not source.row_major, target is not None and not target.row_major
     step_kernel[grid(batch, n)](
@@ -262,7 +280,7 @@ def step_triton(
         channels * source.channel if learned else None,
         target.batch if target else None,
         *((target.channel, target.pixel) if target and strided_input else (None, None)),
-        NOISE=noise, CLIP=limit, USE_OUTPUT=use_output, LEARNED=learned, GUIDED=order,
+        NOISE=noise, CLIP=clip_form(clip, bound), USE_OUTPUT=use_output, LEARNED=learned, GUIDED=order,
         INPAINT_KNOWN=known is not None, WRITE_X0=x0_new is not None, WRITE_INPUT=model_input is not None,
         SCALE_INPUT=scale_input, WRITE_TIMESTEP=timestep is not None,
         STRIDED_OUTPUT=strided_output, STRIDED_INPUT=strided_input,

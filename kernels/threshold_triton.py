@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_fast.kernels.dispatch import ptx, warps
 from ddpm_fast.kernels.layout import with_layout
-from ddpm_fast.kernels.step_triton import COLUMNS, place, to_float32
+from ddpm_fast.kernels.step_triton import COLUMNS, guide, place, to_float32
 
 BLOCK = 2048  # a program takes all of a sample, this many at a time
 INFINITY = tl.constexpr(0x7F800000)  # the bits of infinity: those of NaN are greater
@@ -30,12 +30,15 @@ def magnitude_bits(
         o_output = place(start, pixels, channel_stride, pixel_stride, ONE_WRAP, BLOCK)
     else:
         o_output = e
-    out = to_float32(tl.load(p_output + o_output, mask=mask), PTX)
-    if GUIDED == "conditional":
-        unconditional = to_float32(tl.load(p_other + o_output, mask=mask), PTX)
-        out = unconditional + guidance * (out - unconditional)
-    if GUIDED == "unconditional":
-        out = out + guidance * (to_float32(tl.load(p_other + o_output, mask=mask), PTX) - out)
+    first = tl.load(p_output + o_output, mask=mask)
+    if GUIDED == "none":
+        out = to_float32(first, PTX)
+    else:
+        second = tl.load(p_other + o_output, mask=mask)
+        if GUIDED == "conditional":
+            out = guide(first, second, guidance, PTX)
+        else:
+            out = guide(second, first, guidance, PTX)
     x0 = a * tl.load(x_ptr + e, mask=mask) + b * out
     return tl.abs(x0).to(tl.int32, bitcast=True), mask
 

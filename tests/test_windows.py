@@ -133,9 +133,11 @@ class Slow(torch.nn.Module):
 
 
 @pytest.mark.parametrize("per_row", [False, True])
-def test_true_measures_the_network(per_row):
+def test_true_measures_the_network(per_row, caplog):
+    caplog.set_level("INFO", "ddpm_fast")
     sampler = Sampler(Slow(per_row), (1, 1, 4, 4), num_train_timesteps=120, speculate=True)
     assert sampler.windows.sequential == per_row
+    assert f"windows {sampler.windows.to_dict()} for a batch of 1; rounds take" in caplog.text
     found = sampler(seeds=0, output="result", progress=False)
     assert found.speculation.windows == sampler.windows.to_dict()
     assert (found.speculation.calls == 120) == per_row
