@@ -152,8 +152,14 @@ def _widths(text: str) -> tuple[int, ...]:
 
 
 def _windows(text: str) -> Windows:
-    pairs = [part.partition(":") for part in text.split(",")]
-    return Windows.of({int(t): int(w) for t, _, w in pairs} if ":" in text else int(text))
+    try:
+        pairs = [part.partition(":") for part in text.split(",")]
+        return Windows.of({int(t): int(w) for t, _, w in pairs} if ":" in text else int(text))
+    except ValueError as error:
+        what = "" if str(error).startswith("invalid literal") else f": {error}"
+        raise argparse.ArgumentTypeError(
+            f"windows are 16, or 0:4,100:16 from timestep 0 on, got {text}{what}"
+        ) from None
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

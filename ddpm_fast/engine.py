@@ -19,7 +19,7 @@ from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise
 from ddpm_fast.progress import Show
 from ddpm_fast.seeding import Seeds, resolve_seeds
-from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, speculative_loop
+from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, check_walk, speculative_loop
 from ddpm_fast.table import StepTable, build_table
 
 logger = logging.getLogger("ddpm_fast")
@@ -173,8 +173,11 @@ class Sampler:
         keep = kept_steps(output, output_steps, len(self.table))
         with self._alone():
             checked_start(x_T, self.shape)
-            noise = self._make_noise(seeds, generator)
             held = checked_known(known, mask, self.shape)
+            watched = bool(keep) or callback is not None
+            if self.windows is not None:
+                check_walk(from_seeds=generator is None, known=held is not None, watched=watched)
+            noise = self._make_noise(seeds, generator)
             if held is not None and generator is not None:
                 raise ValueError("a known image is noised from seeds: not with a generator")
             loop = self.loop
@@ -182,7 +185,6 @@ class Sampler:
                 loop.update_kwargs(model_kwargs or {}, uncond_kwargs)
             frames: list[Tensor] = []
             previews = output == "x0"
-            watched = bool(keep) or callback is not None
             for done in loop.steps(noise, x_T, known=held, previews=previews, every_step=watched, progress=progress):
                 if done - 1 in keep:
                     frames.append((loop.x0 if previews else loop.x).clone())  # type: ignore[union-attr]

@@ -172,15 +172,7 @@ class SpeculativeLoop:
             ValueError: noise that is not from seeds; what is to be seen after every step.
             FloatingPointError: NaN, or an infinity that no clipping bounds; says between which steps.
         """
-        if noise.seeds is None:
-            raise ValueError("speculate draws its noise from seeds, which any order of steps can do: not a generator")
-        if known is not None:
-            raise ValueError("speculate does not inpaint: a known image is put in after every step")
-        if every_step or previews:
-            raise ValueError(
-                "speculate gives the samples alone (output 'sample' or 'result'): the steps of a batch are not taken "
-                "together, so that there is no state after each"
-            )
+        check_walk(from_seeds=noise.seeds is not None, known=known is not None, watched=every_step or previews)
         steps, batch = len(self.table), self.shape[0]
         self.last = None
         with self._settings():
@@ -391,6 +383,25 @@ class SpeculativeLoop:
         )
 
 
+def check_walk(*, from_seeds: bool = True, known: bool = False, watched: bool = False) -> None:
+    """Raise ValueError for what no walk with `speculate` can do, whatever its windows are.
+
+    Args:
+        from_seeds: whether the noise is.
+        known: whether there is a known image.
+        watched: whether there is to be something after every step.
+    """
+    if not from_seeds:
+        raise ValueError("speculate draws its noise from seeds, which any order of steps can do: not a generator")
+    if known:
+        raise ValueError("speculate does not inpaint: a known image is put in after every step")
+    if watched:
+        raise ValueError(
+            "speculate gives the samples alone (output 'sample' or 'result'): the steps of a batch are not taken "
+            "together, so that there is no state after each"
+        )
+
+
 def check_speculate(speculate: Any) -> None:
     """Raise ValueError or TypeError unless `speculate` is False, True, or names windows."""
     if not isinstance(speculate, bool):
@@ -402,6 +413,7 @@ def speculative_loop(
     model: Model,
     shape: tuple[int, ...],
     *,
+    table: StepTable,
     how: Execution,
     model_kwargs: Mapping[str, Any] | None,
     uncond_kwargs: Mapping[str, Any] | None,
@@ -412,39 +424,45 @@ def speculative_loop(
 
     Args:
         speculate: see `Sampler`.
-        model, shape, how, model_kwargs, uncond_kwargs, guidance, fixed: those of `SpeculativeLoop`.
+        model, shape, table, how, model_kwargs, uncond_kwargs, guidance, fixed: those of `SpeculativeLoop`.
     """
-    make: Callable[..., SpeculativeLoop] = partial(SpeculativeLoop, model, **fixed)
+    make: Callable[..., SpeculativeLoop] = partial(SpeculativeLoop, model, table=table, **fixed)
     given: dict[str, Any] = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": guidance}
-    windows = _resolved(speculate, make, shape, given, how)
+    windows = _resolved(speculate, make, table, shape, given, how)
     if windows is None or windows.sequential:
         return windows, None
     return windows, make(shape, windows=windows, how=how, **given)
 
 
 def _resolved(
-    speculate: Speculate, make: Callable[..., SpeculativeLoop], shape: tuple[int, ...], given: Mapping[str, Any],
-    how: Execution,
+    speculate: Speculate, make: Callable[..., SpeculativeLoop], table: StepTable, shape: tuple[int, ...],
+    given: Mapping[str, Any], how: Execution,
 ) -> Windows | None:  # fmt: skip
     """The windows that `speculate` names; chosen by measurement if it is True; None if it is False.
 
     Args:
         speculate: see `Sampler`.
-        make: a `SpeculativeLoop` of everything but what follows.
+        make: a `SpeculativeLoop` of everything but shape, given and how.
+        table: the rows to walk.
         shape: of the batch.
         given: model_kwargs, uncond_kwargs and guidance, for the batch.
         how: the walk is executed.
     """
     if speculate is False:
         return None
-    if speculate is not True:
-        return Windows.of(speculate)
+    windows = None if speculate is True else Windows.of(speculate)
+    if windows is None or not windows.sequential:
+        check_table(table)
+    if not np.any(table.sigma):
+        return Windows.of(1)  # every step is a plain one, the rest of its window computed in vain
+    if windows is not None:
+        return windows
     one = make((1, *shape[1:]), windows=Windows.of(PILOT), how=replace(_plainly(how), execution="eager"), **{
         name: _first(value, shape[0]) for name, value in given.items()
     })  # fmt: skip
     network = one.model if one.module is None else one.module
     known = _CHOSEN.setdefault(network, {}) if isinstance(network, nn.Module) else {}
-    rows = one.table.coefficients().numpy().tobytes(), one.table.timestep.tobytes()
+    rows = table.coefficients().numpy().tobytes(), table.timestep.tobytes()
     key = (shape, rows, one.clipping, one.dtype, one.device, one.guided, how, torch.get_num_threads())
     if key not in known:
         known[key] = _measured_windows(

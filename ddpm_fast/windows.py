@@ -46,7 +46,12 @@ class Windows:
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
-            return cls(tuple(sorted((int(t), window) for t, window in value.items())))
+            # JSON has texts for keys.
+            told = ((int(t) if isinstance(t, str) and t.isdecimal() else t, window) for t, window in value.items())
+            pairs = [
+                (whole("a timestep of the windows", t, 0), whole("window", window, 1, LARGEST)) for t, window in told
+            ]
+            return cls(tuple(sorted(pairs)))
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"speculate is False, True, a window or {{timestep: window}}, got {value!r}")
         return cls(((0, whole("speculate", value, 1, LARGEST)),))

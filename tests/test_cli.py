@@ -188,7 +188,7 @@ def test_interpolate(model, pictures, tmp_path):
     }  # fmt: skip
     assert about["config"]["timesteps"] == list(range(9, -1, -1))
     found = load_checkpoint(model)
-    a, b = (torch.from_numpy(np.asarray(Image.open(end))[None, None]).float() / 127.5 - 1 for end in ends)
+    a, b = (torch.from_numpy(np.array(Image.open(end))[None, None]).float() / 127.5 - 1 for end in ends)
     shape = (5, *found.shape)
     options = {"seeds": range(5), "config": found.diffusion, "progress": False}
     x = interpolate(found.model, a.expand(shape), b.expand(shape), 9, 0.5, **options)

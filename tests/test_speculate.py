@@ -310,6 +310,8 @@ def test_any_rank(shape):
         ({"speculate": "fast"}, TypeError, "speculate is False, True, a window"),
         ({"speculate": {}}, ValueError, "windows go by timesteps that ascend from 0"),
         ({"speculate": {10: 4}}, ValueError, "windows go by timesteps that ascend from 0"),
+        ({"speculate": {0: 4, 2.5: 8}}, ValueError, "a timestep of the windows must be an integer >= 0, got 2.5"),
+        ({"speculate": {"x": 4}}, ValueError, "a timestep of the windows must be an integer >= 0, got 'x'"),
         ({"speculate": {0: 0}}, ValueError, r"window must be an integer in \[1, 1024\], got 0"),
         ({"speculate": 8, "variance_type": "learned_range"}, ValueError, "speculate needs a variance that is fixed"),
     ],
@@ -330,9 +332,20 @@ def test_bad_windows(options, error, says):
     ],
 )
 def test_calls_that_do_not_go_with_it(call, says):
-    sampler = Sampler(lambda x, t: 0.3 * x, (1, 1, 4, 4), speculate=8, num_train_timesteps=20)
-    with pytest.raises(ValueError, match=says):
-        sampler(**call, **QUIET)
+    for windows in (8, 1):  # also where it is the sequential sampler: what True has measured is not to decide
+        sampler = Sampler(lambda x, t: 0.3 * x, (1, 1, 4, 4), speculate=windows, num_train_timesteps=20)
+        with pytest.raises(ValueError, match=says):
+            sampler(**call, **QUIET)
+
+
+@pytest.mark.parametrize("fields", [{"sampler": "ddim", "eta": 0.0}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize("speculate", [True, 8])
+def test_walks_without_noise_are_taken_one_step_at_a_time(fields, speculate):
+    model = Counting(lambda x, t: 0.3 * x)
+    sampler = Sampler(model, (2, 1, 4, 4), speculate=speculate, num_train_timesteps=20, **fields)
+    found = sampler(seeds=0, output="result", **QUIET)
+    assert (found.speculation.calls, found.speculation.volume, found.speculation.windows) == (20, 1.0, {0: 1})
+    assert set(model.rows) == {2}
 
 
 def test_nan_is_reported_with_its_sample():

@@ -329,7 +329,7 @@ class _Fast:
                 network, call.shape, table, clipping, owner=owner, device=call.device, dtype=torch.float32,
                 model_kwargs=call.model_kwargs, correction=guidance,
                 execution="eager" if network is not told else None,
-                module=told.module(), hoistable=network is told,
+                module=told.module(), hoistable=network is told, watched=every,
             )  # fmt: skip
             noise = walker.noise(None, loop)
             # The library draws noise where none is used, too; several steps in one replay would leave it out.

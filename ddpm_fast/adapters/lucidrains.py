@@ -225,6 +225,7 @@ class _Fast:
                 inference_mode=not self._keyword,  # as the library does, in two dimensions
                 module=self.model,
                 hoistable=not conditioned,
+                watched=keep,
             )
             if conditioned:
                 loop.network.model.x0 = loop.x0  # type: ignore[attr-defined, union-attr]

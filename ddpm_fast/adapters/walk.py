@@ -15,7 +15,7 @@ from ddpm_fast.loop import Clipping, Correction, Loop
 from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise, global_generator
 from ddpm_fast.seeding import Seeds, resolve_seeds
-from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, check_speculate, speculative_loop
+from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, check_speculate, check_walk, speculative_loop
 from ddpm_fast.table import StepTable
 from ddpm_fast.validate import one_of
 
@@ -132,6 +132,7 @@ class Walker:
         execution: str | None = None,
         module: nn.Module | None = None,
         hoistable: bool = True,
+        watched: bool = False,
     ) -> AnyLoop:
         """The loop of a walk; one of the last few if nothing but the values of tensors in kwargs differs from it.
 
@@ -145,7 +146,12 @@ class Walker:
             execution: instead of that of the options.
             module: that of `Network`.
             hoistable: whether a call of `module` is all that `model` does.
+            watched: whether something is wanted after every step.
         """
+        if self.options.speculate is not False:
+            check_walk(watched=watched)
+            if correction is not None or keep_x0:
+                raise ValueError("speculate does not go with cond_fn or self-conditioning, which follow every step")
         shape = tuple(shape)
         rows = (table.coefficients().numpy().tobytes(), table.ids().numpy().tobytes(), table.draws.tobytes())
         kwargs = {**(model_kwargs or {}), **{f"uncond {name}": v for name, v in (uncond_kwargs or {}).items()}}
@@ -163,8 +169,6 @@ class Walker:
         scale = None if guidance_scale is None else torch.full(shape[:1], float(guidance_scale), device=device)
         how = self.options.how
         how = replace(how, execution=execution or how.execution, optimize=how.optimize if hoistable else None)
-        if self.options.speculate is not False and (correction is not None or keep_x0):
-            raise ValueError("speculate does not go with cond_fn or self-conditioning, which follow every step")
         _, ahead = speculative_loop(
             self.options.speculate, model, shape, table=table, clipping=clipping, model_kwargs=model_kwargs,
             uncond_kwargs=uncond_kwargs, device=device, dtype=dtype, module=module, guidance=scale,
