@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
-.PHONY: sample peers test test-slow check sass bench bench-gpu bench-step figures examples diffusers-suite clean
+.PHONY: sample peers test test-slow check sass bench gpu bench-gpu bench-step figures examples diffusers-suite clean
 
 sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 	$(BIN)/ddpm-fast sample --seeds 0-15 --out samples.png
@@ -26,6 +26,9 @@ check: $(READY)  ## style and types
 sass: $(READY)  ## what every kernel costs, from its machine code, for five GPUs; fails where a budget is exceeded
 	$(BIN)/python benchmarks/sass.py
 	$(BIN)/python benchmarks/sass_variants.py
+
+gpu: $(PEERS)  ## everything that waits for a GPU, in nine minutes; AFTER=stage goes on behind one
+	$(BIN)/python benchmarks/on_gpu.py $(if $(AFTER),--after $(AFTER))
 
 bench-step: $(READY)  ## the fused step on a GPU, under eight minutes
 	$(BIN)/python benchmarks/step.py
