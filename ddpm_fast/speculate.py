@@ -484,7 +484,7 @@ def _measured_windows(seconds_of: Callable[[int], float], pilot: SpeculativeLoop
     if all(costs[width] * PAYS > width * costs[1] for width in costs if width > 1):
         windows = Windows.of(1)  # however good guesses are
     else:
-        errors = GuessErrors(pilot.table)
+        errors = GuessErrors(pilot.table, max(costs))
         pilot.watch = errors.add
         bar = tqdm(total=len(pilot.table), unit="step", desc="choosing windows", disable=None, leave=False)
         pilot.run(PhiloxNoise([0], pilot.shape, pilot.table, pilot.device, pilot.backend), progress=bar)

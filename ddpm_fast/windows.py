@@ -1,6 +1,5 @@
 """How many steps a speculative walk drafts at once: given, or chosen by the network's cost and how good guesses are."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from ddpm_fast.table import StepTable
 from ddpm_fast.validate import whole
 
 LARGEST = 1024  # drafts of a sample in one call
-WIDTHS = (1, 2, 4, 8, 16, 32, 64)  # that are chosen from
+WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # that are chosen from
 RANGES = (0, 25, 50, 100, 200, 400, 700)  # of t, in thousandths: a window is chosen for each
 PAYS = 1.03  # times faster than one step at a time: from there on speculating is worth it
 
@@ -72,19 +71,20 @@ class Windows:
 
 
 class GuessErrors:
-    """How far the origin estimates of a walk are from those of up to 64 steps before.
+    """How far the origin estimates of a walk are from those of some steps before.
 
     Fed with the estimates in the order of the steps, it finds |D|^2 of every step for a guess that is `lag` steps old.
 
     Args:
         table: the rows of the walk.
+        reach: the longest lag.
     """
 
-    def __init__(self, table: StepTable) -> None:
+    def __init__(self, table: StepTable, reach: int) -> None:
         noisy = table.sigma != 0
         self._scale = np.where(noisy, (table.c_x0 + table.c_out / table.b) / np.where(noisy, table.sigma, 1), 0.0)
         self._recent: list[Tensor] = []
-        self.squares = np.full((len(table), WIDTHS[-1]), np.inf)  # [S, lag - 1]; nothing is known before the first
+        self.squares = np.full((len(table), reach), np.inf)  # [S, lag - 1]; nothing is known before the first
         self._row = 0
 
     def add(self, origins: Tensor) -> None:
@@ -93,13 +93,13 @@ class GuessErrors:
             if self._recent:
                 apart = (torch.stack(self._recent[::-1]) - origin).square().sum(1)
                 self.squares[self._row, : len(apart)] = self._scale[self._row] ** 2 * apart.double().cpu().numpy()
-            self._recent = [*self._recent[1 - WIDTHS[-1] :], origin]
+            self._recent = [*self._recent, origin][-self.squares.shape[1] :]
             self._row += 1
 
 
 def acceptance(squares: NDArray[np.float64]) -> NDArray[np.float64]:
     """2 Phi(-|D| / 2): how often a draft at that distance is accepted."""
-    return np.vectorize(lambda square: math.erfc(math.sqrt(square / 8)), otypes=[np.float64])(squares)
+    return torch.special.erfc(torch.from_numpy(np.sqrt(squares / 8))).numpy()
 
 
 def expected_cost(
@@ -149,7 +149,7 @@ def choose_windows(table: StepTable, squares: NDArray[np.float64], costs: Mappin
 
     Args:
         table: the rows of the walk.
-        squares: |D|^2 of every step and lag (`GuessErrors`).
+        squares: |D|^2 of every step and lag (`GuessErrors`), up to the widest of costs.
         costs: seconds of a call with so many drafts of every sample, for some of WIDTHS.
     """
     accepted = acceptance(squares)

@@ -74,7 +74,7 @@ def test_acceptance_is_the_overlap_of_two_gaussians():
 def test_guess_errors_are_the_distances_of_the_estimates(fields):
     table = build_table(SamplerConfig(num_train_timesteps=100, **fields))
     origins = torch.randn(100, 2, 3, generator=torch.Generator().manual_seed(0))
-    errors = GuessErrors(table)
+    errors = GuessErrors(table, 64)
     for part in origins.split([1, 30, 69]):
         errors.add(part)
     for row, lag in ((1, 1), (50, 7), (98, 64), (70, 64)):
@@ -98,12 +98,12 @@ def test_what_is_chosen():
     assert choose_windows(table, squares(0.01), proportional).sequential  # a call costs what its samples cost
     assert choose_windows(table, squares(100), flat).to_dict()[0] <= 2  # nothing is accepted: nearly one a call
     always = choose_windows(table, squares(0), flat).rows(table.timestep)
-    assert expected_cost(always, acceptance(squares(0)), flat)[0] == 16  # calls, as with 64 throughout
+    assert expected_cost(always, acceptance(squares(0)), flat)[0] == 4  # calls, as with 256 throughout
     halfway = squares(0.0)
     halfway[500:] = 100.0  # below t = 500 no guess holds
     found = choose_windows(table, halfway, {width: 1 + 0.05 * width for width in WIDTHS})
     rows = found.rows(table.timestep)
-    assert rows[0] == 64
+    assert rows[0] == 256
     assert rows[-1] <= 2
 
 
