@@ -8,6 +8,7 @@ A call's time says nothing of its weights: the U-Net's are random. Writes benchm
 """
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,14 @@ def networks(device: torch.device) -> dict[str, tuple[nn.Module, tuple[int, ...]
         found[f"embedded {name}"] = (checkpoint.model.to(device), checkpoint.shape, torch.float32)
     if device.type == "cuda":
         kind = KINDS["cifar"]
+        try:
+            model = kind.make().eval().requires_grad_(False).to(device)
+        except ImportError as error:
+            print(f"{kind.short} left out: {error}")
+            return found
         for dtype in (torch.float32, torch.bfloat16):
-            model = kind.make().eval().requires_grad_(False).to(device, dtype)
-            found[f"{kind.short}, {str(dtype).removeprefix('torch.')}"] = (model, kind.shape, dtype)
+            name = f"{kind.short}, {str(dtype).removeprefix('torch.')}"
+            found[name] = (copy.deepcopy(model).to(dtype), kind.shape, dtype)
     return found
 
 
