@@ -40,7 +40,7 @@ STILL_FALLS = 0.95  # falls to this share or below with every doubling
 PILOT = 16  # drafts at once of the walk that measures how good guesses are
 # What was measured, for a network and all that it was measured with.
 _CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Windows]] = weakref.WeakKeyDictionary()
-LOOK = 4  # rounds between two looks at where the samples are, on a GPU, whose queue a look empties
+LOOK = 4  # rounds at most between two looks at where the samples are, on a GPU, whose queue a look empties
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,9 @@ class SpeculativeLoop:
         self.watch: Callable[[Tensor], Any] | None = None
         self._kwargs = dict(model_kwargs or {}), uncond_kwargs
         self._by_row = np.minimum(windows.rows(table.timestep), np.arange(len(table), 0, -1))
+        self._rounds_left = [0] * (len(table) + 1)  # from each row on, where every draft is accepted
+        for row in reversed(range(len(table))):
+            self._rounds_left[row] = 1 + self._rounds_left[row + int(self._by_row[row])]
         self._widths = sorted(set(windows.rows(table.timestep).tolist()))
         self._networks: dict[int, Network] = {}
         self._graphs: dict[int, StepGraph] = {}
@@ -180,10 +183,11 @@ class SpeculativeLoop:
         bar = Progress(steps, self.device, progress, every=1)
         calls = evaluations = reached = 0
         rows = [0] * batch
-        rounds = LOOK if self._records() else 1
         finished = False
         try:
             while reached < steps:
+                # So many the walk has still to do at the least: none is in vain.
+                rounds = min(LOOK, max(self._rounds_left[row] for row in rows)) if self._records() else 1
                 width = self._width(rows, rounds)
                 with self._settings():
                     for _ in range(rounds):
