@@ -149,7 +149,7 @@ def test_what_the_command_refuses(model, tmp_path, capsys):
     for text in ("zero", "0", "5:4", "0:4:2"):
         with pytest.raises(SystemExit):
             draw(folder, tmp_path / "a.png", "--speculate", text)
-        assert "--speculate" in capsys.readouterr().err
+        assert "--speculate: windows are 16, or 0:4,100:16" in capsys.readouterr().err
     assert len(build_table(DIFFUSION)) == 40
 
 
