@@ -62,8 +62,8 @@ def arms_of(
         labels = torch.arange(batch, device=device) % checkpoint.classes.count
         options["model_kwargs"] = {checkpoint.classes.keyword: labels}
 
-    def make(speculate: Any, hoist: bool = False) -> Sampler:
-        how = {"optimize": "hoist" if hoist else None}
+    def make(speculate: Any, hoist: bool = False, memory_format: str | None = None) -> Sampler:
+        how = {"optimize": "hoist" if hoist else None, "memory_format": memory_format}
         return Sampler(checkpoint.model, shape, speculate=speculate, **how, **options)
 
     arms = {("sequential", "-", False): make(False), ("sequential", "-", True): make(False, hoist=True)}
@@ -75,7 +75,10 @@ def arms_of(
         if batch == 1 and name in ALONE:
             arms[name, "frozen", False] = make(windows)
             with_frozen_guesses(arms[name, "frozen", False].loop)  # type: ignore[arg-type]
-    arms["measured", "of the row", True] = make(arms["measured", "of the row", False].windows, hoist=True)
+    chosen = arms["measured", "of the row", False].windows
+    arms["measured", "of the row", True] = make(chosen, hoist=True)
+    arms["sequential, channels_last", "-", True] = make(False, hoist=True, memory_format="channels_last")
+    arms["measured, channels_last", "of the row", True] = make(chosen, hoist=True, memory_format="channels_last")
     return arms
 
 

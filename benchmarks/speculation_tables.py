@@ -24,7 +24,7 @@ def speculation() -> str:
             continue
         policy = row["policy"] + (", hoisted" if row["hoisted"] else "")
         windows = ", ".join(f"{window} from {t}" for t, window in (row.get("windows") or {}).items())
-        policy += f" ({windows})" if row["policy"] == "measured" else ""
+        policy += f" ({windows})" if row["policy"].startswith("measured") else ""
         counts = "- | 1.00 | - "
         if "calls" in row:
             counts = f"{row['calls']:.0f} | {row['volume']:.2f} | {row['rejections']:.0f} "

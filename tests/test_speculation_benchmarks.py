@@ -28,7 +28,7 @@ def test_arms_are_compared():
     rows = speculation.compare(load_checkpoint("digits"), 4, 1, 16, CPU)
     found = {(row["policy"], row["hoisted"]): row for row in rows}
     assert set(found) == {(name, False) for name in ("sequential", "8", "by t", "measured")} | {
-        (name, True) for name in ("sequential", "measured")
+        (name, True) for layout in ("", ", channels_last") for name in (f"sequential{layout}", f"measured{layout}")
     }
     assert found["sequential", False]["faster_than_plain"]["median"] == 1
     assert found["8", False]["calls"] < 16
