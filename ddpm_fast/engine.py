@@ -15,11 +15,12 @@ from ddpm_fast.config import SamplerConfig, with_config_options
 from ddpm_fast.execution import Execution
 from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.loop import Clipping, Loop
+from ddpm_fast.measure import Speculate, speculative_loop
 from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise
 from ddpm_fast.progress import Show
 from ddpm_fast.seeding import Seeds, resolve_seeds
-from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, check_walk, speculative_loop
+from ddpm_fast.speculate import Speculation, SpeculativeLoop, check_walk
 from ddpm_fast.table import StepTable, build_table
 
 logger = logging.getLogger("ddpm_fast")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ddpm_fast import speculate as speculation
+from ddpm_fast import measure
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.engine import Sampler
 from ddpm_fast.models.checkpoint import load_checkpoint
@@ -147,7 +147,7 @@ def test_what_was_measured_is_remembered(monkeypatch):
     network = Slow(False)
     options = {"num_train_timesteps": 120, "num_inference_steps": 60, "speculate": True}
     first = Sampler(network, (1, 1, 4, 4), **options).windows
-    monkeypatch.setattr(speculation, "_measured_windows", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(measure, "_measured_windows", lambda *_: pytest.fail("measured again"))
     assert Sampler(network, (1, 1, 4, 4), **options).windows is first
     with pytest.raises(BaseException, match="measured again"):
         Sampler(network, (2, 1, 4, 4), **options)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ddpm_fast.adapters.walk import Options
 from ddpm_fast.execution import Execution
-from ddpm_fast.speculate import Speculate
+from ddpm_fast.measure import Speculate
 
 # Package of the object's class, or of one of its bases → the adapter that knows it.
 _ADAPTERS = {

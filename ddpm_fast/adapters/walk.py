@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ddpm_fast.execution import DEFAULT, Execution
 from ddpm_fast.graph import GraphPool
 from ddpm_fast.loop import Clipping, Correction, Loop
+from ddpm_fast.measure import Speculate, check_speculate, speculative_loop
 from ddpm_fast.network import Model, Network
 from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise, global_generator
 from ddpm_fast.seeding import Seeds, resolve_seeds
-from ddpm_fast.speculate import Speculate, Speculation, SpeculativeLoop, check_speculate, check_walk, speculative_loop
+from ddpm_fast.speculate import Speculation, SpeculativeLoop, check_walk
 from ddpm_fast.table import StepTable
 from ddpm_fast.validate import one_of
 
