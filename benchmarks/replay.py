@@ -13,24 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import FOLDER, slug, write_result
+from results import FOLDER, machine_name, write_result
+from speculation import labels
 from torch import nn
 from walk_networks import KINDS
 
 from ddpm_fast.execution import Execution
 from ddpm_fast.graph import seconds
-from ddpm_fast.models.checkpoint import load_checkpoint
+from ddpm_fast.models.checkpoint import Classes, load_checkpoint
 from ddpm_fast.network import Network
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def networks(device: torch.device) -> dict[str, tuple[nn.Module, tuple[int, ...], torch.dtype]]:
-    """Networks by name, with the shape of a sample and a dtype to run in."""
-    found = {}
+def networks(device: torch.device) -> dict[str, tuple[nn.Module, Classes | None, tuple[int, ...], torch.dtype]]:
+    """Networks by name, with their classes, the shape of a sample and a dtype to run in."""
+    found: dict[str, tuple[nn.Module, Classes | None, tuple[int, ...], torch.dtype]] = {}
     for name in ("moons", "digits"):
-        checkpoint = load_checkpoint(name)
-        found[f"embedded {name}"] = (checkpoint.model.to(device), checkpoint.shape, torch.float32)
+        checkpoint = load_checkpoint(name, device=device)
+        found[f"embedded {name}"] = (checkpoint.model, checkpoint.classes, checkpoint.shape, torch.float32)
     if device.type == "cuda":
         kind = KINDS["cifar"]
         try:
@@ -40,7 +41,7 @@ def networks(device: torch.device) -> dict[str, tuple[nn.Module, tuple[int, ...]
             return found
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{kind.short}, {str(dtype).removeprefix('torch.')}"
-            found[name] = (copy.deepcopy(model).to(dtype), kind.shape, dtype)
+            found[name] = (copy.deepcopy(model).to(dtype), None, kind.shape, dtype)
     return found
 
 
@@ -48,14 +49,10 @@ def networks(device: torch.device) -> dict[str, tuple[nn.Module, tuple[int, ...]
 def measure(device: torch.device, batches: tuple[int, ...]) -> list[dict[str, Any]]:
     """Milliseconds of a call for every network and batch size, and how many single calls that is."""
     rows = []
-    for name, (model, shape, dtype) in networks(device).items():
-        told = {}
-        if "digits" in name:
-            told = {"class_labels": torch.zeros(1, dtype=torch.int64, device=device)}
+    for name, (model, classes, shape, dtype) in networks(device).items():
         alone = None
         for batch in batches:
-            kwargs = {key: value.expand(batch).clone() for key, value in told.items()}
-            network = Network(model, (batch, *shape), shape[0], kwargs, None, device, dtype)
+            network = Network(model, (batch, *shape), shape[0], labels(classes, batch, device), None, device, dtype)
             network.prepare([0], Execution(optimize="hoist"))
             took = seconds(network, device)
             alone = took if alone is None else alone
@@ -74,8 +71,7 @@ def main() -> None:
     device = torch.device(given.device)
     rows = measure(device, BATCHES[:2] if given.smoke else BATCHES)
     if not given.smoke:
-        name = slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
-        print(write_result(f"{name}__replay", rows, folder=given.out, commit=given.commit))
+        print(write_result(f"{machine_name(device)}__replay", rows, folder=given.out, commit=given.commit))
 
 
 if __name__ == "__main__":

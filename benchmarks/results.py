@@ -61,6 +61,17 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def machine_name(device: torch.device) -> str:
+    """What the result files of a device begin with: nvidia-h200, as their environment says, or cpu."""
+    return slug(torch.cuda.get_device_name()) if device.type == "cuda" else "cpu"
+
+
+def machine_of(result: dict[str, Any]) -> str:
+    """The machine that a result was measured on, for a table."""
+    environment = result["environment"]
+    return environment["gpu"] or f"CPU, {environment['threads']} threads"
+
+
 def markdown_table(header: str, lines: list[str]) -> str:
     """A table under its header."""
     return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *lines])

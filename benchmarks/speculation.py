@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import FOLDER, slug, write_result
+from results import FOLDER, machine_name, write_result
 from torch import Tensor
 
 from ddpm_fast.kernels.speculate import Progress
-from ddpm_fast.models.checkpoint import Checkpoint, load_checkpoint
+from ddpm_fast.models.checkpoint import Checkpoint, Classes, load_checkpoint
 from ddpm_fast.sample import Sampler
 from ddpm_fast.speculate import Speculation, SpeculativeLoop
 
@@ -52,15 +52,18 @@ def with_frozen_guesses(loop: SpeculativeLoop) -> None:
     loop._commit = frozen
 
 
+def labels(classes: Classes | None, batch: int, device: torch.device) -> dict[str, Tensor]:
+    """The keyword of a network with classes: all of them in turn; nothing for others."""
+    return {} if classes is None else {classes.keyword: torch.arange(batch, device=device) % classes.count}
+
+
 def arms_of(
     checkpoint: Checkpoint, batch: int, steps: int, device: torch.device
 ) -> dict[tuple[str, str, bool], Sampler]:
     """Samplers by policy, guess, and whether they are hoisted."""
     shape = (batch, *checkpoint.shape)
-    options: dict[str, Any] = {"config": checkpoint.diffusion, "num_inference_steps": steps}
-    if checkpoint.classes is not None:
-        labels = torch.arange(batch, device=device) % checkpoint.classes.count
-        options["model_kwargs"] = {checkpoint.classes.keyword: labels}
+    told = labels(checkpoint.classes, batch, device)
+    options: dict[str, Any] = {"config": checkpoint.diffusion, "num_inference_steps": steps, "model_kwargs": told}
 
     def make(speculate: Any, hoist: bool = False, memory_format: str | None = None) -> Sampler:
         how = {"optimize": "hoist" if hoist else None, "memory_format": memory_format}
@@ -85,8 +88,8 @@ def arms_of(
 def compare(checkpoint: Checkpoint, batch: int, seeds: int, steps: int, device: torch.device) -> list[dict[str, Any]]:
     """All arms for a model and a batch size."""
     arms = arms_of(checkpoint, batch, steps, device)
-    for sampler in arms.values():  # what the first walk alone has to do: graphs are recorded, caches filled
-        if device.type == "cuda":
+    if device.type == "cuda":
+        for sampler in arms.values():  # what the first walk alone has to do: graphs are recorded, caches filled
             sampler(seeds=0, progress=False)
     times: dict[tuple[str, str, bool], list[float]] = {key: [] for key in arms}
     did: dict[tuple[str, str, bool], list[Speculation]] = {key: [] for key in arms}
@@ -125,12 +128,9 @@ def compare(checkpoint: Checkpoint, batch: int, seeds: int, steps: int, device: 
 def count(checkpoint: Checkpoint, seeds: int, device: torch.device) -> list[dict[str, Any]]:
     """Calls and volume of one sample at a time, guessed by the row and frozen; nothing is timed."""
     rows = []
-    told = {}
-    if checkpoint.classes is not None:
-        told[checkpoint.classes.keyword] = torch.zeros(1, dtype=torch.int64, device=device)
+    told, shape = labels(checkpoint.classes, 1, device), (1, *checkpoint.shape)
     for name, windows in COUNTED.items():
         for guess in ("of the row", "frozen"):
-            shape = (1, *checkpoint.shape)
             sampler = Sampler(
                 checkpoint.model, shape, config=checkpoint.diffusion, speculate=windows, model_kwargs=told
             )
@@ -152,25 +152,20 @@ def count(checkpoint: Checkpoint, seeds: int, device: torch.device) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="few steps, few seeds; writes nothing")
-    parser.add_argument("--calls", action="store_true", help="count calls alone: cpu__speculation_calls.json")
+    parser.add_argument("--calls", action="store_true", help="count calls alone")
     parser.add_argument("--models", nargs="+", default=["moons", "digits"], help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the result")
     parser.add_argument("--commit", help="where there is no git: what `git describe --always --dirty` says elsewhere")
     given = parser.parse_args()
     device = torch.device(given.device)
-    machine = slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
-    name = f"{machine}__speculation" + ("_calls" if given.calls else "")
+    name = f"{machine_name(device)}__speculation" + ("_calls" if given.calls else "")
     rows = []
     for model in given.models:
         checkpoint = load_checkpoint(model, device=device)
-        for batch, seeds in ((1, 4),) if given.calls else ((1, 3), (4, 3), (16, 3)):
-            if given.calls:
-                found = count(checkpoint, seeds, device)
-            elif given.smoke:
-                found = compare(checkpoint, batch, 1, 30, device)
-            else:
-                found = compare(checkpoint, batch, seeds, checkpoint.diffusion.num_train_timesteps, device)
+        seeds, steps = (1, 30) if given.smoke else (3, checkpoint.diffusion.num_train_timesteps)
+        for batch in (1,) if given.calls else (1, 4, 16):
+            found = count(checkpoint, 4, device) if given.calls else compare(checkpoint, batch, seeds, steps, device)
             rows += [{"model": model, **row} for row in found]
             if not given.smoke:
                 write_result(name, rows, folder=given.out, commit=given.commit)

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from results import write_result
 from scipy.special import ndtr
+from speculation import labels
 from torch import Tensor
 
 from ddpm_fast.models.checkpoint import load_checkpoint
@@ -339,7 +340,7 @@ def count(name: str, seeds: int, widths: tuple[int, ...] = WIDTHS, steps: int | 
     checkpoint = load_checkpoint(name)
     config = checkpoint.diffusion
     table = build_table(config if steps is None else replace(config, num_inference_steps=steps))
-    told = {} if checkpoint.classes is None else {checkpoint.classes.keyword: torch.zeros(1, dtype=torch.int64)}
+    told = labels(checkpoint.classes, 1, torch.device("cpu"))
     rows = []
     for width in widths:
         for idea, how in IDEAS.items():

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from results import FOLDER, markdown_table, read_result
+from results import FOLDER, machine_of, markdown_table, read_result
 
 OWN = "of the row, each step"  # what ddpm_fast does
 
@@ -77,13 +77,12 @@ def replay() -> str:
     lines = []
     for path in sorted(FOLDER.glob("*__replay.json")):
         found = read_result(path.stem)
-        machine = found["environment"]["gpu"] or f"CPU, {found['environment']['threads']} threads"
         rows = found["rows"]
         batches = sorted({row["batch"] for row in rows})
         for network in dict.fromkeys(row["network"] for row in rows):
             own = {row["batch"]: row for row in rows if row["network"] == network}
             cells = " | ".join(f"{own[batch]['single_calls']:.2f}" for batch in batches if batch > 1)
-            lines.append(f"| {machine} | {network} | {own[1]['ms']:.2f} ms | {cells} |")
+            lines.append(f"| {machine_of(found)} | {network} | {own[1]['ms']:.2f} ms | {cells} |")
     header = " | ".join(str(batch) for batch in batches if batch > 1)
     return markdown_table(f"| machine | network | a call of one | {header} |", lines)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import FOLDER, slug, write_result
+from results import FOLDER, machine_name, write_result
 from step_arms import ARMS, CASES, FLOAT32, MAIN, Case, WrongResultError, check, make_problem, memory_needed, missing
 from step_goals import CLAIMED, LARGE, goals
 from step_launch import launch_cost
@@ -259,9 +259,9 @@ def report(result: dict[str, Any]) -> None:
 
 def write(result: dict[str, Any], out: Path | None, commit: str | None) -> Path:
     """Write the result file, and the plot where matplotlib is installed; everything in `out` if that is given."""
-    gpu = slug(torch.cuda.get_device_name()) if result["device"] == "cuda" else "cpu"
     more = {key: value for key, value in result.items() if key != "rows"}
-    path = write_result(f"{gpu}__step", result["rows"], folder=out or FOLDER, commit=commit, **more)
+    name = f"{machine_name(torch.device(result['device']))}__step"
+    path = write_result(name, result["rows"], folder=out or FOLDER, commit=commit, **more)
     print(f"wrote {path}")
     draw(path, out)
     return path

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import moon_tables
 import speculation_tables
-from results import markdown_table, read_result
+from results import machine_of, markdown_table, read_result
 
 from ddpm_fast.files import whole_file
 
@@ -219,7 +219,7 @@ def walks() -> str:
             shown = [rows.get(SHIPPED), compiled, rows.get(OURS), ours]
             cells = [_cell(row, "ms_per_step", ",.3g") for row in shown]
             ratios = [_ratio(ours, key) for key in ("over_shipped", "over_best_compiled")]
-            lines.append(f"{title}| {_machine(result)} | " + " | ".join([*cells, *ratios]) + " |")
+            lines.append(f"{title}| {machine_of(result)} | " + " | ".join([*cells, *ratios]) + " |")
     waiting = f"\n\nNot yet measured, each for want of a GPU: {', '.join(missing)}." if missing else ""
     return markdown_table(header, lines) + waiting
 
@@ -231,7 +231,7 @@ def walk_arms() -> str:
         for result in results:
             scaled = "end to end" if result["steps"] == 1000 else f"{result['steps']} steps, scaled"
             heading = (
-                f"**{result['network']}**, batch {result['batch']}, {result['precision']}; {_machine(result)}, torch "
+                f"**{result['network']}**, batch {result['batch']}, {result['precision']}; {machine_of(result)}, torch "
                 f"{result['environment']['torch']}, commit {result['environment']['commit']}; {scaled}"
             )
             if result["ceiling_TFLOP_per_s"]:
@@ -270,11 +270,6 @@ def _walks() -> dict[str, list[dict]]:
         for result in each:
             found.setdefault(result["part"], []).append(result)
     return found
-
-
-def _machine(result: dict) -> str:
-    environment = result["environment"]
-    return environment["gpu"] or f"CPU, {environment['threads']} threads"
 
 
 def _ratio(row: dict | None, key: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import FOLDER, slug, write_result
+from results import FOLDER, machine_name, write_result
 from torch import Tensor
 from walk_arms import ALONE, ARMS, COMPILED, OURS, SHIPPED, Arm, Ours, WrongStepError, check, missing, quiet
 from walk_networks import KINDS, Problem
@@ -349,9 +349,9 @@ def main(arguments: list[str] | None = None) -> int:
             said = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
             print(f"goal: {goal['goal']}, {goal['sense']} {goal['limit']:g}:{value} {said}")
     if given.out or given.part != "smoke":
-        gpu = slug(torch.cuda.get_device_name()) if device.type == "cuda" else "cpu"
+        machine = machine_name(device)
         rows = result.pop("rows")
-        name = f"{gpu}__walks-{given.part}" if given.part != "cpu" else "cpu__walks"
+        name = f"{machine}__walks-{given.part}" if given.part != "cpu" else "cpu__walks"
         print(write_result(name, rows, folder=given.out or FOLDER, commit=given.commit, **result))
         result["rows"] = rows
     return int(any("error" in row for row in result["rows"]))

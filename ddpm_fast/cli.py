@@ -152,14 +152,16 @@ def _widths(text: str) -> tuple[int, ...]:
 
 
 def _windows(text: str) -> Windows:
+    allowed = f"windows are 16, or 0:4,100:16 from timestep 0 on, got {text}"
     try:
         pairs = [part.partition(":") for part in text.split(",")]
-        return Windows.of({int(t): int(w) for t, _, w in pairs} if ":" in text else int(text))
+        told = {int(t): int(w) for t, _, w in pairs} if ":" in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(allowed) from None
+    try:
+        return Windows.of(told)
     except ValueError as error:
-        what = "" if str(error).startswith("invalid literal") else f": {error}"
-        raise argparse.ArgumentTypeError(
-            f"windows are 16, or 0:4,100:16 from timestep 0 on, got {text}{what}"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{allowed}: {error}") from None
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
