@@ -2,13 +2,14 @@
 
     python benchmarks/speculation.py            on a GPU if there is one, else half an hour on a CPU
     python benchmarks/speculation.py --calls    calls and volume for more windows, one sample at a time, not timed
+    python benchmarks/speculation.py --every    every policy for batches of 4 and 16, one seed: ten minutes
     python benchmarks/speculation.py --smoke    seconds: whether it runs
 
 For each policy and batch size: network calls one after the other until the last sample ends, volume (network
 evaluations, those of idle rows too, over those of the sequential walk), rejections a sample (each ends a round, so one
 more is the floor of calls), and how many times faster the walk is than the plain sequential one and than the hoisted
 one. All arms take turns, seed by seed; ratios are medians over the seeds. Writes
-benchmarks/results/<gpu or cpu>__speculation.json, or …__speculation_calls.json.
+benchmarks/results/<gpu or cpu>__speculation.json, or …__speculation_calls.json, …__speculation_every.json.
 """
 
 import argparse
@@ -27,9 +28,7 @@ from ddpm_fast.sample import Sampler
 from ddpm_fast.speculate import Speculation, SpeculativeLoop
 
 BY_T = {0: 2, 100: 8, 250: 16, 500: 32}
-SMALL_BATCH: dict[str, Any] = {
-    "8": 8, "16": 16, "32": 32, "64": 64, "by t": BY_T, "measured": True,
-}  # fmt: skip
+EVERY: dict[str, Any] = {"8": 8, "16": 16, "32": 32, "64": 64, "by t": BY_T, "measured": True}
 ALONE = ("16", "64")  # also with the guess of the literature, the last estimate of an examined state
 COUNTED: dict[str, Any] = {
     "16": 16, "32": 32, "48": 48, "64": 64, "4, 8 from 25, 16 from 100, 32 from 400": {0: 4, 25: 8, 100: 16, 400: 32},
@@ -58,9 +57,9 @@ def labels(classes: Classes | None, batch: int, device: torch.device) -> dict[st
 
 
 def arms_of(
-    checkpoint: Checkpoint, batch: int, steps: int, device: torch.device
+    checkpoint: Checkpoint, batch: int, steps: int, device: torch.device, every: bool = False
 ) -> dict[tuple[str, str, bool], Sampler]:
-    """Samplers by policy, guess, and whether they are hoisted."""
+    """Samplers by policy, guess, and whether they are hoisted; of every policy, or of those that suit the batch."""
     shape = (batch, *checkpoint.shape)
     told = labels(checkpoint.classes, batch, device)
     options: dict[str, Any] = {"config": checkpoint.diffusion, "num_inference_steps": steps, "model_kwargs": told}
@@ -71,13 +70,15 @@ def arms_of(
 
     arms = {("sequential", "-", False): make(False), ("sequential", "-", True): make(False, hoist=True)}
     policies = (
-        SMALL_BATCH if batch == 1 else {"8": 8, "by t": BY_T, "measured": True} if batch == 4 else {"measured": True}
+        EVERY if batch == 1 or every else {"8": 8, "by t": BY_T, "measured": True} if batch == 4 else {"measured": True}
     )
     for name, windows in policies.items():
         arms[name, "of the row", False] = make(windows)
         if batch == 1 and name in ALONE:
             arms[name, "frozen", False] = make(windows)
             with_frozen_guesses(arms[name, "frozen", False].loop)  # type: ignore[arg-type]
+    if every:
+        return arms
     chosen = arms["measured", "of the row", False].windows
     arms["measured", "of the row", True] = make(chosen, hoist=True)
     arms["sequential, channels_last", "-", True] = make(False, hoist=True, memory_format="channels_last")
@@ -85,9 +86,11 @@ def arms_of(
     return arms
 
 
-def compare(checkpoint: Checkpoint, batch: int, seeds: int, steps: int, device: torch.device) -> list[dict[str, Any]]:
+def compare(
+    checkpoint: Checkpoint, batch: int, seeds: int, steps: int, device: torch.device, every: bool = False
+) -> list[dict[str, Any]]:
     """All arms for a model and a batch size."""
-    arms = arms_of(checkpoint, batch, steps, device)
+    arms = arms_of(checkpoint, batch, steps, device, every)
     if device.type == "cuda":
         for sampler in arms.values():  # what the first walk alone has to do: graphs are recorded, caches filled
             sampler(seeds=0, progress=False)
@@ -153,19 +156,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="few steps, few seeds; writes nothing")
     parser.add_argument("--calls", action="store_true", help="count calls alone")
+    parser.add_argument("--every", action="store_true", help="every policy, batches of 4 and 16, one seed")
     parser.add_argument("--models", nargs="+", default=["moons", "digits"], help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the result")
     parser.add_argument("--commit", help="where there is no git: what `git describe --always --dirty` says elsewhere")
     given = parser.parse_args()
     device = torch.device(given.device)
-    name = f"{machine_name(device)}__speculation" + ("_calls" if given.calls else "")
+    name = f"{machine_name(device)}__speculation" + ("_calls" if given.calls else "_every" if given.every else "")
     rows = []
     for model in given.models:
         checkpoint = load_checkpoint(model, device=device)
-        seeds, steps = (1, 30) if given.smoke else (3, checkpoint.diffusion.num_train_timesteps)
-        for batch in (1,) if given.calls else (1, 4, 16):
-            found = count(checkpoint, 4, device) if given.calls else compare(checkpoint, batch, seeds, steps, device)
+        seeds = 1 if given.smoke or given.every else 3
+        steps = 30 if given.smoke else checkpoint.diffusion.num_train_timesteps
+        for batch in (1,) if given.calls else (4, 16) if given.every else (1, 4, 16):
+            if given.calls:
+                found = count(checkpoint, 4, device)
+            else:
+                found = compare(checkpoint, batch, seeds, steps, device, given.every)
             rows += [{"model": model, **row} for row in found]
             if not given.smoke:
                 write_result(name, rows, folder=given.out, commit=given.commit)
