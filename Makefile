@@ -54,6 +54,7 @@ bench: $(PEERS)  ## benchmarks for a CPU; GUIDED=path-to-a-checkout adds guided-
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/speculation.py --calls
+	$(BIN)/python benchmarks/speculation.py --every
 	$(BIN)/python benchmarks/speculation_ideas.py
 	$(BIN)/python benchmarks/speculation_plot.py
 	$(BIN)/python benchmarks/replay.py

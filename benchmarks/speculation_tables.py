@@ -1,5 +1,6 @@
 """The tables of docs/speculation.md, from what `speculation.py` measured."""
 
+from functools import partial
 from typing import Any
 
 from results import FOLDER, machine_of, markdown_table, read_result
@@ -7,8 +8,8 @@ from results import FOLDER, machine_of, markdown_table, read_result
 OWN = "of the row, each step"  # what ddpm_fast does
 
 
-def _rows() -> list[dict[str, Any]]:
-    return read_result("cpu__speculation")["rows"]
+def _rows(name: str = "cpu__speculation") -> list[dict[str, Any]]:
+    return read_result(name)["rows"]
 
 
 def _times(row: dict[str, Any], name: str) -> str:
@@ -16,10 +17,10 @@ def _times(row: dict[str, Any], name: str) -> str:
     return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
-def speculation() -> str:
-    """Every policy against the sequential sampler."""
+def speculation(name: str = "cpu__speculation") -> str:
+    """The policies of a result against the sequential sampler."""
     lines = []
-    for row in _rows():
+    for row in _rows(name):
         if row["guess"] == "frozen" or (row["policy"] == "sequential" and not row["hoisted"]):
             continue
         policy = row["policy"] + (", hoisted" if row["hoisted"] else "")
@@ -107,5 +108,5 @@ def speculated_moons() -> str:
 
 TABLES = {
     "speculation": speculation, "guesses": guesses, "speculated_moons": speculated_moons, "ideas": ideas,
-    "replay": replay,
+    "replay": replay, "every": partial(speculation, "cpu__speculation_every"),
 }  # fmt: skip
