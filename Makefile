@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
-.PHONY: sample peers test test-slow check sass bench gpu bench-gpu bench-step figures examples diffusers-suite clean
+.PHONY: sample peers test test-slow research check sass bench gpu bench-gpu bench-step figures examples diffusers-suite clean
 
 sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 	$(BIN)/ddpm-fast sample --seeds 0-15 --out samples.png
@@ -12,11 +12,17 @@ sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 peers: $(PEERS)  ## the libraries whose models can be accelerated; the tests compare with them
 
 test: $(READY) $(PEERS)  ## every test that needs no GPU; those that do are counted as skipped
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(READY)  ## the noise on 10^10 draws and more: minutes
 	$(BIN)/python -m pytest -m slow
-	$(BIN)/python benchmarks/noise_battery.py
+	$(BIN)/python -m benchmarks.noise
+
+research: $(READY)  ## ideas that lost: their tests, and their tables in docs/kernels.md and docs/speculation.md measured anew
+	$(BIN)/python -m pytest research
+	$(BIN)/python -m research.sass_variants
+	$(BIN)/python -m research.speculation_ideas
+	$(BIN)/python -m benchmarks.tables
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .
@@ -24,47 +30,45 @@ check: $(READY)  ## style and types
 	$(BIN)/mypy
 
 sass: $(READY)  ## what every kernel costs, from its machine code, for five GPUs; fails where a budget is exceeded
-	$(BIN)/python benchmarks/sass.py
-	$(BIN)/python benchmarks/sass_variants.py
+	$(BIN)/python -m benchmarks.machine_code
 
 gpu: $(PEERS)  ## everything that waits for a GPU, in nine minutes; AFTER=stage goes on behind one
-	$(BIN)/python benchmarks/on_gpu.py $(if $(AFTER),--after $(AFTER))
+	$(BIN)/python -m benchmarks.on_gpu $(if $(AFTER),--after $(AFTER))
 
 bench-step: $(READY)  ## the fused step on a GPU, under eight minutes
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python -m benchmarks.step
 
 bench-gpu: $(PEERS)  ## whole walks on a GPU, under nine minutes a part: make bench-gpu PART=cifar-1-bfloat16
-	$(BIN)/python benchmarks/walks.py $(if $(PART),--part $(PART),--list)
-	$(if $(PART),$(BIN)/python benchmarks/walk_plot.py && $(BIN)/python benchmarks/tables.py)
+	$(BIN)/python -m benchmarks.walks $(if $(PART),--part $(PART),--list)
+	$(if $(PART),$(BIN)/python -m benchmarks.walks.plot && $(BIN)/python -m benchmarks.tables)
 
 figures: $(READY)  ## every picture of docs/walk.md, minutes; STUDY=1 measures anew what they show, half an hour
-	$(if $(STUDY),$(BIN)/python benchmarks/study.py && $(BIN)/python benchmarks/digits_quality.py)
-	$(BIN)/python benchmarks/figures.py
-	$(BIN)/python benchmarks/tables.py
+	$(if $(STUDY),$(BIN)/python -m benchmarks.study && $(BIN)/python -m benchmarks.study.digits_quality)
+	$(BIN)/python -m benchmarks.study.figures
+	$(BIN)/python -m benchmarks.tables
 
 diffusers-suite: $(PEERS)  ## diffusers' own scheduler tests on our classes: make diffusers-suite TESTS=path-to-a-checkout
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torchsde
-	$(BIN)/python benchmarks/diffusers_suite.py $(TESTS)
+	$(BIN)/python -m benchmarks.libraries.diffusers_suite $(TESTS)
 
 bench: $(PEERS)  ## benchmarks for a CPU; GUIDED=path-to-a-checkout adds guided-diffusion
 	$(BIN)/python -m pytest benchmarks --benchmark-only
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/adapters.py $(if $(GUIDED),--guided-diffusion $(GUIDED))
-	$(BIN)/python benchmarks/hoisting.py $(if $(GUIDED),--guided-diffusion $(GUIDED))
-	$(BIN)/python benchmarks/precision.py
-	$(BIN)/python benchmarks/speculation.py
-	$(BIN)/python benchmarks/speculation.py --calls
-	$(BIN)/python benchmarks/speculation.py --every
-	$(BIN)/python benchmarks/speculation_ideas.py
-	$(BIN)/python benchmarks/speculation_plot.py
-	$(BIN)/python benchmarks/replay.py
-	$(BIN)/python benchmarks/walks.py --part cpu
-	$(BIN)/python benchmarks/walk_plot.py
+	$(BIN)/python -m benchmarks.network.overhead
+	$(BIN)/python -m benchmarks.libraries $(if $(GUIDED),--guided-diffusion $(GUIDED))
+	$(BIN)/python -m benchmarks.network.hoisting $(if $(GUIDED),--guided-diffusion $(GUIDED))
+	$(BIN)/python -m benchmarks.network.precision
+	$(BIN)/python -m benchmarks.speculation
+	$(BIN)/python -m benchmarks.speculation --calls
+	$(BIN)/python -m benchmarks.speculation --every
+	$(BIN)/python -m benchmarks.speculation.plot
+	$(BIN)/python -m benchmarks.network.replay
+	$(BIN)/python -m benchmarks.walks --part cpu
+	$(BIN)/python -m benchmarks.walks.plot
 
 # denoising-diffusion-pytorch imports torchvision for its trainer; a stand-in will do here.
 examples: $(PEERS)  ## models of other libraries before and after; GUIDED=path-to-a-checkout adds guided-diffusion
 	$(BIN)/python examples/with_diffusers.py
-	PYTHONPATH=benchmarks $(BIN)/python -c "import standins; standins.run('examples/with_lucidrains.py')"
+	$(BIN)/python -c "from benchmarks.common import standins; standins.run('examples/with_lucidrains.py')"
 	$(BIN)/python examples/with_your_own_network.py
 	$(if $(GUIDED),PYTHONPATH=$(GUIDED) $(BIN)/python examples/with_guided_diffusion.py)
 

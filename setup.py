@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent
 VERSION = next(
     line.split('"')[1] for line in (ROOT / "ddpm_fast/__init__.py").read_text().splitlines() if "__version__ =" in line
 )
-TEST = ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6", "scipy>=1.11", "scikit-learn>=1.4"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=4", "hypothesis>=6", "scipy>=1.11", "scikit-learn>=1.4"]
 BENCH = ["matplotlib>=3.8"]
 
 setup(
@@ -20,7 +20,17 @@ setup(
     author="The ddpm_fast authors",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["ddpm_fast", "ddpm_fast.adapters", "ddpm_fast.data", "ddpm_fast.kernels", "ddpm_fast.models"],
+    packages=[
+        "ddpm_fast",
+        "ddpm_fast.adapters",
+        "ddpm_fast.cli",
+        "ddpm_fast.data",
+        "ddpm_fast.engine",
+        "ddpm_fast.kernels",
+        "ddpm_fast.models",
+        "ddpm_fast.speculation",
+        "ddpm_fast.training",
+    ],
     package_dir={"ddpm_fast": "ddpm_fast", "ddpm_fast.kernels": "kernels"},
     package_data={"ddpm_fast": ["py.typed", "weights/*/*"]},
     install_requires=[

@@ -1,8 +1,8 @@
 """Everything that waits for a GPU, the most wanted first, as far as the time goes.
 
-    python benchmarks/on_gpu.py                     tests, then benchmarks, in nine minutes
-    python benchmarks/on_gpu.py --after step        goes on behind a stage; the last line says behind which
-    python benchmarks/on_gpu.py --list              names the stages
+    python -m benchmarks.on_gpu                     tests, then benchmarks, in nine minutes
+    python -m benchmarks.on_gpu --after step        goes on behind a stage; the last line says behind which
+    python -m benchmarks.on_gpu --list              names the stages
 
 Every stage is a process of its own: one that fails or runs out of time does not stop the next. Results and one log are
 written to benchmarks/results, or to --out. Without an installed ddpm_fast put PYTHONPATH=. before it.
@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from results import FOLDER
-from walks import PARTS
+from benchmarks.common.results import FOLDER, ROOT
+from benchmarks.walks.run import PARTS
 
-HERE = Path(__file__).parent
 LEAST = 45  # seconds: with less, no stage is begun
 LAST_WORDS = 40  # lines that are shown of a stage that did not end well
 SPARE = 15  # seconds that a stage with a budget of its own gets to end
@@ -27,24 +26,24 @@ TESTS = {
     "kernels": ["-m", "pytest", "-q", "tests/kernels"],
 }
 BENCHMARKS = {
-    "walks-smoke": ["walks.py", "--part", "smoke", "--device", "cuda"],
-    "step": ["step.py"],
-    "replay": ["replay.py", "--device", "cuda"],
-    "walks-cifar-1-bfloat16": ["walks.py", "--part", "cifar-1-bfloat16"],
-    "speculation": ["speculation.py", "--device", "cuda"],
-    **{f"walks-{part}": ["walks.py", "--part", part] for part in PARTS if part not in ("cpu", "smoke")},
+    "walks-smoke": ["benchmarks.walks", "--part", "smoke", "--device", "cuda"],
+    "step": ["benchmarks.step"],
+    "replay": ["benchmarks.network.replay", "--device", "cuda"],
+    "walks-cifar-1-bfloat16": ["benchmarks.walks", "--part", "cifar-1-bfloat16"],
+    "speculation": ["benchmarks.speculation", "--device", "cuda"],
+    **{f"walks-{part}": ["benchmarks.walks", "--part", part] for part in PARTS if part not in ("cpu", "smoke")},
 }
 STAGES = [*TESTS, *BENCHMARKS]
-BUDGETED = ("step.py", "walks.py")  # take --budget
+BUDGETED = ("benchmarks.step", "benchmarks.walks")  # take --budget
 
 
 def command(stage: str, seconds: float, out: Path, commit: str | None) -> list[str]:
     """What runs a stage in so many seconds."""
     if stage in TESTS:
         return [sys.executable, *TESTS[stage]]
-    script, *arguments = BENCHMARKS[stage]
-    found = [sys.executable, str(HERE / script), *arguments, "--out", str(out)]
-    if script in BUDGETED:
+    module, *arguments = BENCHMARKS[stage]
+    found = [sys.executable, "-m", module, *arguments, "--out", str(out)]
+    if module in BUDGETED:
         found += ["--budget", str(int(min(480, seconds - SPARE)))]
     return found + (["--commit", commit] if commit else [])
 
@@ -57,7 +56,7 @@ def run(stage: str, seconds: float, out: Path, commit: str | None) -> str:
         try:
             done = subprocess.run(
                 command(stage, seconds, out, commit), stdout=log, stderr=subprocess.STDOUT, timeout=seconds,
-                cwd=HERE.parent, check=False,
+                cwd=ROOT, check=False,
             )  # fmt: skip
             how = "ok" if done.returncode == 0 else f"FAILED with {done.returncode}"
         except subprocess.TimeoutExpired:

@@ -1,21 +1,18 @@
 """Write the tables of README.md and of pages in docs/ from the files in benchmarks/results.
 
-python benchmarks/tables.py            rewrites what stands between <!-- table NAME --> and <!-- end -->
+python -m benchmarks.tables            rewrites what stands between <!-- table NAME --> and <!-- end -->
 """
 
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 
-import moon_tables
-import speculation_tables
-from results import machine_of, markdown_table, read_result
-
+from benchmarks.common.results import FOLDER, ROOT, machine_of, markdown_table, read_result
+from benchmarks.speculation import tables as speculation_tables
+from benchmarks.study import tables as moon_tables
 from ddpm_fast.files import whole_file
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = FOLDER
 
 
 def quality() -> str:
@@ -193,8 +190,8 @@ def precision() -> str:
 
 def walks() -> str:
     """Whole walks, a row a part; what was not measured says so."""
-    from walk_networks import KINDS
-    from walks import COMPILED, OURS, PARTS, SHIPPED
+    from benchmarks.walks.networks import KINDS
+    from benchmarks.walks.run import COMPILED, OURS, PARTS, SHIPPED
 
     header = (
         "| network | batch | precision | measured on | diffusers as shipped | best compiled | ddpm_fast "
@@ -263,7 +260,7 @@ _WALK_COLUMNS = {
 
 def _walks() -> dict[str, list[dict]]:
     """Part → its results, of all machines."""
-    from walk_plot import results
+    from benchmarks.walks.plot import results
 
     found: dict[str, list[dict]] = {}
     for each in results(RESULTS).values():

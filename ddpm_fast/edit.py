@@ -13,19 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_fast.arguments import checked_start
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.engine import Sampler
+from ddpm_fast.engine.device import Model
+from ddpm_fast.engine.progress import Show
 from ddpm_fast.kernels.normal import normal
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.kernels.q_sample import q_sample
-from ddpm_fast.network import Model
-from ddpm_fast.progress import Show
+from ddpm_fast.sample import Sampler
 from ddpm_fast.schedules import Array
 from ddpm_fast.seeding import Seeds, resolve_seeds, seed_tensor
 from ddpm_fast.table import StepTable, build_table
 from ddpm_fast.timesteps import Timesteps
-from ddpm_fast.validate import one_of, whole, within
+from ddpm_fast.validate import checked_start, one_of, whole, within
 
 logger = logging.getLogger("ddpm_fast")
 

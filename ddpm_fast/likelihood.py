@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.arguments import checked_start
 from ddpm_fast.config import SamplerConfig, with_config_options
+from ddpm_fast.engine.device import Model
+from ddpm_fast.engine.network import Network
+from ddpm_fast.engine.progress import Progress, Show
 from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.kernels.q_sample import q_sample
-from ddpm_fast.network import Model, Network
-from ddpm_fast.progress import Progress, Show
 from ddpm_fast.schedules import Array
 from ddpm_fast.seeding import Seeds, resolve_seeds, seed_tensor
 from ddpm_fast.table import StepTable, alpha_bars_gone_to, build_table, posterior_deviation, posterior_variance
 from ddpm_fast.timesteps import Timesteps
-from ddpm_fast.validate import whole
+from ddpm_fast.validate import checked_start, whole
 
 HALF_BIN = 1 / 255  # of 256 values on [-1, 1]
 SMALLEST = 1e-12  # probability of a bin, as in Ho et al.'s own code

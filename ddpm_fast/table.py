@@ -97,6 +97,28 @@ class StepTable:
         return torch.from_numpy(np.stack([self.timestep, self.noise_id], axis=1)).to(device, torch.int32)
 
 
+@dataclass(frozen=True)
+class Clipping:
+    """What becomes of the origin estimate.
+
+    Attributes:
+        limit: largest |x0|, or None.
+        ratio: of dynamic thresholding, instead: the quantile of |x0| that becomes the bound, or None; with
+        max_value: the largest bound.
+    """
+
+    limit: float | None = None
+    ratio: float | None = None
+    max_value: float = 1.0
+
+    @classmethod
+    def of(cls, config: SamplerConfig) -> "Clipping":
+        """What the options say."""
+        if config.thresholding:
+            return cls(ratio=config.dynamic_thresholding_ratio, max_value=config.sample_max_value)
+        return cls(limit=config.clip_sample_range if config.clip_sample else None)
+
+
 def build_table(config: SamplerConfig) -> StepTable:
     """Compute every row of the walk that `config` describes."""
     t = config.inference_timesteps()

@@ -3,8 +3,16 @@
 import difflib
 import math
 import numbers
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+OUTPUTS = ("sample", "result", "x0", "trajectory")
+DEFAULT_FRAMES = 10
 
 
 def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
@@ -46,3 +54,88 @@ def known_names(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None
 def line_of(error: BaseException) -> str:
     """What an error says, in one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def checked_shape(shape: Any) -> tuple[int, ...]:
+    """The shape as plain ints; raise ValueError unless it is (batch, channels, ...) with positive sizes."""
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        sizes = ()
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"shape must be (batch, channels, ...) with positive sizes, got {shape!r}")
+    return sizes
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is None or can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a callable or None, got {value!r}")
+
+
+def per_sample(name: str, value: float | Sequence[float] | None, batch: int, device: torch.device) -> Tensor | None:
+    """One number, or one a sample, as float32 [batch]; None stays None."""
+    if value is None:
+        return None
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be one finite number or one a sample ({batch}), got {value!r}") from error
+    if tensor.dim() == 0:
+        tensor = tensor.repeat(batch)
+    if tensor.shape != (batch,) or not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} must be one finite number or one a sample ({batch}), got {value!r}")
+    return tensor
+
+
+def checked_start(x_T: Tensor | None, shape: tuple[int, ...], name: str = "x_T") -> None:
+    """Raise ValueError unless `x_T` is None or a finite float tensor of the shape."""
+    if x_T is None:
+        return
+    if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or tuple(x_T.shape) != shape:
+        got = f"{x_T.dtype} {tuple(x_T.shape)}" if isinstance(x_T, Tensor) else type(x_T).__name__
+        raise ValueError(f"{name} must be a float tensor of shape {shape}, got {got}")
+    if not bool(torch.isfinite(x_T).all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def checked_known(known: Tensor | None, mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    """A known image and its mask in the walk's shape, the mask in float32; None where nothing is known.
+
+    Raises:
+        ValueError: one without the other, of a shape that does not broadcast, not finite; a mask outside [0, 1].
+    """
+    if known is None and mask is None:
+        return None
+    if known is None or mask is None:
+        raise ValueError("known and mask belong together: give both or neither")
+    found = []
+    for name, value in (("known", known), ("mask", mask)):
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype == torch.bool):
+            raise ValueError(f"{name} must be a float{' or bool' if name == 'mask' else ''} tensor, got {value!r:.80}")
+        try:
+            found.append(value.float().expand(shape))
+        except RuntimeError:
+            raise ValueError(f"{name} must broadcast to {shape}, got {tuple(value.shape)}") from None
+        if not bool(torch.isfinite(found[-1]).all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+    if found[1].min() < 0 or found[1].max() > 1:
+        raise ValueError("mask must lie in [0, 1]: 1 where the image is known")
+    return found[0], found[1]
+
+
+def kept_steps(output: str, output_steps: Sequence[int] | None, steps: int) -> frozenset[int]:
+    """The step numbers after which a frame is kept."""
+    one_of("output", output, OUTPUTS)
+    if output in ("sample", "result"):
+        if output_steps is not None:
+            raise ValueError("output_steps needs output='x0' or 'trajectory'")
+        return frozenset()
+    if output_steps is None:
+        return frozenset(np.linspace(0, steps - 1, DEFAULT_FRAMES).round().astype(int).tolist())
+    if not isinstance(output_steps, Iterable):
+        raise TypeError(f"output_steps must be a list of step numbers, got {output_steps!r}")
+    kept = frozenset(whole("output_steps", number, 0, steps - 1) for number in output_steps)
+    if not kept:
+        raise ValueError("output_steps must name at least one step")
+    return kept

@@ -26,7 +26,7 @@ class Specialisation:
         arguments: by the kernel's parameter names. A tensor is its Triton type, such as "*bf16", at an address
             divisible by 16, and None where it is absent; numbers and constexprs are their values. An entry of
             `OPTIONS` is one of the launch.
-        budget: the most machine instructions an element that are accepted on sm_90 (benchmarks/sass.py).
+        budget: the most machine instructions an element that are accepted on sm_90 (benchmarks/machine_code/run.py).
     """
 
     name: str

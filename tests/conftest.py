@@ -22,7 +22,7 @@ def kernel_device() -> torch.device:
 def plain_callables_run_on_the_cpu(request, monkeypatch):
     """Where there is a GPU, a model without parameters would go there; only what asks for it does."""
     if not request.node.get_closest_marker("gpu") and "kernel_device" not in request.fixturenames:
-        monkeypatch.setattr("ddpm_fast.network.default_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr("ddpm_fast.engine.device.default_device", lambda: torch.device("cpu"))
 
 
 def pytest_collection_modifyitems(items):

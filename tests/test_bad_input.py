@@ -4,11 +4,11 @@ import logging
 
 import pytest
 import torch
-from models import Wavy
 
-from ddpm_fast.loop import LOOK
+from ddpm_fast.engine.loop import LOOK
 from ddpm_fast.models.unet import UNet
 from ddpm_fast.sample import Sampler, sample
+from tests.support.networks import Wavy
 
 SHAPE = (2, 2, 3, 5)
 

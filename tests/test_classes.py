@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_unet import random_unet
 
 from ddpm_fast import cli, images
 from ddpm_fast.config import SamplerConfig
@@ -17,6 +16,7 @@ from ddpm_fast.models.checkpoint import Classes, load_checkpoint, save_checkpoin
 from ddpm_fast.models.unet import UNet, UNetConfig
 from ddpm_fast.sample import Sampler, sample
 from ddpm_fast.training import Trainer, TrainingConfig
+from tests.models.test_unet import random_unet
 
 TINY = UNetConfig(widths=(8, 8), attention=(False, True), embedding=16, image_size=8, heads=2, groups=4, num_classes=3)
 DIFFUSION = SamplerConfig(num_train_timesteps=20)

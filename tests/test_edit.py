@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import Gaussian, Wavy
 from torch import nn
 
 from ddpm_fast.config import SamplerConfig
@@ -27,6 +26,7 @@ from ddpm_fast.models.ideal import IdealDenoiser
 from ddpm_fast.reference import Diffusion
 from ddpm_fast.sample import sample
 from ddpm_fast.table import build_table
+from tests.support.networks import Gaussian, Wavy
 
 CONFIG = SamplerConfig()
 ALPHA_BARS = CONFIG.alphas_cumprod()

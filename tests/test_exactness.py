@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from models import Gaussian
 from scipy import stats
 
 from ddpm_fast.data import moons
 from ddpm_fast.models.ideal import IdealDenoiser
 from ddpm_fast.reference import Diffusion
 from ddpm_fast.sample import SamplerConfig, sample
+from tests.support.networks import Gaussian
 
 MEAN = torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=torch.float64)
 ROOT = torch.tensor(

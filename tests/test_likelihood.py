@@ -6,7 +6,6 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from models import Gaussian, Wavy
 from torch.distributions import Normal, kl_divergence
 
 from ddpm_fast.config import PREDICTION_TYPES, SamplerConfig
@@ -16,6 +15,7 @@ from ddpm_fast.models.ideal import IdealDenoiser
 from ddpm_fast.reference import Diffusion
 from ddpm_fast.schedules import BETA_SCHEDULES
 from ddpm_fast.table import build_table
+from tests.support.networks import Gaussian, Wavy
 
 QUIET = {"progress": False}
 

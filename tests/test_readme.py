@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-import tables
 import torch
+
+from benchmarks import tables
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from models import Wavy
 
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.sample import Sampler, sample
 from ddpm_fast.times import Retimed, continuous_times, log_snr_times, scaled_times
+from tests.support.networks import Wavy
 
 SHAPE = (2, 2, 4, 3)
 

@@ -7,8 +7,8 @@ import importlib
 from typing import Any
 
 from ddpm_fast.adapters.walk import Options
-from ddpm_fast.execution import Execution
-from ddpm_fast.measure import Speculate
+from ddpm_fast.engine.execution import Execution
+from ddpm_fast.speculation.choose import Speculate
 
 # Package of the object's class, or of one of its bases → the adapter that knows it.
 _ADAPTERS = {
@@ -50,7 +50,7 @@ def accelerate(
             which the library draws; "philox", a seed a sample, drawn from torch's global generator and reported as
             `last_seeds`; "auto", as the library if torch.manual_seed was called (with a seed below 2^32), else philox.
         execution, steps_per_replay, backend, optimize, memory_format, compile, tf32: how it is executed
-            (`ddpm_fast.execution.Execution`); a scheduler uses `backend` alone.
+            (`ddpm_fast.engine.execution.Execution`); a scheduler uses `backend` alone.
         speculate: draw in a few dozen sequential network calls (`ddpm_fast.sample.Sampler`): True, a window, or
             {timestep: window}. Samples then have the law of `obj`, but are no longer its images: their noise comes
             from seeds, which are drawn from the generator or the global seed (`last_seeds`; `last_speculation`).

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast.config import SamplerConfig
+from ddpm_fast.engine.device import checked_device
 from ddpm_fast.models.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -24,7 +25,6 @@ from ddpm_fast.models.checkpoint import (
     load_weights,
     read_weights_only,
 )
-from ddpm_fast.network import checked_device
 from ddpm_fast.table import origin_estimate
 from ddpm_fast.times import Retimed, scaled_times
 from ddpm_fast.validate import known_names

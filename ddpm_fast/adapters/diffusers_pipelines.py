@@ -18,7 +18,7 @@ from ddpm_fast.adapters.diffusers_schedulers import FastDDIMScheduler, FastDDPMS
 from ddpm_fast.adapters.diffusers_tables import clipping_of, table_of
 from ddpm_fast.adapters.walk import Options, Walker, adopt
 from ddpm_fast.seeding import Seeds
-from ddpm_fast.speculate import Speculation
+from ddpm_fast.speculation.loop import Speculation
 from ddpm_fast.validate import one_of, whole
 
 logger = logging.getLogger("ddpm_fast")

@@ -12,9 +12,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from ddpm_fast.loop import Clipping
 from ddpm_fast.schedules import Array
-from ddpm_fast.table import MIN_VARIANCE, StepTable
+from ddpm_fast.table import MIN_VARIANCE, Clipping, StepTable
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast.adapters.walk import Options, Walker, adopt
-from ddpm_fast.loop import Clipping, Loop
-from ddpm_fast.network import resolve_device
-from ddpm_fast.noise import GeneratorNoise
+from ddpm_fast.engine.device import resolve_device
+from ddpm_fast.engine.loop import Loop
+from ddpm_fast.engine.noise import GeneratorNoise
 from ddpm_fast.schedules import Array
-from ddpm_fast.speculate import Speculation
-from ddpm_fast.table import StepTable
+from ddpm_fast.speculation.loop import Speculation
+from ddpm_fast.table import Clipping, StepTable
 from ddpm_fast.validate import one_of, whole, within
 
 MEANS = ("PREVIOUS_X", "START_X", "EPSILON")

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ddpm_fast.adapters import unknown
 from ddpm_fast.adapters.walk import Options, Walker, adopt
-from ddpm_fast.loop import Clipping
 from ddpm_fast.models.checkpoint import read_weights_only
 from ddpm_fast.schedules import Array
-from ddpm_fast.speculate import Speculation
-from ddpm_fast.table import StepTable
+from ddpm_fast.speculation.loop import Speculation
+from ddpm_fast.table import Clipping, StepTable
 from ddpm_fast.timesteps import Timesteps
 from ddpm_fast.validate import whole
 

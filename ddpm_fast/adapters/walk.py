@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.execution import DEFAULT, Execution
-from ddpm_fast.graph import GraphPool
-from ddpm_fast.loop import Clipping, Correction, Loop
-from ddpm_fast.measure import Speculate, check_speculate, speculative_loop
-from ddpm_fast.network import Model, Network
-from ddpm_fast.noise import GeneratorNoise, Noise, PhiloxNoise, global_generator
+from ddpm_fast.engine.device import Model
+from ddpm_fast.engine.execution import DEFAULT, Execution
+from ddpm_fast.engine.graph import GraphPool
+from ddpm_fast.engine.loop import Correction, Loop
+from ddpm_fast.engine.network import Network
+from ddpm_fast.engine.noise import GeneratorNoise, Noise, PhiloxNoise, global_generator
 from ddpm_fast.seeding import Seeds, resolve_seeds
-from ddpm_fast.speculate import Speculation, SpeculativeLoop, check_walk
-from ddpm_fast.table import StepTable
+from ddpm_fast.speculation.choose import Speculate, check_speculate, speculative_loop
+from ddpm_fast.speculation.loop import Speculation, SpeculativeLoop, check_walk
+from ddpm_fast.table import Clipping, StepTable
 from ddpm_fast.validate import one_of
 
 NOISES = ("auto", "library", "philox")

@@ -95,8 +95,8 @@ def measure(images: Tensor) -> tuple[Moons, Tensor]:
     """Find the moon that is nearest to each image [N, 1, SIZE, SIZE], whatever drew it.
 
     A least squares fit of (x, y, radius, lit) to the pixels, once for either side. On 99 % of the data itself it
-    finds centre and radius to 0.01 pixels and the lit fraction to 0.001 (tests/test_moons.py). No moon is taken to be
-    smaller than `LOWEST` says, so that an empty sky does not pass for a tiny one.
+    finds centre and radius to 0.01 pixels and the lit fraction to 0.001 (tests/data/test_moons.py). No moon is taken
+    to be smaller than `LOWEST` says, so that an empty sky does not pass for a tiny one.
 
     Returns:
         The moons, and the root mean square pixel difference [N] that remains: how far the image is from any moon.

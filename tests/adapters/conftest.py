@@ -1,5 +1,5 @@
 """Before any test here imports denoising-diffusion-pytorch."""
 
-from standins import stand_in_for_torchvision
+from benchmarks.common.standins import stand_in_for_torchvision
 
 stand_in_for_torchvision()

@@ -15,9 +15,10 @@ import sys
 import types
 from pathlib import Path
 
-import guided_standin
 import numpy as np
 import torch
+
+from tests.adapters import guided_standin
 
 TARGET = Path(__file__).parents[1] / "golden" / "guided_diffusion.npz"
 FACTORS = {

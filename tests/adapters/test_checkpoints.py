@@ -11,18 +11,16 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("denoising_diffusion_pytorch")
 
-import diffusers_models
-import guided_standin
-import lucidrains_models
 from denoising_diffusion_pytorch import GaussianDiffusion, LearnedGaussianDiffusion, Trainer, Unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, PNDMScheduler, UNet2DModel
-from test_lucidrains import saved
 
 from ddpm_fast import cli, images
 from ddpm_fast.adapters.checkpoints import SelfConditioned, _of_lucidrains, load_model, parse_arguments
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.models.checkpoint import Classes
 from ddpm_fast.sample import Sampler
+from tests.adapters import diffusers_models, guided_standin, lucidrains_models
+from tests.adapters.test_lucidrains import saved
 
 # Tables in float64 where the libraries' are float32.
 NEAR = 2e-4
@@ -202,7 +200,7 @@ def test_a_trainers_file_wants_its_arguments(tmp_path):
 
 
 SCRIPT_UTIL = """
-    import guided_standin as stand_in
+    from tests.adapters import guided_standin as stand_in
     import torch
 
     def model_and_diffusion_defaults():
@@ -355,11 +353,11 @@ FACTORIES = """
 
     def diffusers():
         from diffusers import DDPMPipeline, DDPMScheduler
-        from diffusers_models import unet
+        from tests.adapters.diffusers_models import unet
         return DDPMPipeline(unet(), DDPMScheduler())
 
     def lucidrains():
-        from lucidrains_models import diffusion
+        from tests.adapters.lucidrains_models import diffusion
         return diffusion()
 
     def embedded():

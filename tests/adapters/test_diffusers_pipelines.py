@@ -24,10 +24,10 @@ from diffusers import (
 from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.schedulers import scheduling_ddpm
 from diffusers.utils.torch_utils import randn_tensor
-from diffusers_models import Denoiser, transformer, unet, vae, vqvae
 
 from ddpm_fast import accelerate
 from ddpm_fast.adapters.walk import is_globally_seeded
+from tests.adapters.diffusers_models import Denoiser, transformer, unet, vae, vqvae
 
 # Images lie in [0, 1]. Measured: 1e-6 over 1000 steps; more where a step divides by a small sqrt(alpha_bar) unclipped.
 SAME = 1e-5

@@ -10,10 +10,10 @@ pytest.importorskip("diffusers")
 
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers_models import unet
 
 from ddpm_fast import accelerate
 from ddpm_fast.adapters.diffusers import FastDDIMScheduler, FastDDPMScheduler
+from tests.adapters.diffusers_models import unet
 
 SHAPE = (2, 3, 6, 5)
 CLIPPINGS = ({}, {"clip_sample": False}, {"clip_sample_range": 2.0}, {"thresholding": True, "sample_max_value": 1.5})

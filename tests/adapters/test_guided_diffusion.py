@@ -6,14 +6,22 @@ import json
 import pickle
 from pathlib import Path
 
-import guided_standin
 import numpy as np
 import pytest
 import torch
-from guided_standin import SHAPE, GaussianDiffusion, ImprovedDiffusion, LossType, ModelMeanType, ModelVarType, network
 
 from ddpm_fast import accelerate
 from ddpm_fast.adapters.guided_diffusion import MEANS, VARIANCES, space_timesteps
+from tests.adapters import guided_standin
+from tests.adapters.guided_standin import (
+    SHAPE,
+    GaussianDiffusion,
+    ImprovedDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    network,
+)
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "guided_diffusion.npz")
 CONTENT = json.loads(str(GOLDEN["content"]))

@@ -6,13 +6,13 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("denoising_diffusion_pytorch")
 
-import diffusers_models
-import lucidrains_models
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DConditionModel, UNet2DModel
 
-from ddpm_fast import accelerate, hoist
-from ddpm_fast.hoist import Hoisted
+from ddpm_fast import accelerate
+from ddpm_fast.engine.hoist import Hoisted
+from ddpm_fast.engine.trace import needed_by
 from ddpm_fast.models.checkpoint import load_checkpoint
+from tests.adapters import diffusers_models, lucidrains_models
 
 TIMES = [999, 700, 350, 20, 0]
 BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
@@ -150,6 +150,6 @@ def test_ddpm_cifar10s_linears_and_silus_leave():
     ).eval()  # fmt: skip
     hoisted = Hoisted(network, torch.randn(1, 3, 32, 32), TIMES)
     (bank,) = hoisted._banks
-    gone = [str(node.target) for node in hoist._slice(bank.nodes)]
+    gone = [str(node.target) for node in needed_by(bank.nodes)]
     assert (gone.count("aten.linear.default"), gone.count("aten.silu.default")) == (24, 23)
     assert hoisted.counts.tables == 22

@@ -21,8 +21,8 @@ def imported(code):
         "import ddpm_fast, ddpm_fast.sample, ddpm_fast.cli, ddpm_fast.adapters.checkpoints",
         "import ddpm_fast, torch\ntry: ddpm_fast.accelerate(torch.nn.Linear(1, 1))\nexcept TypeError: pass",
         "from ddpm_fast.adapters import guided_diffusion",
-        "import sys\nsys.path += ['tests/adapters']\n"
-        "import ddpm_fast, guided_standin\nddpm_fast.accelerate(guided_standin.make(guided_standin, dict("
+        "import ddpm_fast\nfrom tests.adapters import guided_standin\n"
+        "ddpm_fast.accelerate(guided_standin.make(guided_standin, dict("
         "schedule='linear', steps=25, mean='EPSILON', variance='FIXED_SMALL', rescale=False, respacing=None)))",
     ],
     ids=["package", "refused", "guided", "accelerated"],

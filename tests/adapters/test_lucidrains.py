@@ -21,7 +21,10 @@ from denoising_diffusion_pytorch import (
     XMWrapper,
 )
 from ema_pytorch import EMA
-from lucidrains_models import (
+
+from ddpm_fast import accelerate
+from ddpm_fast.adapters.lucidrains import load_trainer_checkpoint
+from tests.adapters.lucidrains_models import (
     OBJECTIVES,
     Halved,
     both,
@@ -33,9 +36,6 @@ from lucidrains_models import (
     unet,
     unet_1d,
 )
-
-from ddpm_fast import accelerate
-from ddpm_fast.adapters.lucidrains import load_trainer_checkpoint
 
 ETAS = [None, 0.0, 0.5, 1.0]  # None: DDPM
 TIGHT = 1e-5
@@ -313,8 +313,10 @@ def test_without_a_seed_noise_is_philox():
 
 def test_progress_has_the_librarys_labels(monkeypatch):
     labels = []
-    real = importlib.import_module("ddpm_fast.progress").tqdm
-    monkeypatch.setattr("ddpm_fast.progress.tqdm", lambda **kwargs: labels.append(kwargs["desc"]) or real(**kwargs))
+    real = importlib.import_module("ddpm_fast.engine.progress").tqdm
+    monkeypatch.setattr(
+        "ddpm_fast.engine.progress.tqdm", lambda **kwargs: labels.append(kwargs["desc"]) or real(**kwargs)
+    )
     fast = accelerate(calm())
     fast.sample(1)
     fast.interpolate(*torch.rand(2, 1, 3, 8, 8))

@@ -87,7 +87,7 @@ def test_what_accelerate_refuses(pipeline):
 
 def test_a_lucidrains_diffusion():
     pytest.importorskip("denoising_diffusion_pytorch")
-    from lucidrains_models import diffusion, learned
+    from tests.adapters.lucidrains_models import diffusion, learned
 
     fast = accelerate(diffusion(), speculate=4)
     torch.manual_seed(3)
@@ -160,7 +160,7 @@ GUIDED = {
 
 
 def test_a_guided_diffusion():
-    import guided_standin
+    from tests.adapters import guided_standin
 
     fast = accelerate(guided_standin.make(guided_standin, GUIDED), speculate=4)
     x = guided_standin.walk(fast, GUIDED)

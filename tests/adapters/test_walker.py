@@ -5,12 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import Wavy
 
 from ddpm_fast.adapters.walk import KEPT, Options, Walker
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.loop import Clipping
-from ddpm_fast.table import build_table
+from ddpm_fast.table import Clipping, build_table
+from tests.support.networks import Wavy
 
 TABLE = build_table(SamplerConfig(num_inference_steps=5))
 CPU = torch.device("cpu")

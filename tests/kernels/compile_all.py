@@ -1,7 +1,7 @@
 """Compile every specialisation and print what came of it as JSON: a program of its own, outside the interpreter.
 
-For each: the error or None, its row of benchmarks/sass.py, the kernel's PTX, and where the host's launch differs from
-the specialisation. And the row of a kernel that was changed, for a test that the count is that of the source.
+For each: the error or None, its row of benchmarks/machine_code, the kernel's PTX, and where the host's launch differs
+from the specialisation. And the row of a kernel that was changed, for a test that the count is that of the source.
 """
 
 import importlib
@@ -18,9 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import sass
-
+from benchmarks.machine_code import run as sass
 from ddpm_fast.kernels import step_triton
 from ddpm_fast.kernels.specialisations import MAIN, MODULES, SPECIALISATIONS, Specialisation, compile_for
 

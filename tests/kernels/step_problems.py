@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from guarded import Guarded
-from judges import EPS, noise
 
 from ddpm_fast.kernels.step import COLUMNS, step
+from tests.kernels.guarded import Guarded
+from tests.kernels.judges import EPS, noise
 
 BACKENDS = ("torch", "triton")
 STEPS = 7

@@ -9,10 +9,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from judges import uniform
 
 from ddpm_fast.kernels import normal
 from ddpm_fast.kernels.philox import Stream
+from tests.kernels.judges import uniform
 
 LG2_ABSOLUTE, LG2_RELATIVE = 2.0**-22, 2.0**-22  # lg2.approx.ftz.f32: for u in (0.5, 2), and elsewhere
 SQRT_RELATIVE = 2.0**-23  # sqrt.approx.ftz.f32

@@ -17,7 +17,6 @@ from ddpm_fast.kernels import specialisations
 from ddpm_fast.kernels.specialisations import MAIN, MODULES, SPECIALISATIONS, compile_for
 
 NAMES = [s.name for s in SPECIALISATIONS]
-HERE = Path(__file__).parent
 OTHERS = [
     (target, name)
     for target in ("sm_80", "sm_89", "sm_100", "gfx942")
@@ -35,7 +34,12 @@ def report(tmp_path_factory):
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
     }
     run = subprocess.run(
-        [sys.executable, HERE / "compile_all.py"], env=environment, capture_output=True, text=True, timeout=900
+        [sys.executable, "-m", "tests.kernels.compile_all"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     if run.returncode != 0:
         pytest.fail(run.stderr[-2000:], pytrace=False)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from guarded import guard_empty
-from judges import noise
 
 from ddpm_fast.kernels.normal import normal, normal_torch
 from ddpm_fast.kernels.philox import Stream
+from tests.kernels.guarded import guard_empty
+from tests.kernels.judges import noise
 
 # Float32: the angle, up to 2 pi, is rounded to 2.4e-7 and met by a radius of up to 6.8. A GPU approximates the
 # logarithm besides, to 1e-7 where it comes near 0: a radius near 0 may be off by that number's square root.

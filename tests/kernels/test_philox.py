@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judges import MASK, noise, philox_4x32_10, uniform
 from scipy import stats
 
 from ddpm_fast.kernels import philox
@@ -17,6 +16,7 @@ from ddpm_fast.kernels.dispatch import ptx
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.kernels.philox_triton import philox_4x32, polar4
 from ddpm_fast.kernels.philox_triton import uniform as uniform_triton
+from tests.kernels.judges import MASK, noise, philox_4x32_10, uniform
 
 # Random123, tests/kat_vectors: counter, key, result.
 KNOWN = {

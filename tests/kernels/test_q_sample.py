@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from guarded import Guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judges import EPS, noise
 
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.kernels.q_sample import q_sample, q_sample_torch, q_step
+from tests.kernels.guarded import Guarded
+from tests.kernels.judges import EPS, noise
 
 BACKENDS = ("torch", "triton")
 SHAPES = [(2,), (3, 5), (2, 63), (2, 3, 4, 5), (1, 144), (3, 145), (2, 3, 33, 7), (2, 2, 3, 4, 5), (1, 3, 32, 32)]

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from step_problems import assert_near, launch, make, rounded
 
 from ddpm_fast.kernels.specialisations import SPECIALISATIONS
+from tests.kernels.step_problems import assert_near, launch, make, rounded
 
 DTYPES = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16}
 STEPS = {s.name: s for s in SPECIALISATIONS if s.op == "step"}

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.execution import Execution
+from ddpm_fast.engine.execution import Execution
+from ddpm_fast.engine.noise import PhiloxNoise
 from ddpm_fast.kernels import philox, speculate
 from ddpm_fast.kernels.dispatch import interpreting
 from ddpm_fast.kernels.speculate import Outcome, Progress
-from ddpm_fast.loop import Clipping
-from ddpm_fast.noise import PhiloxNoise
-from ddpm_fast.speculate import SpeculativeLoop
-from ddpm_fast.table import build_table
-from ddpm_fast.windows import Windows
+from ddpm_fast.speculation.loop import SpeculativeLoop
+from ddpm_fast.speculation.windows import Windows
+from ddpm_fast.table import Clipping, build_table
 
 SHAPES = [(4, 1), (4, 2, 9), (3, 3, 8, 9), (2, 3, 31, 32)]
 CONFIGS = {

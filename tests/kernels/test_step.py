@@ -6,10 +6,10 @@ import torch
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_problems import BACKENDS, OPTIONS, STEPS, assert_near, device_of, judge, launch, make, rounded
 
 from ddpm_fast.kernels import tile_triton
 from ddpm_fast.kernels.step import COLUMNS, step, step_torch
+from tests.kernels.step_problems import BACKENDS, OPTIONS, STEPS, assert_near, device_of, judge, launch, make, rounded
 
 SHAPES = [
     (2, 1), (3, 5), (2, 63), (2, 3, 4, 5), (2, 1, 12, 12), (3, 145), (2, 3, 33, 7),

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judges import EPS
 
 from ddpm_fast.kernels.step import COLUMNS
 from ddpm_fast.kernels.threshold import threshold_bound
+from tests.kernels.judges import EPS
 
 BACKENDS = ("torch", "triton")
 ROWS = np.array([[0.5, -1.0], [2.0, 0.25], [-0.75, 3.0], [1.0, 0.0]])  # a, b

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from guarded import guard_empty
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_fast.kernels.to_uint8 import to_uint8, to_uint8_torch
+from tests.kernels.guarded import guard_empty
 
 ROUNDINGS = ("round", "truncate")
 BACKENDS = ("torch", "triton")

@@ -1,0 +1,1 @@
+"""What several benchmarks share: result files, timers, stand-ins for missing packages."""

@@ -1,0 +1,105 @@
+"""Result files: what was measured, on what, from which commit."""
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ddpm_fast
+from ddpm_fast.files import write_json
+from ddpm_fast.kernels.dispatch import has_triton
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "results"
+RESEARCH = ROOT / "research" / "results"  # of studies of ideas that lost
+
+
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """Machine, versions and commit, as far as they say how to read a number.
+
+    Args:
+        commit: where there is no git, what `git describe --always --dirty` says where there is.
+    """
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    dirty = bool(changes) if changes is not None else commit.endswith("-dirty") if commit else None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": gpu,
+        "driver": _driver() if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton") if has_triton() else None,
+        "ddpm_fast": ddpm_fast.__version__,  # also where it is not installed
+        "commit": _git("rev-parse", "--short", "HEAD") or (commit.removesuffix("-dirty") if commit else None),
+        "uncommitted_changes": dirty,
+    }
+
+
+def write_result(name: str, rows: Any, *, folder: Path = FOLDER, commit: str | None = None, **more: Any) -> Path:
+    """Write `rows` with their environment, and what else belongs to them, to results/<name>.json."""
+    path = folder / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    write_json(path, {"environment": environment(commit), **more, "rows": rows})
+    return path
+
+
+def read_result(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    """Return what `write_result` wrote to <folder>/<name>.json."""
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def slug(name: str) -> str:
+    """The name for a file: nvidia-h200 for NVIDIA H200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def machine_name(device: torch.device) -> str:
+    """What the result files of a device begin with: nvidia-h200, as their environment says, or cpu."""
+    return slug(torch.cuda.get_device_name()) if device.type == "cuda" else "cpu"
+
+
+def machine_of(result: dict[str, Any]) -> str:
+    """The machine that a result was measured on, for a table."""
+    environment = result["environment"]
+    return environment["gpu"] or f"CPU, {environment['threads']} threads"
+
+
+def markdown_table(header: str, lines: list[str]) -> str:
+    """A table under its header."""
+    return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *lines])
+
+
+def _driver() -> str | None:
+    """The GPU driver's version; torch does not tell it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(said.split()), None)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

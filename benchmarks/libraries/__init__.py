@@ -1,0 +1,1 @@
+"""Other libraries' sampling loops and the accelerated ones, side by side."""

@@ -1,0 +1,1 @@
+"""What every kernel costs, counted in its machine code."""

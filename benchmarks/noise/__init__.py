@@ -1,0 +1,1 @@
+"""A battery of statistical tests for the noise."""

@@ -1,0 +1,1 @@
+"""Speculative sampling against one step at a time."""

@@ -1,0 +1,1 @@
+"""The fused step by itself, against a copy, torch.compile, PyTorch and diffusers."""

@@ -1,0 +1,1 @@
+"""The measurements and pictures of docs/walk.md."""

@@ -1,0 +1,1 @@
+"""Whole sampling runs, ours against everything that one would use otherwise."""

@@ -1,0 +1,7 @@
+"""`python -m benchmarks.walks`."""
+
+import sys
+
+from benchmarks.walks.run import main
+
+sys.exit(main())

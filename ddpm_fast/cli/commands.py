@@ -1,0 +1,327 @@
+"""What the commands of `ddpm-fast` do with their arguments."""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ddpm_fast
+from ddpm_fast import images
+from ddpm_fast.adapters.checkpoints import load_model, parse_arguments
+from ddpm_fast.cli.info import describe, path_taken
+from ddpm_fast.config import SamplerConfig
+from ddpm_fast.data import digits, moons
+from ddpm_fast.data.pictures import Pictures
+from ddpm_fast.edit import check_mixture, from_level, mixture
+from ddpm_fast.engine.device import checked_device, default_device
+from ddpm_fast.files import check_writable, write_json
+from ddpm_fast.kernels import to_uint8
+from ddpm_fast.likelihood import bits_per_dimension
+from ddpm_fast.models.checkpoint import EMBEDDED, Checkpoint
+from ddpm_fast.models.unet import UNetConfig
+from ddpm_fast.sample import Sampler
+from ddpm_fast.seeding import parse_seeds, resolve_seeds
+from ddpm_fast.speculation.loop import Speculation
+from ddpm_fast.training import Trainer, TrainingConfig
+from ddpm_fast.validate import whole
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NO_CLASS = "none"
+
+Conditioning = dict[str, torch.Tensor]
+Drawn = tuple[Sequence[int], images.Bytes, Speculation | None]
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    """Draw samples."""
+    seeds = _seeds(arguments)
+    checkpoint, config, device = _opened(arguments)
+    kind = images.check_output(arguments.out, checkpoint.shape, seeds)
+    _write(arguments, kind, seeds, config, device, _draw(checkpoint, config, seeds, device, arguments), {})
+
+
+def interpolate(arguments: argparse.Namespace) -> None:
+    """Fuse two pictures."""
+    seeds = _seeds(arguments)
+    checkpoint, config, device = _opened(arguments)
+    kind = images.check_output(arguments.out, checkpoint.shape, seeds)
+    config = from_level(config, arguments.level)
+    ends, names = _read(arguments.pictures, checkpoint.shape)
+    if len(ends) != 2:
+        raise ValueError(f"two pictures are fused, got {len(ends)}")
+    how = {"lam": arguments.lam, "mixing": arguments.mixing, "shared_noise": arguments.shared_noise}
+    about = {"interpolate": {"pictures": names, "level": arguments.level, **how}}
+
+    a, b = ends.to(device).split(1)
+    check_mixture(a, b, arguments.lam, arguments.mixing)
+
+    def start(part: Sequence[int]) -> torch.Tensor:
+        size = (len(part), *checkpoint.shape)
+        return mixture(a.expand(size), b.expand(size), config=config, seeds=part, **how)
+
+    _write(arguments, kind, seeds, config, device, _draw(checkpoint, config, seeds, device, arguments, start), about)
+
+
+def likelihood(arguments: argparse.Namespace) -> None:
+    """Bits per dimension of pictures."""
+    checkpoint, config, device = _opened(arguments)
+    if arguments.out is not None:
+        if not arguments.out.endswith(".json"):
+            raise ValueError(f"--out must be a .json file, got {arguments.out!r}")
+        check_writable(arguments.out)
+    pictures, names = _read(arguments.pictures, checkpoint.shape)
+    seeds = range(len(names)) if arguments.seeds is None else parse_seeds(arguments.seeds)
+    found = bits_per_dimension(
+        checkpoint.model, pictures, config=config, seeds=seeds, batch_size=arguments.batch, device=device,
+        model_kwargs=_conditioning(checkpoint, arguments.label, seeds), dtype=DTYPES[arguments.dtype],
+        progress=False if arguments.quiet else "likelihood",
+    )  # fmt: skip
+    if arguments.out is not None:
+        rows = [
+            {"picture": name, "seed": seed, "total": total, "prior": prior, "terms": terms}
+            for name, seed, total, prior, terms in zip(
+                names, found.seeds, found.total.tolist(), found.prior.tolist(), found.terms.tolist(), strict=True
+            )
+        ]
+        timesteps = found.timesteps.tolist()
+        write_json(arguments.out, {**_about(arguments, config), "timesteps": timesteps, "pictures": rows})
+    decoder = found.terms[:, -1].mean()
+    steps = found.terms[:, :-1].sum(1).mean()
+    print(
+        f"{len(names)} pictures: at most {found.total.mean():.4f} bits per dimension (prior {found.prior.mean():.4f}, "
+        f"steps {steps:.4f}, decoder {decoder:.4f}); lowest {found.total.min():.4f}, highest {found.total.max():.4f}"
+    )
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train a network, or go on."""
+    config = TrainingConfig(
+        steps=arguments.steps,
+        batch_size=arguments.batch,
+        learning_rate=arguments.lr,
+        seed=arguments.seed,
+        save_every=arguments.save_every,
+        mixed_precision=arguments.mixed_precision,
+        loss=arguments.loss,
+        min_snr_gamma=arguments.min_snr,
+        label_dropout=arguments.label_dropout,
+    )
+    device = checked_device(arguments.device)
+    learned = arguments.loss == "hybrid"
+    diffusion = SamplerConfig(
+        beta_schedule=arguments.schedule,
+        prediction_type=arguments.predict,
+        variance_type="learned_range" if learned else "fixed_small",
+    )
+    data, network = _data(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # of torchrun
+        if device.type == "cuda":
+            device = checked_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    trainer = Trainer(
+        arguments.out,
+        config,
+        network=UNetConfig.for_images(**network, widths=arguments.widths, learned_variance=learned),
+        diffusion=diffusion,
+        data=data,
+        device=device,
+        samples=arguments.samples,
+    )
+    arguments.quiet = arguments.quiet or trainer.rank > 0
+    if trainer.step and not arguments.quiet:
+        print(f"resuming {arguments.out} at step {trainer.step} of {config.steps}")
+    trainer.run(progress=not arguments.quiet)
+    if trainer.world > 1:
+        torch.distributed.barrier()  # what the others wait for must not end before them
+        torch.distributed.destroy_process_group()
+    if not arguments.quiet:
+        print(f"{arguments.out}{os.sep}: a checkpoint; ddpm-fast sample --model {arguments.out} draws from it")
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """What is here."""
+    for what, answer in describe():
+        print(f"{what:<14}{answer}")
+
+
+def _data(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """What the network is trained on, and what it has to be for that."""
+    name, there = arguments.data, Path(arguments.data).exists()
+    if name == "moons" and not there:
+        if arguments.flip:
+            raise ValueError("--flip is for pictures: a mirrored moon is another moon of the data")
+        return moons.batch, {"channels": 1, "image_size": moons.SIZE}
+    if name == "digits" and not there:
+        if arguments.flip:
+            raise ValueError("--flip is for pictures: a mirrored digit is none")
+        data = digits.training()
+    else:
+        data = Pictures.read(name, arguments.flip)
+    channels, height, width = data.shape
+    if height != width:
+        raise ValueError(f"{name}: pictures must be square, got {height} x {width}")
+    classes = None if data.classes is None else len(data.classes)
+    return data, {"channels": channels, "image_size": height, "num_classes": classes}
+
+
+def _seeds(arguments: argparse.Namespace) -> Sequence[int]:
+    if arguments.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
+    seeds = resolve_seeds(None, 16) if arguments.seeds is None else parse_seeds(arguments.seeds)
+    resolve_seeds(seeds, len(seeds))
+    return seeds
+
+
+def _opened(arguments: argparse.Namespace) -> tuple[Checkpoint, SamplerConfig, torch.device]:
+    """The model, the walk and the device that the arguments name."""
+    device = checked_device(arguments.device) if arguments.device else default_device()
+    given = None if arguments.model_args is None else parse_arguments(arguments.model_args)
+    checkpoint = load_model(arguments.model, given, device)
+    _check_classes(checkpoint, arguments.label, getattr(arguments, "guidance", None))
+    return checkpoint, SamplerConfig.from_options(_options(arguments), checkpoint.diffusion), device
+
+
+def _read(paths: Sequence[str], shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str]]:
+    """Pictures on [-1, 1]: float32 [N, C, H, W], and their names."""
+    pictures, names = images.read(paths, shape)
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, names
+
+
+def _about(arguments: argparse.Namespace, config: SamplerConfig) -> dict[str, Any]:
+    """What made a file."""
+    path = Path(arguments.model)
+    embedded = EMBEDDED.get(arguments.model) if not path.exists() else None
+    guidance = getattr(arguments, "guidance", None)
+    return {
+        "version": ddpm_fast.__version__,
+        "model": f"embedded {embedded.name}" if embedded else path.resolve().name,
+        **({} if arguments.label is None else {"label": arguments.label}),
+        **({} if guidance is None else {"guidance": guidance}),
+        "dtype": arguments.dtype,
+        "config": config.to_dict(),
+    }
+
+
+def _write(
+    arguments: argparse.Namespace,
+    kind: str,
+    seeds: Sequence[int],
+    config: SamplerConfig,
+    device: torch.device,
+    parts: Iterator[Drawn],
+    more: dict[str, Any],
+) -> None:
+    """Write what is drawn, and say so."""
+    began = time.perf_counter()
+    about = {**_about(arguments, config), **more}
+    done: list[images.Bytes] = []
+    calls = 0
+    for part, pictures, speculation in parts:
+        if speculation is not None:
+            about["speculate"] = speculation.windows
+            calls += speculation.calls
+        if kind == "folder":
+            images.save(arguments.out, pictures, part, about)  # what is done stays, whatever happens to the rest
+        else:
+            done.append(pictures)
+    if kind != "folder":
+        images.save(arguments.out, np.concatenate(done), seeds, about)
+    if not arguments.quiet:
+        steps = len(config.inference_timesteps())
+        seconds = time.perf_counter() - began
+        span = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} … {seeds[-1]}"
+        ahead = f" in {calls} network calls in all" if calls else ""
+        print(f"{arguments.out}: {len(seeds)} samples, {span}, {steps} steps each{ahead}, {seconds:.1f} s")
+        print(f"path: {path_taken(device)}")
+
+
+def _check_classes(checkpoint: Checkpoint, label: str | None, guidance: float | None) -> None:
+    """Raise unless the model can be told these classes, and guided."""
+    classes = checkpoint.classes
+    if classes is None:
+        for name, given in (("--label", label), ("--guidance", guidance)):
+            if given is not None:
+                raise ValueError(f"the model knows no classes, got {name} {given}")
+        return
+    if guidance is not None:
+        if classes.none is None:
+            raise ValueError("--guidance needs a model that was also taught without classes")
+        if label in (None, NO_CLASS):
+            raise ValueError("--guidance leads to a class: say which with --label")
+    if label is None and classes.none is None:
+        raise ValueError(f"the model draws one of {classes.count} classes: say which, --label 0 … {classes.count - 1}")
+    _conditioning(checkpoint, label, [0])
+
+
+def _conditioning(checkpoint: Checkpoint, label: str | None, seeds: Sequence[int]) -> Conditioning:
+    """What the model is told for samples of these seeds: of several labels, seed k gets number k modulo their count."""
+    classes = checkpoint.classes
+    if classes is None:
+        return {}
+    if label in (None, NO_CLASS):
+        if classes.none is None:
+            raise ValueError(f"the model was not taught without classes, got --label {label}")
+        return {classes.keyword: torch.full((len(seeds),), classes.none)}
+    try:
+        labels = parse_seeds(label)
+    except ValueError:
+        raise ValueError(f"--label is a class, several such as 0-9 or 1,4,7, or {NO_CLASS}, got {label!r}") from None
+    for each in labels:
+        whole("--label", each, 0, classes.count - 1)
+    return {classes.keyword: torch.tensor([labels[seed % len(labels)] for seed in seeds])}
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = {"steps": "num_inference_steps", "sampler": "sampler", "eta": "eta", "temperature": "temperature"}
+    given = {names[name]: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _draw(
+    checkpoint: Checkpoint,
+    config: SamplerConfig,
+    seeds: Sequence[int],
+    device: torch.device,
+    arguments: argparse.Namespace,
+    start: Callable[[Sequence[int]], torch.Tensor] | None = None,
+) -> Iterator[Drawn]:
+    """The samples a batch at a time: their seeds, uint8 [n, H, W, C], and what was speculated; `start` gives x_T."""
+    sampler: Sampler | None = None
+    speculate = arguments.speculate
+    for number, (part, title) in enumerate(_batches(seeds, arguments.batch), 1):
+        told = _conditioning(checkpoint, arguments.label, part)
+        untold = _conditioning(checkpoint, NO_CLASS, part) if arguments.guidance is not None else None
+        if sampler is None or sampler.shape[0] != len(part):
+            sampler = Sampler(
+                checkpoint.model,
+                (len(part), *checkpoint.shape),
+                model_kwargs=told,
+                guidance_scale=arguments.guidance,
+                uncond_kwargs=untold,
+                config=config,
+                device=device,
+                dtype=DTYPES[arguments.dtype],
+                memory_format=arguments.memory_format,
+                compile=arguments.compile and number == 1,  # not once more for the rest of a last batch
+                speculate=speculate,
+            )
+            speculate = sampler.windows or False  # measured once: the windows are part of what an image is
+        x_T = None if start is None else start(part)
+        shown = False if arguments.quiet else title
+        found = sampler(
+            seeds=part, x_T=x_T, model_kwargs=told, uncond_kwargs=untold, output="result", progress=shown
+        )  # fmt: skip
+        yield part, to_uint8(found.sample).cpu().numpy(), found.speculation
+
+
+def _batches(seeds: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], str]]:
+    """The seeds in batches, each with the title of its progress bar."""
+    batches = [seeds[start : start + size] for start in range(0, len(seeds), size)]
+    for number, part in enumerate(batches, 1):
+        yield part, f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"

@@ -1,0 +1,205 @@
+"""The command line: `ddpm-fast sample | interpolate | likelihood | train | info`, also as `python -m ddpm_fast`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ddpm_fast
+from ddpm_fast.cli import commands as run
+from ddpm_fast.config import PREDICTION_TYPES, SAMPLERS
+from ddpm_fast.edit import MIXINGS
+from ddpm_fast.engine.execution import MEMORY_FORMATS
+from ddpm_fast.schedules import BETA_SCHEDULES
+from ddpm_fast.speculation.windows import Windows
+from ddpm_fast.training import TrainingConfig
+from ddpm_fast.training.losses import LOSSES
+from ddpm_fast.training.trainer import MIXED_PRECISIONS
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+SAMPLE_HELP = """\
+Draw samples and write them as a picture grid, a folder of pictures or an array.
+
+  ddpm-fast sample --seeds 0-15 --out samples.png       a grid; the moon model that ships with the package
+  ddpm-fast sample --seeds 0-49999 --out moons.npz      uint8 [N, H, W, C] in arr_0, as FID scripts read it
+  ddpm-fast sample --seeds 7 --out folder               folder/000007.png
+  ddpm-fast sample --sampler ddim --steps 50 …          fifty deterministic steps instead of a thousand
+  ddpm-fast sample --speculate …                        all steps, of the same law, in fewer sequential network calls
+
+--model takes a checkpoint folder of ddpm-fast, or models of other libraries:
+
+  --model digits --label 0-9 --guidance 2               the other model that ships with the package, with classes
+  --model folder                                        diffusers: a DDPMPipeline, a DDIMPipeline or a UNet2DModel
+  --model model-7.pt --model-args args.json             lucidrains: {"unet": {"dim": 64, …}, "diffusion": {…}}
+  --model 64x64.pt --model-args="$MODEL_FLAGS"          guided-diffusion, with a checkout of it on PYTHONPATH
+  --model package.module:factory                        your own: a function that returns (model, (C, H, W))
+
+Image k depends on seed k alone: any batch size, any order and any split over machines gives the same images."""
+
+INTERPOLATE_HELP = """\
+Fuse two pictures: noise both to a level, mix them, and walk back. Every seed is another draw between the two: look at
+many.
+
+  ddpm-fast sample --seeds 0-9 --out moons                      pictures of the model's size
+  ddpm-fast interpolate moons/000000.png moons/000001.png --level 300 --seeds 0-63 --out fused.png
+
+Low levels blend greyly, high ones forget the pictures: docs/walk.md shows which do what."""
+
+LIKELIHOOD_HELP = """\
+How likely the model finds pictures: the variational bound in bits per dimension (lower is likelier), from one draw of
+noise a timestep, by default seed k for picture k.
+
+  ddpm-fast likelihood moons/000000.png                         one picture, 1000 network calls
+  ddpm-fast likelihood moons.npz --steps 100 --out bits.json    many, and every term into a file"""
+
+TRAIN_HELP = """\
+Train a small U-Net from nothing, or resume where an interrupted training stopped.
+
+  ddpm-fast train --out runs/moons                      moons: about an hour on two CPU cores
+  ddpm-fast train --data digits --out runs/digits       scikit-learn's digits, with classes
+  ddpm-fast train --data folder --flip --out runs/mine  pictures of one size; subfolders are classes
+  ddpm-fast sample --model runs/moons --out moons.png   at any time: the folder always holds a whole checkpoint
+
+  torchrun --nproc-per-node 2 -m ddpm_fast train …      two processes share every batch
+
+Repeat the same command to resume: the result is the one of a training that was never interrupted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted.
+
+    What argparse refuses, and --help and --version, end in SystemExit with such a code.
+    """
+    logging.basicConfig(format="ddpm-fast: %(message)s", level=logging.WARNING)
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted; no half-written file was left", INTERRUPTED)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(error, BAD_INPUT)
+    except (RuntimeError, FloatingPointError, MemoryError) as error:
+        return _fail(error, FAILED)
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"ddpm-fast: {text}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ddpm-fast", description="Exact DDPM samples, fast.", epilog="ddpm-fast COMMAND --help says more."
+    )
+    parser.add_argument("--version", action="version", version=f"ddpm-fast {ddpm_fast.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    sample = _command(commands, "sample", "draw samples", SAMPLE_HELP, run.sample)
+    sample.add_argument("--out", default="samples.png", help=".png, .npz or a folder (default: %(default)s)")
+    _add_model(sample)
+    _add_walk(sample)
+
+    fuse = _command(commands, "interpolate", "fuse two pictures", INTERPOLATE_HELP, run.interpolate)
+    fuse.add_argument("pictures", nargs=2, metavar="PICTURE", help="of the model's size")
+    fuse.add_argument("--out", default="fused.png", help=".png, .npz or a folder (default: %(default)s)")
+    fuse.add_argument("--level", type=int, required=True, metavar="T", help="timestep that both are noised to")
+    fuse.add_argument("--lam", type=float, default=0.5, help="0 is the first, 1 the second (default: %(default)s)")
+    fuse.add_argument("--mixing", choices=MIXINGS, default="linear", help="default: %(default)s")
+    fuse.add_argument("--shared-noise", action="store_true", help="the same noise for both")
+    _add_model(fuse)
+    _add_walk(fuse)
+
+    bits = _command(commands, "likelihood", "bits per dimension of pictures", LIKELIHOOD_HELP, run.likelihood)
+    bits.add_argument("pictures", nargs="+", metavar="PICTURES", help="files, folders, or .npz with uint8 [N, H, W, C]")
+    bits.add_argument("--out", metavar="FILE", help=".json: every term of every picture")
+    _add_model(bits)
+
+    train = _command(commands, "train", "train a model", TRAIN_HELP, run.train)
+    train.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint, state for resuming, metrics.jsonl")
+    defaults = TrainingConfig()
+    train.add_argument("--steps", type=int, default=defaults.steps, help="default: %(default)s")
+    train.add_argument("--batch", type=int, default=defaults.batch_size, help="default: %(default)s")
+    train.add_argument("--lr", type=float, default=defaults.learning_rate, help="peak (default: %(default)s)")
+    train.add_argument("--data", default="moons", metavar="PATH", help="moons, digits, or a folder, .npy or .npz")
+    train.add_argument("--flip", action="store_true", help="mirror every other picture at random")
+    train.add_argument("--loss", choices=LOSSES, default="mse", help="hybrid learns the variance, too (default: mse)")
+    train.add_argument("--min-snr", type=float, metavar="GAMMA", help="weigh the squared error by min(SNR, GAMMA)")
+    train.add_argument("--predict", choices=PREDICTION_TYPES, default="epsilon", help="default: %(default)s")
+    train.add_argument("--schedule", choices=list(BETA_SCHEDULES), default="linear", help="default: %(default)s")
+    train.add_argument("--widths", type=_widths, metavar="W,W,…", help="channels of each level (default: by the size)")
+    train.add_argument(
+        "--label-dropout", type=float, default=defaults.label_dropout, metavar="P",
+        help="share of images shown without their class (default: %(default)s)",
+    )  # fmt: skip
+    train.add_argument("--mixed-precision", choices=list(MIXED_PRECISIONS), default="bf16", help="default: %(default)s")
+    train.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
+    train.add_argument("--save-every", type=int, default=defaults.save_every, help="steps (default: %(default)s)")
+    train.add_argument("--device", default="cpu", help="default: %(default)s")
+    train.add_argument(
+        "--samples", type=int, default=16, help="drawn at every save: samples.png (default: %(default)s)"
+    )
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    _command(commands, "info", "versions, devices, and the path that a walk would take", None, run.info)
+    return parser
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    return tuple(int(width) for width in text.split(","))
+
+
+def _windows(text: str) -> Windows:
+    allowed = f"windows are 16, or 0:4,100:16 from timestep 0 on, got {text}"
+    try:
+        pairs = [part.partition(":") for part in text.split(",")]
+        told = {int(t): int(w) for t, _, w in pairs} if ":" in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(allowed) from None
+    try:
+        return Windows.of(told)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{allowed}: {error}") from None
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """What model, on what."""
+    parser.add_argument("--model", default="moons", metavar="MODEL", help="sample --help says (default: the moons)")
+    parser.add_argument("--model-args", metavar="ARGS", help="what the model was made with: JSON, its file, or flags")
+    parser.add_argument(
+        "--label", metavar="CLASS", help="if the model has classes: 3; 0-9, which the seeds take in turn; none"
+    )
+    parser.add_argument("--seeds", help="one sample a seed: 7, 0-15 or 1,4,9-12 (default: 16 fresh ones)")
+    parser.add_argument("--steps", type=int, help="steps of the walk (default: all that the model was trained on)")
+    parser.add_argument("--batch", type=int, default=64, help="samples at a time (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=run.DTYPES, default="float32", help="of the network (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def _add_walk(parser: argparse.ArgumentParser) -> None:
+    """Which walk, and how."""
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's, ddpm for the moons")
+    parser.add_argument("--eta", type=float, help="noise of ddim, 0 … 1 (default: 0)")
+    parser.add_argument(
+        "--guidance", type=float, metavar="W", help="towards the class: 1 is the model's law, 2 is more"
+    )
+    parser.add_argument("--temperature", type=float, help="scales the noise of every step (default: 1)")
+    parser.add_argument(
+        "--speculate", type=_windows, nargs="?", const=True, default=False, metavar="WINDOWS",
+        help="several steps a network call, of the same law: 16; 0:4,100:16, from timestep 100 on 16; without WINDOWS "
+        "they are measured, which takes as long as two or three samples",
+    )  # fmt: skip
+    parser.add_argument("--memory-format", choices=MEMORY_FORMATS[1:], help="of the network; auto tries what is faster")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many samples")
+
+
+def _command(commands: Any, name: str, summary: str, text: str | None, function: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=text or summary, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=function)
+    return parser

@@ -1,0 +1,1 @@
+"""The sampling loop: the network on fixed buffers, the step, and how both are executed."""

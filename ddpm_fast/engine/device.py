@@ -1,0 +1,62 @@
+"""Devices: where a model is, and where it can run."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Model = Callable[..., Any]
+
+
+def resolve_device(model: Model, device: str | torch.device | None) -> torch.device:
+    """The device to run on: the given one, the model's own, or CUDA if it is there.
+
+    Raises:
+        ValueError: no such device, or the model's parameters are on another.
+    """
+    own = device_of(model)
+    if device is None:
+        return own or default_device()
+    wanted = checked_device(device)
+    if own is not None and own != wanted:
+        raise ValueError(f"the model is on {own}, but device={str(device)!r}: move it with model.to(...) first")
+    return wanted
+
+
+def default_device() -> torch.device:
+    """The current CUDA device if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device, with its index; raise ValueError unless it is the CPU or a CUDA GPU that is there."""
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} is not a device: {str(error).splitlines()[0]}") from error
+    if wanted.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {str(device)!r} is not there: torch finds no CUDA GPU")
+        index = torch.cuda.current_device() if wanted.index is None else wanted.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"device {str(device)!r} is not there: torch finds {torch.cuda.device_count()} CUDA GPUs")
+        wanted = torch.device("cuda", index)
+    elif wanted.type != "cpu":
+        raise ValueError(f"device must be 'cpu' or 'cuda[:i]', got {str(device)!r}")
+    return wanted
+
+
+def device_of(model: Model) -> torch.device | None:
+    """Where the model's first parameter or buffer is."""
+    if not isinstance(model, nn.Module):
+        return None
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
+
+
+def dtype_of(model: Model) -> torch.dtype | None:
+    """The dtype of the model's first floating point parameter."""
+    if not isinstance(model, nn.Module):
+        return None
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)

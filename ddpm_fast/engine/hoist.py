@@ -1,0 +1,386 @@
+"""Take out of the loop what does not depend on x: time embeddings, class embeddings, keys and values of a prompt.
+
+A network is traced once (torch.export), and its operations fall into classes by what they depend on: the timestep t,
+the condition (the tensors among its keywords), both, or x. All but the last are evaluated ahead of the walk: those of t
+for every timestep, those of the condition once, those of both for every timestep and every distinct condition. Where
+one of their results enters an operation on x, the rest of the network reads it from a table instead.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ddpm_fast.engine.trace import (
+    CONDITION,
+    HoistError,
+    T,
+    attribute_of,
+    cast_weights,
+    classify,
+    count_operations,
+    drop_neutral,
+    frontier_of,
+    function_of,
+    lay_out_weights,
+    needed_by,
+    output_of,
+    trace,
+)
+from ddpm_fast.validate import line_of
+
+MEMORY = 2**30  # bytes that the tables of one network may take
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Operations in one call of a network, views included.
+
+    Attributes:
+        before: as traced; under autocast with the casts of weights.
+        neutral: dropped: dropout that is off, division and multiplication by 1, casts to the same dtype.
+        of_t, of_condition, of_both: evaluated ahead; what depends on parameters alone counts as of_condition.
+        after: left in the loop.
+        tables: results that the rest reads from a table over t.
+        table_bytes: what the tables take.
+    """
+
+    before: int
+    neutral: int
+    of_t: int
+    of_condition: int
+    of_both: int
+    after: int
+    tables: int
+    table_bytes: int
+
+
+@dataclass
+class _Bank:
+    """Results of one dtype that are tabled over the same index, side by side: one gather reads them all.
+
+    Attributes:
+        nodes: the operations whose results they are.
+        ahead: computes them, each [B, ...].
+        conditional: whether they depend on the condition, too.
+        shapes: of one sample's results.
+        table: [rows, sum of the sizes]: a row for a timestep, or for a timestep and distinct condition.
+        views: row → the results of a batch that is all in that row.
+    """
+
+    nodes: list[fx.Node]
+    ahead: Callable[..., Any]
+    conditional: bool
+    shapes: list[torch.Size]
+    table: Tensor
+    views: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of one sample's results."""
+        return [shape.numel() for shape in self.shapes]
+
+
+class Hoisted:
+    """A network whose calls do only what depends on x.
+
+    Args:
+        model: called as model(x, t, **kwargs). Its parameters are shared, not copied.
+        x: [B, ...], of the shape, dtype and device of every call.
+        timesteps: those of the walk.
+        kwargs: the keywords of every call; their tensors stay the same objects, and `refresh` reads new values.
+        memory: bytes that the tables may take; what would exceed them stays in the loop.
+
+    Attributes:
+        counts: what left the loop.
+
+    Raises:
+        HoistError: why not.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        timesteps: Sequence[int],
+        kwargs: Mapping[str, Any] | None = None,
+        memory: int = MEMORY,
+    ) -> None:
+        _check(model)
+        self.model, self._training = model, model.training
+        self._kwargs = dict(kwargs or {})
+        self._leaves = pytree.tree_leaves(self._kwargs)
+        self._conditions = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self._batch, self._memory = len(x), memory
+        self._timesteps = torch.as_tensor(timesteps, dtype=torch.int64).to(x.device)
+        self._position = torch.zeros(int(self._timesteps.max()) + 1, dtype=torch.int64, device=x.device)
+        self._position[self._timesteps] = torch.arange(len(self._timesteps), device=x.device)
+
+        graph, root = trace(model, x, self._times(torch.zeros_like(self._timesteps[:1])), self._kwargs)
+        before = count_operations(graph.nodes)
+        drop_neutral(graph)
+        neutral = before - count_operations(graph.nodes)
+        if torch.is_autocast_enabled(x.device.type):
+            before += cast_weights(graph, root, torch.get_autocast_dtype(x.device.type))
+        output = output_of(graph)
+        classes = classify(graph, len(self._leaves))
+        self._graph, self._root = graph, root
+        self._firsts, self._which = self._distinct()
+        self._stride = torch.tensor(len(self._firsts), device=x.device)  # a tensor: a recorded graph reads the new one
+        self._banks: list[_Bank] = []
+        self._tabulate(graph, root, frontier_of(graph, classes), classes)
+        self._constants: list[Tensor] = []
+        self._rest: Callable[..., Any]
+        hoisted = self._split()
+        self._seen: tuple[Any, ...] = ()
+        self.refresh()
+        self._verify(x)
+
+        everything = needed_by([output])
+        gone = everything - needed_by([output], hoisted)
+        of = [count_operations(node for node in gone if kind(classes[node])) for kind in (T.__eq__, CONDITION.__ge__)]
+        self.counts = Counts(
+            before=before,
+            neutral=neutral,
+            of_t=of[0],
+            of_condition=of[1],
+            of_both=count_operations(gone) - sum(of),
+            after=count_operations(everything) - count_operations(gone),
+            tables=sum(len(bank.nodes) for bank in self._banks),
+            table_bytes=sum(bank.table.nbytes for bank in self._banks),
+        )
+
+    def __call__(self, x: Tensor, t: Tensor, row: int | None = None) -> Tensor:
+        """The network's output.
+
+        Args:
+            x: [B, ...].
+            t: int64 [B]: timesteps of the walk.
+            row: where all samples are at one step of the walk, its number: nothing is gathered then.
+        """
+        values: list[Tensor] = []
+        index = None
+        for bank in self._banks:
+            if row is not None and (len(self._firsts) == 1 or not bank.conditional):
+                values += self._views(bank, row)
+                continue
+            if index is None:
+                index = self._position[t]
+            place = index * self._stride + self._which if bank.conditional else index
+            pieces = bank.table.index_select(0, place).split(bank.sizes, dim=1)
+            values += [piece.view(-1, *shape) for piece, shape in zip(pieces, bank.shapes, strict=True)]
+        return self._rest(x, t, *self._leaves, *values, *self._constants)[0]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def lay_out(self, memory_format: torch.memory_format) -> None:
+        """Keep the weights of convolutions in this memory format, as copies where they are in another."""
+        lay_out_weights(self._graph, classify(self._graph, len(self._leaves)), memory_format)
+        self._split()
+        self._constants = list(self._constants_ahead(None, None, *self._leaves))
+        self._seen = self._fingerprints()
+
+    def compile(self) -> Callable[[], None]:
+        """Run what is left through torch.compile, which the next call takes the time for; returns what undoes it."""
+        plain = self._rest
+        self._rest = torch.compile(plain, dynamic=False)
+
+        def undo() -> None:
+            self._rest = plain
+
+        return undo
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refresh(self) -> bool:
+        """Evaluate anew what belongs to other parameters or conditions than before; to be called before a walk.
+
+        Returns:
+            Whether tensors moved, so that a recorded graph no longer holds.
+
+        Raises:
+            HoistError: the network was switched between training and evaluation, or the tables outgrow their memory.
+        """
+        if self.model.training != self._training:
+            raise HoistError("it was switched between training and evaluation since it was traced")
+        seen = self._fingerprints()
+        if seen == self._seen:
+            return False
+        parameters, conditions = (not self._seen or a != b for a, b in zip(seen, self._seen or seen, strict=True))
+        if conditions:
+            self._firsts, which = self._distinct()
+            self._which.copy_(which)
+            self._stride.fill_(len(self._firsts))
+        moved = False
+        for bank in self._banks:
+            if not (parameters or (conditions and bank.conditional)):
+                continue
+            rows = len(self._timesteps) * (len(self._firsts) if bank.conditional else 1)
+            if rows > len(bank.table):
+                others = sum(other.table.nbytes for other in self._banks if other is not bank)
+                if others + bank.table[0].nbytes * rows > self._memory:
+                    raise HoistError(f"{len(self._firsts)} conditions at every timestep exceed the tables' memory")
+                bank.table = bank.table.new_empty(rows, bank.table.shape[1])
+                bank.views.clear()
+                moved = True
+            self._fill(bank)
+        fresh = self._constants_ahead(None, None, *self._leaves)
+        if self._constants:
+            for held, value in zip(self._constants, fresh, strict=True):
+                if held.data_ptr() != value.data_ptr():
+                    held.copy_(value)
+        else:
+            self._constants = list(fresh)
+        self._seen = seen
+        return moved
+
+    def _split(self) -> list[fx.Node]:
+        """Divide the graph into what is evaluated ahead, whose results are returned, and the rest."""
+        frontier = frontier_of(self._graph, classes := classify(self._graph, len(self._leaves)))
+        constants = [node for node in frontier if classes[node] <= CONDITION]
+        self._constants_ahead = function_of(self._root, self._graph, constants)
+        hoisted = [node for bank in self._banks for node in bank.nodes] + constants
+        self._rest = function_of(self._root, self._graph, [output_of(self._graph)], hoisted)
+        used = {node.target for node in needed_by(hoisted) if node.op == "get_attr"}
+        values = [attribute_of(self._root, name) for name in used]
+        self._parameters = [value for value in values if isinstance(value, Tensor)]
+        return hoisted
+
+    def _fingerprints(self) -> tuple[Any, ...]:
+        return _fingerprint(self._parameters), _fingerprint(self._conditions)
+
+    def _whole(self, index: Tensor) -> Tensor:
+        """`index`, its last element repeated up to a whole batch."""
+        return index[torch.arange(self._batch, device=index.device).clamp(max=len(index) - 1)]
+
+    def _times(self, rows: Tensor) -> Tensor:
+        """The timesteps of these rows, the last repeated up to a whole batch."""
+        return self._timesteps[self._whole(rows)]
+
+    def _distinct(self) -> tuple[list[int], Tensor]:
+        """The first samples of every distinct condition, and for every sample which it is."""
+        own = [leaf.reshape(self._batch, -1).cpu() for leaf in self._conditions if leaf.shape[:1] == (self._batch,)]
+        firsts: dict[tuple[bytes, ...], int] = {}
+        which = []
+        for sample in range(self._batch):
+            key = tuple(leaf[sample].contiguous().view(torch.uint8).numpy().tobytes() for leaf in own)
+            firsts.setdefault(key, sample)
+            which.append(list(firsts).index(key))
+        return list(firsts.values()), torch.tensor(which, device=self._timesteps.device)
+
+    def _tabulate(
+        self, graph: fx.Graph, root: nn.Module, frontier: list[fx.Node], classes: dict[fx.Node, frozenset]
+    ) -> None:
+        """Choose what is read from tables, and make room for it."""
+        taken = 0
+        for conditional in (False, True):
+            wanted = T | CONDITION if conditional else T
+            found = [
+                node for node in frontier if classes[node] == wanted and node.meta["val"].shape[:1] == (self._batch,)
+            ]
+            found = self._row_wise(root, graph, found)
+            rows = len(self._timesteps) * (len(self._firsts) if conditional else 1)
+            for dtype in {node.meta["val"].dtype for node in found}:
+                nodes = [node for node in found if node.meta["val"].dtype == dtype]
+                shapes = [node.meta["val"].shape[1:] for node in nodes]
+                width = sum(shape.numel() for shape in shapes)
+                size = rows * width * dtype.itemsize
+                if taken + size <= self._memory:
+                    taken += size
+                    table = torch.empty(rows, width, dtype=dtype, device=self._timesteps.device)
+                    self._banks.append(_Bank(nodes, function_of(root, graph, nodes), conditional, shapes, table))
+
+    def _row_wise(self, root: nn.Module, graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
+        """Those of `nodes` of which a sample's row depends on the sample's own timestep and condition alone."""
+        if self._batch == 1 or not nodes:
+            return nodes
+        ahead = function_of(root, graph, nodes)
+        rows = torch.arange(self._batch, device=self._timesteps.device) % len(self._timesteps)
+        samples = torch.arange(self._batch, device=self._timesteps.device)
+        mixed = ahead(None, self._times(rows), *self._leaves)
+        kept = [True] * len(nodes)
+        for sample in (0, self._batch - 1):  # alone, and among its like
+            alike = torch.full_like(samples, sample)
+            values = ahead(None, self._times(rows[alike]), *self._of_samples(alike))
+            for number, (value, other) in enumerate(zip(values, mixed, strict=True)):
+                expected = other[sample].expand_as(value).float()
+                kept[number] &= torch.allclose(value.float(), expected, rtol=1e-3, atol=1e-5)
+        return [node for node, row_wise in zip(nodes, kept, strict=True) if row_wise]
+
+    def _of_samples(self, samples: Tensor) -> list[Any]:
+        """The keywords' leaves, with the conditions of these samples."""
+        return [
+            leaf[samples] if isinstance(leaf, Tensor) and leaf.shape[:1] == (self._batch,) else leaf
+            for leaf in self._leaves
+        ]
+
+    def _fill(self, bank: _Bank) -> None:
+        """Evaluate a bank's results for every row."""
+        firsts = torch.tensor(self._firsts if bank.conditional else [0], device=self._timesteps.device)
+        rows = len(self._timesteps) * len(firsts)
+        for start in range(0, rows, self._batch):
+            index = torch.arange(start, min(start + self._batch, rows), device=firsts.device)
+            times = self._times(index // len(firsts))
+            leaves = self._leaves
+            if bank.conditional:
+                leaves = self._of_samples(firsts[self._whole(index) % len(firsts)])
+            values = bank.ahead(None, times, *leaves)
+            flat = torch.cat([value.reshape(self._batch, -1) for value in values], dim=1)
+            bank.table[start : start + len(index)] = flat[: len(index)]
+
+    def _views(self, bank: _Bank, row: int) -> list[Tensor]:
+        found = bank.views.get(row)
+        if found is None:
+            pieces = bank.table[row : row + 1].split(bank.sizes, dim=1)
+            found = [
+                piece.view(1, *shape).expand(self._batch, *shape)
+                for piece, shape in zip(pieces, bank.shapes, strict=True)
+            ]
+            bank.views[row] = found
+        return found
+
+    def _verify(self, x: Tensor) -> None:
+        """Raise HoistError unless both ways of reading the tables give what the network gives."""
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        rows = torch.arange(self._batch, device=x.device) % len(self._timesteps)
+        for times, row in ((self._times(rows), None), (self._times(rows[:1]), 0)):
+            expected = pytree.tree_leaves(self.model(noise, times, **self._kwargs))[0]
+            try:
+                got = self(noise, times, row)
+            except Exception as error:
+                raise HoistError(f"what is left of it cannot run: {line_of(error)}") from error
+            if not same_up_to_rounding(got, expected):
+                raise HoistError("what is left of it gives other numbers")
+
+
+def same_up_to_rounding(got: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs differ by rounding alone: a wrong row or a frozen variable is off by far more."""
+    scale = expected.float().abs().max().clamp(min=1e-6)
+    allowed = 1e-3 if expected.dtype == torch.float32 else 5e-2
+    return got.shape == expected.shape and bool((got.float() - expected.float()).abs().max() <= allowed * scale)
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise HoistError(f"it is no torch.nn.Module but a {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise HoistError("it is compiled already")
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module):
+            raise HoistError(f"its {type(module).__name__} has hooks, which a trace would leave out")
+
+
+def _fingerprint(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Differs where a value differs: sums, since a write through .data leaves no other trace."""
+    if not tensors:
+        return ()
+    sums = []
+    for tensor in (tensor.detach() for tensor in tensors):
+        tensor = tensor if tensor.is_floating_point() else tensor.double()
+        sums += [torch.sum(tensor, dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=torch.float64)]
+    return (*(tensor._version for tensor in tensors), *torch.stack(sums).tolist())

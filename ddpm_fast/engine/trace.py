@@ -1,0 +1,202 @@
+"""The graph of a network: traced, cleaned, and divided by what each operation depends on."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ddpm_fast.validate import line_of
+
+X, T, CONDITION = frozenset("x"), frozenset("t"), frozenset("c")
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.conv3d.padding,
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+)  # fmt: skip
+# What autocast runs in the lower precision, of what has weights.
+_LOWERED = (*_CONVOLUTIONS, aten.linear.default, aten.matmul.default)
+
+
+class HoistError(Exception):
+    """Why a network runs as it is, in one line."""
+
+
+def trace(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> tuple[fx.Graph, nn.Module]:
+    """The network's graph, with placeholders for x, t and the leaves of kwargs, and the module that it refers to."""
+    try:
+        with torch.enable_grad():
+            root = torch.export.export(model, (x, t), dict(kwargs), strict=False).module()
+    except Exception as error:
+        raise HoistError(f"torch.export cannot trace it: {line_of(error)}") from error
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in root.graph.nodes:  # type: ignore[union-attr]
+        if node.op == "call_module":
+            if node.users:
+                raise HoistError(f"its trace calls a module, {node.target}")
+            continue  # checks of the input's shape
+        if node.target is aten._assert_tensor_metadata.default:
+            continue
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            _refuse(node)
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    expected = len(pytree.tree_leaves(((x, t), dict(kwargs))))
+    found = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(found) != expected:
+        raise HoistError(f"its trace has {len(found)} inputs instead of {expected}")
+    return graph, root  # type: ignore[return-value]
+
+
+def _refuse(node: fx.Node) -> None:
+    """Raise HoistError for what must happen anew in every call."""
+    operation: Any = node.target
+    if operation._schema.is_mutable:
+        raise HoistError(f"it writes into a tensor ({operation})")
+    if torch.Tag.nondeterministic_seeded not in operation.tags or operation is aten.dropout.default:
+        quiet = operation is not aten.dropout.default or _is_neutral(node)
+    else:
+        found = {argument.name: argument.default_value for argument in operation._schema.arguments}
+        named = dict(zip(found, node.args, strict=False)) | dict(node.kwargs)
+        quiet = named.get("dropout_p", found.get("dropout_p")) == 0
+    if not quiet:
+        raise HoistError(f"it draws random numbers ({operation})")
+
+
+def _is_neutral(node: fx.Node) -> bool:
+    """Whether the result is the first argument."""
+    if node.target is aten.dropout.default:
+        return bool(node.args[1] == 0 or not node.args[2])
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.dtype != after.dtype:
+        return False
+    if node.target in (aten.div.Tensor, aten.mul.Tensor):
+        return isinstance(node.args[1], (int, float)) and bool(node.args[1] == 1)
+    return node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs
+
+
+def drop_neutral(graph: fx.Graph) -> None:
+    """Remove the operations whose result is their first argument."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _is_neutral(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def cast_weights(graph: fx.Graph, root: nn.Module, dtype: torch.dtype) -> int:
+    """Let the graph cast the weights that autocast would cast in every call, and return how many they are.
+
+    They depend on parameters alone, so that they leave the loop.
+    """
+    casts: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target not in _LOWERED:
+            continue
+        for source in node.all_input_nodes:
+            weight = attribute_of(root, source.target) if source.op == "get_attr" else None
+            if not isinstance(weight, Tensor) or weight.dtype != torch.float32:
+                continue
+            if source.target not in casts:
+                with graph.inserting_after(source):
+                    casts[source.target] = graph.call_function(aten.to.dtype, (source, dtype))
+                casts[source.target].meta["val"] = torch.empty(weight.shape, dtype=dtype, device="meta")
+            node.replace_input_with(source, casts[source.target])
+    return len(casts)
+
+
+def lay_out_weights(graph: fx.Graph, classes: Mapping[fx.Node, frozenset], memory_format: torch.memory_format) -> None:
+    """Let the graph bring the weights of convolutions over as many dimensions into `memory_format`.
+
+    They depend on parameters alone, so that they leave the loop.
+    """
+    flat = memory_format == torch.contiguous_format
+    dimensions = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
+    for node in list(graph.nodes):
+        if node.target not in _CONVOLUTIONS:
+            continue
+        weight = node.args[1]
+        value = weight.meta["val"]
+        if weight.target is aten.contiguous.default:
+            weight.kwargs = {"memory_format": memory_format}
+        elif not classes[weight] and (flat or value.dim() == dimensions):
+            with graph.inserting_after(weight):
+                laid = graph.call_function(aten.contiguous.default, (weight,), {"memory_format": memory_format})
+            laid.meta["val"] = value
+            node.replace_input_with(weight, laid)
+
+
+def classify(graph: fx.Graph, conditions: int) -> dict[fx.Node, frozenset]:
+    """What every node depends on: a set of "x", "t" and "c"; empty for parameters."""
+    kinds = iter([X, T, *[CONDITION] * conditions])
+    classes: dict[fx.Node, frozenset] = {}
+    for node in graph.nodes:
+        own = next(kinds) if node.op == "placeholder" else frozenset()
+        classes[node] = own.union(*(classes[source] for source in node.all_input_nodes))
+    return classes
+
+
+def frontier_of(graph: fx.Graph, classes: Mapping[fx.Node, frozenset]) -> list[fx.Node]:
+    """The results without x that operations on x read."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and not classes[node] & X
+        and isinstance(node.meta.get("val"), Tensor)
+        and any(user.op == "output" or classes[user] & X for user in node.users)
+    ]
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """The network's first output."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    return next(node for node in pytree.tree_leaves(output.args[0]) if isinstance(node, fx.Node))
+
+
+def needed_by(outputs: Sequence[fx.Node], stops: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """All nodes that the outputs need, not going beyond `stops`, which do not belong to it."""
+    stopped, found, open_ = set(stops), set(), list(outputs)
+    while open_:
+        node = open_.pop()
+        if node not in found and node not in stopped:
+            found.add(node)
+            open_ += node.all_input_nodes
+    return found
+
+
+def function_of(
+    root: nn.Module, graph: fx.Graph, outputs: Sequence[fx.Node], given: Sequence[fx.Node] = ()
+) -> Callable[..., Any]:
+    """A function of the graph's placeholders and of the results `given`, that returns the list of `outputs`."""
+    needed = needed_by(outputs, given)
+    made = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            copied[node] = made.placeholder(node.name)
+    for node in given:
+        copied[node] = made.placeholder(f"hoisted_{node.name}")
+    for node in graph.nodes:
+        if node in needed and node not in copied:
+            copied[node] = made.node_copy(node, copied.__getitem__)
+    made.output([copied[node] for node in outputs])
+    return fx.GraphModule(root, made).forward
+
+
+def count_operations(nodes: Iterable[fx.Node]) -> int:
+    """Count the operations among the nodes."""
+    return sum(node.op == "call_function" for node in nodes)
+
+
+def attribute_of(root: nn.Module, name: Any) -> Any:
+    """Return the attribute that a dotted name reaches from `root`."""
+    found: Any = root
+    for part in str(name).split("."):
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,1 @@
+"""Speculative sampling: several steps are drafted and verified in one network call."""

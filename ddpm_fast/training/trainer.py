@@ -1,0 +1,344 @@
+"""Training a network for any prediction and loss: Ho et al. 2020, algorithm 1, with an average of the weights (EMA)."""
+
+import copy
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from ddpm_fast import images
+from ddpm_fast.config import SamplerConfig
+from ddpm_fast.data import moons
+from ddpm_fast.files import check_writable, remove_parts, whole_file
+from ddpm_fast.kernels import to_uint8
+from ddpm_fast.likelihood import schedule_report
+from ddpm_fast.models.checkpoint import (
+    CONFIG_FILE,
+    CheckpointError,
+    read_config,
+    read_safetensors,
+    save_checkpoint,
+    write_safetensors,
+)
+from ddpm_fast.models.unet import UNet, UNetConfig
+from ddpm_fast.sample import sample
+from ddpm_fast.seeding import keyed_generator
+from ddpm_fast.training.losses import LOSSES, Loss
+from ddpm_fast.validate import one_of, whole, within
+
+logger = logging.getLogger("ddpm_fast")
+
+NOISE_STREAM = 2
+FAR_FROM_NOISE = 0.1  # of sqrt(alpha_bar_T); of the schedules here at most 0.04
+STATE_FILE = "state.safetensors"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.png"
+MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Batch = Tensor | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch_size: images a step.
+        learning_rate: its peak; linear warm-up over `warmup` steps, then a cosine down to zero at `steps`.
+        warmup: steps.
+        ema_decay: the average of the weights forgets at this rate; it starts as a plain mean: min(decay, (1+i)/(10+i)).
+        seed: of weights, data, timesteps and noise.
+        save_every: steps between two saves of everything that a resumption needs.
+        mixed_precision: run the network under autocast in "bf16" or in "fp16", the latter with a scaled loss (a step
+            whose gradient overflows is left out, and the scale halved); or "no".
+        loss: "mse", "vlb" or "hybrid", and
+        min_snr_gamma: see `ddpm_fast.training.losses.Loss`.
+        clip_gradient: largest norm of the gradient of all parameters.
+        label_dropout: of a class-conditional network, the share of images that are shown to it as of no class, so that
+            it can be guided (Ho & Salimans 2022); in [0, 1].
+    """
+
+    steps: int = 10_000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    ema_decay: float = 0.999
+    seed: int = 0
+    save_every: int = 250
+    mixed_precision: str = "bf16"
+    loss: str = "mse"
+    min_snr_gamma: float | None = None
+    clip_gradient: float = 1.0
+    label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every"):
+            whole(name, getattr(self, name), 1)
+        whole("warmup", self.warmup, 0)
+        whole("seed", self.seed, 0, 2**32 - 1)
+        within("learning_rate", self.learning_rate, 1e-12, 1.0)
+        within("ema_decay", self.ema_decay, 0.0, 1.0)
+        within("clip_gradient", self.clip_gradient, 0.0, 1e9, "(]")
+        within("label_dropout", self.label_dropout, 0.0, 1.0)
+        one_of("loss", self.loss, LOSSES)
+        one_of("mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of optimiser step `step` (0-based)."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Trainer:
+    """Trains a `UNet` on batches from `data(batch_size, seed, step)` and keeps everything in `folder`.
+
+    Data are a function such as `ddpm_fast.data.moons.batch`, or `ddpm_fast.data.pictures.Pictures`. For a network
+    with classes, a batch is a pair: images and labels, int64 [batch_size].
+
+    Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted run
+    that resumes follows the very trajectory of one that was not interrupted. `folder` then holds a
+    checkpoint of the averaged weights, `state.safetensors` for resuming, and `metrics.jsonl`; with `samples`, so many
+    that the engine drew with the averaged weights at the last save (DDIM, 50 steps, seeds 0, 1, …): `samples.png`.
+
+    Where torch.distributed is initialised, each process takes its share of every batch (DistributedDataParallel), and
+    the first one writes; the trajectory is that of one process, up to the order of sums.
+
+    Raises:
+        CheckpointError: `folder` holds a run with another configuration, or a broken one.
+        ValueError: loss, variance and network do not fit together; a batch that cannot be shared equally.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        config: TrainingConfig | None = None,
+        network: UNetConfig | None = None,
+        diffusion: SamplerConfig | None = None,
+        data: Callable[[int, int, int], Batch] = moons.batch,
+        device: str | torch.device = "cpu",
+        samples: int = 0,
+    ) -> None:
+        self.folder = Path(folder)
+        self.config = config or TrainingConfig()
+        self.network = network or UNetConfig()
+        self.diffusion = diffusion or SamplerConfig()
+        self.data = data
+        self.samples = whole("samples", samples, 0, 1024)
+        if samples and self.network.channels not in images.MODES:
+            raise ValueError(f"a picture has {sorted(images.MODES)} channels, the network {self.network.channels}")
+        self.device = torch.device(device)
+        self.loss = Loss(self.diffusion, self.config.loss, self.config.min_snr_gamma, self.device)
+        if self.network.learned_variance != self.loss.learned:
+            raise ValueError(
+                f"variance_type={self.diffusion.variance_type!r} {'needs' if self.loss.learned else 'goes without'} "
+                f"learned_variance in the network, got {self.network.learned_variance}"
+            )
+        report = schedule_report(self.diffusion)
+        if report["signal"] > FAR_FROM_NOISE:
+            logger.warning(
+                "the schedule ends at sqrt(alpha_bar_T) = %.2f: x_T is no pure noise, which sampling begins with",
+                report["signal"],
+            )
+        spread = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+        if self.config.batch_size % self.world:
+            raise ValueError(f"batch_size must be a multiple of {self.world} processes, got {self.config.batch_size}")
+        check_writable(self.folder, folder=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            self.model = UNet(self.network).to(self.device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate)
+        self.precision = MIXED_PRECISIONS[self.config.mixed_precision]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        self.alpha_bar = torch.from_numpy(self.diffusion.alphas_cumprod()).to(self.device)
+        self._network = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        self.step = 0
+        if (self.folder / STATE_FILE).exists():
+            if self.rank == 0:
+                remove_parts(self.folder)
+            self._resume()
+        elif (self.folder / CONFIG_FILE).exists():
+            self._refuse_another_run(read_config(self.folder), self.folder / CONFIG_FILE)
+
+    def run(self, progress: bool = True) -> None:
+        """Train to the configured number of steps. An interruption costs the steps since the last save, no more."""
+        if self.rank == 0:
+            self._drop_metrics_after(self.step)
+        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not progress or self.rank > 0)
+        losses: list[float] = []
+        began = time.perf_counter()
+        try:
+            while self.step < self.config.steps:
+                losses.append(self._train_step())
+                bar.update()
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                    bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
+                    if self.rank == 0:
+                        self._log(sum(losses) / len(losses), (time.perf_counter() - began) / len(losses))
+                        self.save()
+                    losses, began = [], time.perf_counter()
+        finally:
+            bar.close()
+
+    def save(self) -> None:
+        """Write the checkpoint of the averaged weights and the state for resuming."""
+        save_checkpoint(self.folder, self.ema, self.diffusion, about=self._about)
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        scale = json.dumps(self.scaler.state_dict())
+        metadata = {"step": str(self.step), "run": json.dumps(self._identity()), "scaler": scale}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_safetensors(self.folder / STATE_FILE, tensors, metadata)
+        if self.samples:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Let the engine draw what the network has learnt so far; of its classes, one after the other."""
+        seeds, steps = range(self.samples), min(50, self.diffusion.num_train_timesteps)
+        shape = (len(seeds), self.network.channels, self.network.image_size, self.network.image_size)
+        options = {"config": self.diffusion, "sampler": "ddim", "num_inference_steps": steps, "device": self.device}
+        if self.network.num_classes is not None:
+            options["model_kwargs"] = {"class_labels": torch.arange(self.samples) % self.network.num_classes}
+        x = sample(self.ema, shape, seeds=seeds, progress=False, **options)
+        images.save(
+            self.folder / SAMPLES_FILE, to_uint8(x).cpu().numpy(), seeds, {"step": self.step, "model": self.folder.name}
+        )
+
+    def _train_step(self) -> float:
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(self.step)
+        x0, labels = self._batch()
+        generator = keyed_generator(NOISE_STREAM, config.seed, self.step)
+        t = torch.randint(len(self.alpha_bar), (len(x0),), generator=generator).to(self.device)
+        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        condition, count = [], self.network.num_classes
+        if labels is not None and count is not None:
+            dropped = torch.rand(len(x0), generator=generator) < config.label_dropout
+            condition = [labels.masked_fill(dropped, count).to(self.device)]
+        x0, t, noise, *condition = (whole[self.rank :: self.world] for whole in (x0, t, noise, *condition))
+        alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
+        x_t = alpha_bar.sqrt().float() * x0 + (1 - alpha_bar).sqrt().float() * noise
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            prediction = self._network(x_t, t, *condition)
+        loss = self.loss(prediction, x0, x_t, noise, t).mean()
+        value = self._mean(loss)
+        self._check_finite("loss", value)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_gradient).item()
+        if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
+            self._check_finite("gradient", norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        return value
+
+    def _batch(self) -> tuple[Tensor, Tensor | None]:
+        """Images on the device, and labels where the network takes them."""
+        batch = self.data(self.config.batch_size, self.config.seed, self.step)
+        x0, labels = batch if isinstance(batch, tuple) else (batch, None)
+        count = self.network.num_classes
+        if (labels is None) != (count is None):
+            have, takes = "none" if labels is None else "labels", "none" if count is None else f"{count} classes"
+            raise ValueError(f"data and network do not fit: the data have {have}, the network takes {takes}")
+        if labels is not None and count is not None and not 0 <= labels.min() <= labels.max() < count:
+            raise ValueError(f"labels must lie in 0 … {count - 1}, got {labels.min()} … {labels.max()}")
+        return x0.to(self.device), labels
+
+    def _mean(self, loss: Tensor) -> float:
+        """Over all processes: they go on or stop together."""
+        total = loss.detach().clone()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.item() / self.world
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} became {value} at step {self.step}; {self.folder} keeps the last save"
+            )
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        return {"training": asdict(self.config), "data": self._data_about()}
+
+    def _data_about(self) -> dict[str, Any]:
+        return getattr(self.data, "about", None) or {"name": self.data.__module__.rpartition(".")[2]}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"network": self.network.to_dict(), "diffusion": self.diffusion.to_dict(), **self._about}
+
+    def _log(self, loss: float, seconds: float) -> None:
+        row = {"step": self.step, "loss": loss, "learning_rate": self.config.learning_rate_at(self.step - 1)}
+        with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "seconds_per_step": round(seconds, 4)}) + "\n")
+
+    def _drop_metrics_after(self, step: int) -> None:
+        path = self.folder / METRICS_FILE
+        if path.exists():
+            rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            try:
+                kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{path} has a row that is no record of a step: {error}") from error
+            with whole_file(path) as part:
+                part.write_text("".join(kept), encoding="utf-8")
+
+    def _refuse_another_run(self, theirs: dict[str, Any], path: Path) -> None:
+        ours = json.loads(json.dumps(self._identity()))
+        if theirs != ours:
+            raise CheckpointError(f"{path} belongs to another run: {_first_difference(theirs, ours)}")
+
+    def _resume(self) -> None:
+        path = self.folder / STATE_FILE
+        tensors = read_safetensors(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if not metadata.keys() >= {"run", "step", "scaler"}:
+            raise CheckpointError(f"{path} is not the state of a training run")
+        self._refuse_another_run(json.loads(metadata["run"]), path)
+        for prefix, module in (("model.", self.model), ("ema.", self.ema)):
+            own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            module.load_state_dict(own)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, moment = name.split(".")
+                state.setdefault(int(index), {})[moment] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(json.loads(metadata["scaler"]))
+        self.step = int(metadata["step"])
+
+
+def _first_difference(theirs: dict, ours: dict, at: str = "") -> str:
+    for key in sorted(theirs.keys() | ours.keys()):
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            return _first_difference(a, b, f"{at}{key}.")
+        if a != b:
+            return f"{at}{key} is {a!r} there and {b!r} here"
+    return "no difference"

@@ -1,0 +1,1 @@
+"""Studies of ideas that lost; their result tables stand in docs/."""
