@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.config import SamplerConfig, with_config_options
+from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.device import Model
 from ddpm_fast.engine.network import Network
-from ddpm_fast.engine.progress import Progress, Show
+from ddpm_fast.engine.progress import ProgressBar, Show
 from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.kernels.q_sample import q_sample
 from ddpm_fast.schedules import Array
@@ -94,7 +95,7 @@ def bits_per_dimension(
     parts = []
     starts = range(0, len(x_0), batch_size)
     network: Network | None = None
-    bar: Progress | None = None
+    bar: ProgressBar | None = None
     try:
         for start in starts:
             some = slice(start, start + batch_size)
@@ -104,13 +105,12 @@ def bits_per_dimension(
                 for name, value in (model_kwargs or {}).items()
             }
             if network is None or len(images) != network.batch:
-                shape = tuple(images.shape)
-                channels = shape[1] * (2 if table.doubled else 1)
-                network = Network(model, shape, channels, kwargs, None, device, dtype)
+                call = Call.of(model, tuple(images.shape), model_kwargs=kwargs, device=device, dtype=dtype)
+                network = Network(call, table.doubled)
             else:
-                network.update_kwargs(kwargs, None)
+                network.update(network.call.with_kwargs(kwargs, None))
             if bar is None:
-                bar = Progress(len(table) * len(starts), network.device, progress)
+                bar = ProgressBar(len(table) * len(starts), network.device, progress)
             with on_device(network.device), torch.no_grad():
                 parts.append(_terms(network, images.to(network.device), table, chain, config, all_seeds[some], bar))
     finally:
@@ -129,7 +129,7 @@ def _terms(
     chain: tuple[Array, Array],
     config: SamplerConfig,
     seeds: list[int],
-    bar: Progress,
+    bar: ProgressBar,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The terms and the mean squared errors of a batch: [B, steps] each."""
     alpha_bars = torch.from_numpy(config.alphas_cumprod())

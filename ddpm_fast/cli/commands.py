@@ -26,7 +26,7 @@ from ddpm_fast.models.checkpoint import EMBEDDED, Checkpoint
 from ddpm_fast.models.unet import UNetConfig
 from ddpm_fast.sample import Sampler
 from ddpm_fast.seeding import parse_seeds, resolve_seeds
-from ddpm_fast.speculation.loop import Speculation
+from ddpm_fast.speculation.report import Speculation
 from ddpm_fast.training import Trainer, TrainingConfig
 from ddpm_fast.validate import whole
 
