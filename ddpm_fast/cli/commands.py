@@ -12,7 +12,7 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import images
-from ddpm_fast.adapters.checkpoints import load_model, parse_arguments
+from ddpm_fast.adapters.load import load_model, parse_arguments
 from ddpm_fast.cli.info import describe, path_taken
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import digits, moons

@@ -15,7 +15,7 @@ from denoising_diffusion_pytorch import GaussianDiffusion, LearnedGaussianDiffus
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, PNDMScheduler, UNet2DModel
 
 from ddpm_fast import cli, images
-from ddpm_fast.adapters.checkpoints import SelfConditioned, _of_lucidrains, load_model, parse_arguments
+from ddpm_fast.adapters.load import SelfConditioned, _of_lucidrains, load_model, parse_arguments
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.models.checkpoint import Classes
 from ddpm_fast.sample import Sampler
