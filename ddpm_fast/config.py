@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_fast.schedules import BETA_SCHEDULES, Array, betas_from_list, rescale_zero_terminal_snr
 from ddpm_fast.timesteps import TIMESTEP_SPACINGS, Timesteps, check_range, explicit
-from ddpm_fast.validate import known_names, one_of, whole, within
+from ddpm_fast.validate import check_names, one_of, whole, within
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -154,7 +154,7 @@ class SamplerConfig:
         """
         if base is not None and not isinstance(base, cls):
             raise TypeError(f"config must be a SamplerConfig, got {type(base).__name__}")
-        known_names("option", options, (field.name for field in dataclasses.fields(cls)))
+        check_names("option", options, (field.name for field in dataclasses.fields(cls)))
         replaced: dict[str, Any] = {}
         if options.get("timesteps") is not None:
             replaced["num_inference_steps"] = None
@@ -195,17 +195,17 @@ def with_config_options(*sources: Callable[..., Any]) -> Callable[[F], F]:
     """Let help() and editors see every keyword of `sources` and every field of SamplerConfig, not just **options."""
 
     def decorate(function: F) -> F:
-        own = inspect.signature(function).parameters.values()
-        found = {p.name: p for p in own if p.kind is not p.VAR_KEYWORD}
+        signature = inspect.signature(function).parameters.values()
+        parameters = {p.name: p for p in signature if p.kind is not p.VAR_KEYWORD}
         for source in sources:
             for p in inspect.signature(source).parameters.values():
-                if p.kind is p.KEYWORD_ONLY and p.name not in found:
-                    found[p.name] = p
+                if p.kind is p.KEYWORD_ONLY and p.name not in parameters:
+                    parameters[p.name] = p
         for field in dataclasses.fields(SamplerConfig):
-            found[field.name] = inspect.Parameter(
+            parameters[field.name] = inspect.Parameter(
                 field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
             )
-        function.__signature__ = inspect.Signature(list(found.values()))  # type: ignore[attr-defined]
+        function.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
         return function
 
     return decorate

@@ -78,9 +78,9 @@ def denoise(
         ValueError, TypeError: what does not fit, before any network call.
     """
     _check_images("x_0", x_0)
-    config, options = _split(config, options)
+    config, options = _split_options(config, options)
     config = from_level(config, t)
-    seeds = _resolved(seeds, len(x_0))
+    seeds = _resolve_and_log(seeds, len(x_0))
     sampler = Sampler(model, x_0.shape, config=config, **options)
     start = noised(x_0.to(sampler.device), int(config.inference_timesteps()[0]), config, seeds)
     return sampler(seeds=seeds, x_T=start, progress=progress)
@@ -132,9 +132,9 @@ def interpolate(
     _check_images("x_a", x_a)
     _check_images("x_b", x_b)
     check_mixture(x_a, x_b, lam, mixing)
-    config, options = _split(config, options)
+    config, options = _split_options(config, options)
     config = from_level(config, t)
-    seeds = _resolved(seeds, len(x_a))
+    seeds = _resolve_and_log(seeds, len(x_a))
     sampler = Sampler(model, x_a.shape, config=config, **options)
     start = mixture(
         x_a.to(sampler.device), x_b.to(sampler.device), lam,
@@ -216,7 +216,7 @@ def inpaint(
         ValueError, TypeError: what does not fit, before any network call.
     """
     _check_images("known", known)
-    config, options = _split(config, options)
+    config, options = _split_options(config, options)
     table = resampled(config, resamplings, jump_length)
     sampler = Sampler(model, known.shape, config=config, table=table, **options)
     return sampler(seeds=seeds, known=known, mask=mask, progress=progress)
@@ -248,7 +248,7 @@ def invert(
         ValueError, TypeError: what does not fit, before any network call.
     """
     _check_images("x_0", x_0)
-    config, options = _split(config, options)
+    config, options = _split_options(config, options)
     config = replace(config, clip_sample=False, thresholding=False, sampler="ddim", eta=0.0)
     sampler = Sampler(model, x_0.shape, config=config, table=inverted(config), **options)
     return sampler(seeds=0, x_T=x_0, progress=progress)  # there is no noise in it
@@ -286,10 +286,10 @@ def resampled(config: SamplerConfig, resamplings: int, jump_length: int) -> Step
         raise ValueError(f"resamplings need a sigma that is known ahead, not variance_type={config.variance_type!r}")
     rows, jumps = _back_and_forth(len(plain), resamplings, jump_length)
     alpha_bars = config.alphas_cumprod()[plain.timestep]
-    gone_to = plain.known_scale[rows] ** 2
-    reached = np.where(jumps, alpha_bars[np.minimum(rows + 1 - jumps, len(plain) - 1)], gone_to)
-    root = np.sqrt(reached / gone_to)
-    visits = np.array([np.count_nonzero(rows[:place] == row) for place, row in enumerate(rows)])
+    target = plain.known_scale[rows] ** 2
+    reached = np.where(jumps, alpha_bars[np.minimum(rows + 1 - jumps, len(plain) - 1)], target)
+    root = np.sqrt(reached / target)
+    visits = np.array([np.count_nonzero(rows[:position] == row) for position, row in enumerate(rows)])
     columns = {name: getattr(plain, name)[rows] * root for name in ("c_x0", "c_x", "c_out")}
     sigma = np.sqrt((root * plain.sigma[rows]) ** 2 + 1 - root**2)
     return replace(
@@ -353,11 +353,11 @@ def inverted(config: SamplerConfig) -> StepTable:
     return StepTable.of(t, columns, draws=np.zeros(len(t), bool), doubled=doubled)
 
 
-def _split(config: SamplerConfig | None, options: dict[str, Any]) -> tuple[SamplerConfig, dict[str, Any]]:
+def _split_options(config: SamplerConfig | None, options: dict[str, Any]) -> tuple[SamplerConfig, dict[str, Any]]:
     """The config with the options that are its fields, and the options that are not."""
     fields = SamplerConfig.__dataclass_fields__.keys()
-    own = {name: value for name, value in options.items() if name in fields}
-    return SamplerConfig.from_options(own, config), {n: value for n, value in options.items() if n not in fields}
+    changes = {name: value for name, value in options.items() if name in fields}
+    return SamplerConfig.from_options(changes, config), {n: value for n, value in options.items() if n not in fields}
 
 
 def _check_images(name: str, images: Tensor) -> None:
@@ -368,11 +368,11 @@ def _check_images(name: str, images: Tensor) -> None:
     checked_start(images, tuple(images.shape), name)
 
 
-def _resolved(seeds: Seeds, count: int) -> list[int]:
-    found = resolve_seeds(seeds, count)
+def _resolve_and_log(seeds: Seeds, count: int) -> list[int]:
+    resolved = resolve_seeds(seeds, count)
     if seeds is None:
-        logger.info("drew seeds %d … %d", found[0], found[-1])
-    return found
+        logger.info("drew seeds %d … %d", resolved[0], resolved[-1])
+    return resolved
 
 
 def _forward_noise(x: Tensor, t: int, seeds: Seeds, visit: int) -> Tensor:

@@ -99,19 +99,19 @@ def read(paths: Sequence[str | os.PathLike], shape: tuple[int, ...]) -> tuple[By
     names: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = pictures_in(path)
-            if not found:
+            files = pictures_in(path)
+            if not files:
                 raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
         else:
-            found = [path]
-        for file in found:
-            some = _read_npz(file) if file.suffix.lower() == ".npz" else _read_picture(file, shape[0])[None]
+            files = [path]
+        for file in files:
+            pixels = _read_npz(file) if file.suffix.lower() == ".npz" else _read_picture(file, shape[0])[None]
             channels, height, width = shape
-            if some.shape[1:] != (height, width, channels):
-                got = " x ".join(map(str, some.shape[1:]))
+            if pixels.shape[1:] != (height, width, channels):
+                got = " x ".join(map(str, pixels.shape[1:]))
                 raise ValueError(f"{file} is {got}, the model takes {height} x {width} x {channels}")
-            pictures.append(some)
-            names += [file.name] if len(some) == 1 else [f"{file.name}[{number}]" for number in range(len(some))]
+            pictures.append(pixels)
+            names += [file.name] if len(pixels) == 1 else [f"{file.name}[{number}]" for number in range(len(pixels))]
     return np.concatenate(pictures), names
 
 
@@ -119,10 +119,10 @@ def shape_of(path: str | os.PathLike) -> tuple[int, int, int]:
     """(C, H, W) of a picture, or of the first in a folder: one channel if it is grey, four if it is transparent."""
     file = Path(path)
     if file.is_dir():
-        found = pictures_in(file)
-        if not found:
+        pictures = pictures_in(file)
+        if not pictures:
             raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
-        file = found[0]
+        file = pictures[0]
     if not file.is_file():
         raise ValueError(f"{file} is not there")
     try:
@@ -140,21 +140,21 @@ def _read_picture(path: Path, channels: int) -> Bytes:
         raise ValueError(f"{path} is not there")
     try:
         with Image.open(path) as picture:
-            found = np.asarray(picture.convert(MODES[channels]))
+            pixels = np.asarray(picture.convert(MODES[channels]))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    return found[..., None] if found.ndim == 2 else found
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _read_npz(path: Path) -> Bytes:
     try:
         with np.load(path) as arrays:
-            found = arrays["arr_0"]
+            pixels = arrays["arr_0"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if found.dtype != np.uint8 or found.ndim != 4 or not len(found):
-        raise ValueError(f"{path} must hold uint8 [N, H, W, C] in arr_0, got {found.dtype} {found.shape}")
-    return found
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):
+        raise ValueError(f"{path} must hold uint8 [N, H, W, C] in arr_0, got {pixels.dtype} {pixels.shape}")
+    return pixels
 
 
 def grid(images: Bytes, columns: int | None = None) -> Bytes:

@@ -16,7 +16,7 @@ from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.kernels.q_sample import q_sample
 from ddpm_fast.schedules import Array
 from ddpm_fast.seeding import Seeds, resolve_seeds, seed_tensor
-from ddpm_fast.table import StepTable, alpha_bars_gone_to, build_table, posterior_deviation, posterior_variance
+from ddpm_fast.table import StepTable, build_table, posterior_deviation, posterior_variance, previous_alpha_bars
 from ddpm_fast.timesteps import Timesteps
 from ddpm_fast.validate import checked_start, whole
 
@@ -90,17 +90,17 @@ def bits_per_dimension(
     _check(config, x_0)
     whole("batch_size", batch_size, 1)
     table, all_seeds = build_table(config), resolve_seeds(seeds, len(x_0))
-    chain = _variances(config)
-    parts = []
+    variances = _variances(config)
+    batches = []
     starts = range(0, len(x_0), batch_size)
     network: Network | None = None
     bar: Progress | None = None
     try:
         for start in starts:
-            some = slice(start, start + batch_size)
-            images = x_0[some]
+            rows = slice(start, start + batch_size)
+            images = x_0[rows]
             kwargs = {
-                name: value[some] if isinstance(value, Tensor) and value.shape[:1] == x_0.shape[:1] else value
+                name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == x_0.shape[:1] else value
                 for name, value in (model_kwargs or {}).items()
             }
             if network is None or len(images) != network.batch:
@@ -112,12 +112,13 @@ def bits_per_dimension(
             if bar is None:
                 bar = Progress(len(table) * len(starts), network.device, progress)
             with on_device(network.device), torch.no_grad():
-                parts.append(_terms(network, images.to(network.device), table, chain, config, all_seeds[some], bar))
+                images = images.to(network.device)
+                batches.append(_terms(network, images, table, variances, config, all_seeds[rows], bar))
     finally:
         if bar is not None:
-            bar.close(len(parts) == len(starts))
+            bar.close(len(batches) == len(starts))
     prior = prior_bits(x_0, float(config.alphas_cumprod()[table.timestep[0]])).cpu().numpy()
-    terms, epsilon_mse, x0_mse = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    terms, epsilon_mse, x0_mse = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))
     total = prior + terms.sum(1)
     return Likelihood(total, prior, terms, epsilon_mse, x0_mse, table.timestep, all_seeds)
 
@@ -126,7 +127,7 @@ def _terms(
     network: Network,
     x_0: Tensor,
     table: StepTable,
-    chain: tuple[Array, Array],
+    variances: tuple[Array, Array],
     config: SamplerConfig,
     seeds: list[int],
     bar: Progress,
@@ -134,7 +135,7 @@ def _terms(
     """The terms and the mean squared errors of a batch: [B, steps] each."""
     alpha_bars = torch.from_numpy(config.alphas_cumprod())
     keys, on_device_bars = seed_tensor(seeds).to(x_0.device), alpha_bars.to(x_0.device)
-    beta_tilde, sigma_square = chain
+    beta_tilde, sigma_square = variances
     columns: list[tuple[Tensor, ...]] = []
     x_0 = x_0.float().contiguous()
     exact = x_0.double()
@@ -176,7 +177,7 @@ def _terms(
 def _variances(config: SamplerConfig) -> tuple[Array, Array]:
     """beta_tilde and sigma^2 of every row; where fixed_small leaves the decoder none, sigma^2 of the row before."""
     t = config.inference_timesteps()
-    alpha_bar, alpha_bar_s = config.alphas_cumprod()[t], alpha_bars_gone_to(config, t)
+    alpha_bar, alpha_bar_s = config.alphas_cumprod()[t], previous_alpha_bars(config, t)
     beta_tilde = posterior_variance(alpha_bar, alpha_bar_s)
     sigma_square = posterior_deviation(config.variance_type, alpha_bar, alpha_bar_s, beta_tilde) ** 2
     if sigma_square[-1] == 0 and len(t) > 1:
@@ -184,9 +185,9 @@ def _variances(config: SamplerConfig) -> tuple[Array, Array]:
     return beta_tilde, sigma_square
 
 
-def gaussian_kl(apart: Tensor, log_true: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(m + apart, true) || N(m, variance)) in nats, element by element."""
-    ratios = torch.exp(log_true - log_variance) + apart.square() * torch.exp(-log_variance)
+def gaussian_kl(difference: Tensor, log_true: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(m + difference, true) || N(m, variance)) in nats, element by element."""
+    ratios = torch.exp(log_true - log_variance) + difference.square() * torch.exp(-log_variance)
     return 0.5 * (log_variance - log_true + ratios - 1)
 
 

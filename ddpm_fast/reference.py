@@ -99,11 +99,11 @@ class Diffusion:
     def sample(self, model: Model, x_T: Tensor, noises: Sequence[Tensor], **options) -> list[Tensor]:
         """Algorithm 2: [x_{T-1}, …, x_0], with the noise of each step given, first step first."""
         x = x_T
-        walk: list[Tensor] = []
+        states: list[Tensor] = []
         for t in reversed(range(len(self.betas))):
-            x = self.p_sample(model, x, t, noises[len(walk)], **options)
-            walk.append(x)
-        return walk
+            x = self.p_sample(model, x, t, noises[len(states)], **options)
+            states.append(x)
+        return states
 
     def ddim_sample(
         self,
@@ -117,7 +117,7 @@ class Diffusion:
     ) -> list[Tensor]:
         """DDIM (Song, Meng & Ermon 2021, eq. 12), its direction from the raw "output" or the clipped "x0"."""
         x = x_T
-        walk: list[Tensor] = []
+        states: list[Tensor] = []
         for t in reversed(range(len(self.betas))):
             output = model(x, torch.full((len(x),), self.timesteps[t]))
             signal, deviation = torch.sqrt(self.alphas_bar[t]), torch.sqrt(1 - self.alphas_bar[t])
@@ -127,9 +127,9 @@ class Diffusion:
             sigma = eta * torch.sqrt(self._beta_tilde(t))
             before = self._alpha_bar_before(t)
             x = torch.sqrt(before) * x_0 + torch.sqrt((1 - before - sigma**2).clamp(min=0)) * epsilon
-            x = x + sigma * noises[len(walk)]
-            walk.append(x)
-        return walk
+            x = x + sigma * noises[len(states)]
+            states.append(x)
+        return states
 
     def _alpha_bar_before(self, t: int) -> Tensor:
         return self.alphas_bar[t - 1] if t > 0 else torch.ones_like(self.alphas_bar[0])

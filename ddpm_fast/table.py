@@ -123,9 +123,9 @@ def build_table(config: SamplerConfig) -> StepTable:
     """Compute every row of the walk that `config` describes."""
     t = config.inference_timesteps()
     alpha_bars = config.alphas_cumprod()
-    alpha_bar, alpha_bar_s = alpha_bars[t], alpha_bars_gone_to(config, t)
+    alpha_bar, alpha_bar_s = alpha_bars[t], previous_alpha_bars(config, t)
     beta_tilde = posterior_variance(alpha_bar, alpha_bar_s)
-    a, b = origin_estimate(config.prediction_type, alpha_bar)
+    a, b = x0_coefficients(config.prediction_type, alpha_bar)
     learned = config.sampler == "ddpm" and config.variance_type in ("learned", "learned_range")
     if config.sampler == "ddpm":
         c_x0, c_x, c_out = posterior_mean(alpha_bar, alpha_bar_s)
@@ -158,22 +158,22 @@ def build_table(config: SamplerConfig) -> StepTable:
     )
 
 
-def timesteps_gone_to(config: SamplerConfig, t: Timesteps) -> Timesteps:
+def previous_timesteps(config: SamplerConfig, t: Timesteps) -> Timesteps:
     """The timestep s that each step goes to; negative past the end of the walk."""
     if config.previous_timestep == "stride":
         return t - config.num_train_timesteps // len(t)
     return np.append(t[1:], -1)
 
 
-def alpha_bars_gone_to(config: SamplerConfig, t: Timesteps) -> Array:
+def previous_alpha_bars(config: SamplerConfig, t: Timesteps) -> Array:
     """alpha_bar_s; past the end 1, or alpha_bar_0 without set_alpha_to_one."""
     alpha_bars = config.alphas_cumprod()
-    s = timesteps_gone_to(config, t)
+    s = previous_timesteps(config, t)
     final = 1.0 if config.set_alpha_to_one else alpha_bars[0]
     return np.where(s >= 0, alpha_bars[np.maximum(s, 0)], final)
 
 
-def origin_estimate(prediction_type: str, alpha_bar: Array) -> tuple[Array, Array]:
+def x0_coefficients(prediction_type: str, alpha_bar: Array) -> tuple[Array, Array]:
     """(a, b) with x0 = a x_t + b out (Ho et al. 2020, eq. 15; for v Salimans & Ho 2022, appendix D)."""
     if prediction_type == "epsilon":
         return 1 / np.sqrt(alpha_bar), -np.sqrt(1 - alpha_bar) / np.sqrt(alpha_bar)

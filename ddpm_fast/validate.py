@@ -41,7 +41,7 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     return int(value)
 
 
-def known_names(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+def check_names(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
     """Raise TypeError for the first of `given` that is not in `allowed`, naming the nearest one."""
     allowed = list(allowed)
     for name in given:
@@ -109,19 +109,19 @@ def checked_known(known: Tensor | None, mask: Tensor | None, shape: tuple[int, .
         return None
     if known is None or mask is None:
         raise ValueError("known and mask belong together: give both or neither")
-    found = []
+    tensors = []
     for name, value in (("known", known), ("mask", mask)):
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype == torch.bool):
             raise ValueError(f"{name} must be a float{' or bool' if name == 'mask' else ''} tensor, got {value!r:.80}")
         try:
-            found.append(value.float().expand(shape))
+            tensors.append(value.float().expand(shape))
         except RuntimeError:
             raise ValueError(f"{name} must broadcast to {shape}, got {tuple(value.shape)}") from None
-        if not bool(torch.isfinite(found[-1]).all()):
+        if not bool(torch.isfinite(tensors[-1]).all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity")
-    if found[1].min() < 0 or found[1].max() > 1:
+    if tensors[1].min() < 0 or tensors[1].max() > 1:
         raise ValueError("mask must lie in [0, 1]: 1 where the image is known")
-    return found[0], found[1]
+    return tensors[0], tensors[1]
 
 
 def kept_steps(output: str, output_steps: Sequence[int] | None, steps: int) -> frozenset[int]:

@@ -189,7 +189,7 @@ def test_a_model_that_returns_no_tensor():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_stops_the_walk_soon_and_its_step_is_named(bad):
+def test_nan_stops_the_run_soon_and_its_step_is_named(bad):
     calls = []
 
     def model(x, t):

@@ -82,7 +82,7 @@ class TestPartialDenoising:
             denoise(Wavy(2, 2), torch.zeros(2, 2, 4, 4), 100, num_inference_steps=20, **QUIET)
         assert "drew seeds" in caplog.text
 
-    def test_the_walk_that_is_left(self):
+    def test_the_steps_that_are_left(self):
         config = SamplerConfig(num_inference_steps=50)
         left = from_level(config, 333)
         assert left.inference_timesteps().tolist() == [t for t in config.inference_timesteps() if t <= 333]
@@ -109,7 +109,7 @@ class TestInterpolation:
         assert abs(x.var() / (0.5 * (1 - ALPHA_BARS[600])) - 1) < 5 * math.sqrt(2 / x.numel())
 
     @pytest.mark.parametrize("mixing", ["linear", "spherical"])
-    def test_its_ends_are_walks_of_the_images(self, mixing):
+    def test_its_ends_are_denoised_images(self, mixing):
         x_a, x_b = torch.rand(2, 3, 2, 4, 4)
         options = {"seeds": 3, "num_inference_steps": 20, **QUIET}
         first = interpolate(Wavy(2, 2), x_a, x_b, 500, 0.0, mixing=mixing, **options)
@@ -132,16 +132,16 @@ class TestInterpolation:
 
 
 def moon(lit, count):
-    found = moons.Moons(*(torch.tensor([value]) for value in (lit, 1.0, 16.0, 16.0, 8.0)))
-    return moons.render(found).expand(count, -1, -1, -1)
+    moon = moons.Moons(*(torch.tensor([value]) for value in (lit, 1.0, 16.0, 16.0, 8.0)))
+    return moons.render(moon).expand(count, -1, -1, -1)
 
 
 def is_fusion(images):
     """Between a full and a half moon: as lit as three quarters on average, as sharp as moons are, and truly between."""
-    found, misfit = moons.measure(images)
-    between = ((found.lit > 0.6) & (found.lit < 0.9)).double().mean()
+    fitted, misfit = moons.measure(images)
+    between = ((fitted.lit > 0.6) & (fitted.lit < 0.9)).double().mean()
     return {
-        "mean": abs(found.lit.mean().item() - 0.75) < 0.06,
+        "mean": abs(fitted.lit.mean().item() - 0.75) < 0.06,
         "sharp": misfit.median().item() < 0.05,
         "between": between.item() > 0.25,
     }
@@ -196,10 +196,10 @@ class TestInpainting:
         assert abs(back - 0.9) < 0.08
         assert plain < back - 0.1
 
-    @pytest.mark.parametrize("how", [{"sampler": "ddim", "eta": 0.0}, {"variance_type": "fixed_large"}], ids=str)
-    def test_other_samplers(self, how):
+    @pytest.mark.parametrize("options", [{"sampler": "ddim", "eta": 0.0}, {"variance_type": "fixed_large"}], ids=str)
+    def test_other_samplers(self, options):
         x = inpaint(Wavy(2, 2), torch.ones(2, 2, 3, 5), torch.eye(5)[:3] > 0, resamplings=2, jump_length=3,
-                    num_inference_steps=12, seeds=0, **how, **QUIET)  # fmt: skip
+                    num_inference_steps=12, seeds=0, **options, **QUIET)  # fmt: skip
         assert torch.equal(x[..., 0, 0], torch.ones(2, 2))
         assert torch.isfinite(x).all()
 
@@ -287,22 +287,22 @@ class TestResampledTable:
         plain = build_table(SamplerConfig(num_inference_steps=50))
         assert set(plain.noise_id.tolist()) <= set(table.noise_id.tolist())
 
-    def test_the_plain_walk_is_a_plain_table(self):
+    def test_one_resampling_is_a_plain_table(self):
         config = SamplerConfig(num_inference_steps=50)
         np.testing.assert_array_equal(resampled(config, 1, 10).coefficients(), build_table(config).coefficients())
 
 
 class TestInversion:
     @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-    def test_ddim_walks_back_to_the_image(self, prediction_type):
+    def test_ddim_returns_to_the_image(self, prediction_type):
         covariance = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
         epsilon = PerPosition(torch.tensor([0.2, -0.3], dtype=torch.float64), covariance)
 
         def velocity(x, t):
             alpha_bar = torch.from_numpy(ALPHA_BARS)[t].view(-1, 1, 1)
             noise = epsilon(x, t).double()
-            origin = (x.double() - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
-            return (alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * origin).to(x.dtype)
+            x0 = (x.double() - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+            return (alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0).to(x.dtype)
 
         model = epsilon if prediction_type == "epsilon" else velocity
         x_0 = torch.randn(4, 2, 30, generator=torch.Generator().manual_seed(1)) * 0.6
@@ -376,7 +376,7 @@ def test_bad_input_is_refused_before_the_network_runs(call, message):
         call(model)
 
 
-def test_the_forward_walk_of_the_reference_is_ours():
+def test_noised_is_the_reference():
     """noised() against the textbook, with the same noise."""
     x_0 = torch.rand(3, 2, 4, 4)
     x_t = noised(x_0, 321, CONFIG, seeds=7)

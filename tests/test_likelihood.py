@@ -35,7 +35,7 @@ def test_against_the_definition(prediction_type, variance_type, clip):
     options = {"prediction_type": prediction_type, "variance_type": variance_type, "clip_sample": clip}
     config = SamplerConfig(num_train_timesteps=20, beta_end=0.4, **options)
     x_0 = images(3)
-    found = bits_per_dimension(model, x_0, config=config, seeds=5, batch_size=2, **QUIET)
+    bound = bits_per_dimension(model, x_0, config=config, seeds=5, batch_size=2, **QUIET)
     diffusion = Diffusion(torch.from_numpy(config.betas()))
     x_0 = x_0.double()
     for place, t in enumerate(range(19, -1, -1)):
@@ -59,13 +59,13 @@ def test_against_the_definition(prediction_type, variance_type, clip):
             below = torch.where(x_0 < -0.999, 0.0, model_step.cdf(x_0 - HALF_BIN))
             nats = -(above - below).clamp(min=1e-12).log()
         expected = nats.flatten(1).mean(1) / math.log(2)
-        np.testing.assert_allclose(found.terms[:, place], expected.numpy(), rtol=2e-4, atol=1e-6)
-        np.testing.assert_allclose(found.x0_mse[:, place], (x_0 - x_hat).square().flatten(1).mean(1), rtol=1e-4)
+        np.testing.assert_allclose(bound.terms[:, place], expected.numpy(), rtol=2e-4, atol=1e-6)
+        np.testing.assert_allclose(bound.x0_mse[:, place], (x_0 - x_hat).square().flatten(1).mean(1), rtol=1e-4)
     end = Normal(diffusion.alphas_bar[-1].sqrt() * x_0, (1 - diffusion.alphas_bar[-1]).sqrt().expand(x_0.shape))
     prior = kl_divergence(end, Normal(torch.zeros_like(x_0), torch.ones_like(x_0))).flatten(1).mean(1) / math.log(2)
-    np.testing.assert_allclose(found.prior, prior, rtol=1e-6)
-    np.testing.assert_allclose(found.total, found.prior + found.terms.sum(1), rtol=1e-12)
-    assert found.timesteps.tolist() == list(range(19, -1, -1))
+    np.testing.assert_allclose(bound.prior, prior, rtol=1e-6)
+    np.testing.assert_allclose(bound.total, bound.prior + bound.terms.sum(1), rtol=1e-12)
+    assert bound.timesteps.tolist() == list(range(19, -1, -1))
 
 
 @pytest.mark.parametrize("count", [2, 16])
@@ -73,12 +73,12 @@ def test_the_information_of_a_finite_data_set(count):
     """Which of N equally probable images it is takes log2 N bits: what all steps tell the best denoiser."""
     data = torch.sign(torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
     model = IdealDenoiser(data, SamplerConfig().alphas_cumprod())
-    found = bits_per_dimension(model, data.repeat(64 // count * 4, 1, 1, 1), seeds=0, batch_size=256, **QUIET)
-    told = 16 * (found.prior + found.terms[:, :-1].sum(1)).mean()
-    assert math.log2(count) - 0.15 < told < 1.08 * math.log2(count) + 0.15
+    bound = bits_per_dimension(model, data.repeat(64 // count * 4, 1, 1, 1), seeds=0, batch_size=256, **QUIET)
+    bits = 16 * (bound.prior + bound.terms[:, :-1].sum(1)).mean()
+    assert math.log2(count) - 0.15 < bits < 1.08 * math.log2(count) + 0.15
     worse = IdealDenoiser(data.roll(1, 3), SamplerConfig().alphas_cumprod())
     wrong = bits_per_dimension(worse, data, seeds=0, **QUIET)
-    assert 16 * wrong.total.mean() > 10 * told
+    assert 16 * wrong.total.mean() > 10 * bits
 
 
 def test_gaussian_data_have_closed_form_terms():
@@ -89,13 +89,13 @@ def test_gaussian_data_have_closed_form_terms():
     x_0 = 0.3 * torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
     keep = x_0.abs().flatten() < 1
     config = SamplerConfig(num_inference_steps=20, clip_sample=False)
-    found = bits_per_dimension(PerSample(model), x_0[keep], config=config, seeds=0, batch_size=20_000, **QUIET)
+    bound = bits_per_dimension(PerSample(model), x_0[keep], config=config, seeds=0, batch_size=20_000, **QUIET)
     table = build_table(config)
     for place, t in enumerate(table.timestep[:-1]):
         alpha_bar = alpha_bars[t]
         left = 1 / (1 / variance + alpha_bar / (1 - alpha_bar))
         expected = 0.5 * table.c_x0[place] ** 2 * left / table.sigma[place] ** 2 / math.log(2)
-        assert found.terms[:, place].mean() == pytest.approx(expected, rel=0.06)
+        assert bound.terms[:, place].mean() == pytest.approx(expected, rel=0.06)
 
 
 class PerSample(torch.nn.Module):
@@ -119,14 +119,14 @@ def test_a_step_is_the_error_of_epsilon_of_x0_and_of_v(t):
         beta, alpha = 1 - alphas[t], alphas[t]
         x_0, x_hat, x_t = mpmath.mpf("0.3"), mpmath.mpf("-0.2"), mpmath.mpf("0.7")
 
-        def mean(origin):  # of q(x_{t-1} | x_t, x_0): by Bayes' rule, precision-weighted
+        def mean(x0):  # of q(x_{t-1} | x_t, x_0): by Bayes' rule, precision-weighted
             precision = alpha / beta + 1 / (1 - before)
-            return (mpmath.sqrt(alpha) / beta * x_t + mpmath.sqrt(before) / (1 - before) * origin) / precision
+            return (mpmath.sqrt(alpha) / beta * x_t + mpmath.sqrt(before) / (1 - before) * x0) / precision
 
         variance = 1 / (alpha / beta + 1 / (1 - before))
         kl = (mean(x_0) - mean(x_hat)) ** 2 / (2 * variance)
         signal, deviation = mpmath.sqrt(alpha_bar), mpmath.sqrt(1 - alpha_bar)
-        epsilon, epsilon_hat = ((x_t - signal * origin) / deviation for origin in (x_0, x_hat))
+        epsilon, epsilon_hat = ((x_t - signal * x0) / deviation for x0 in (x_0, x_hat))
         v, v_hat = (signal * e - deviation * o for e, o in ((epsilon, x_0), (epsilon_hat, x_hat)))
         of_epsilon = beta**2 / (2 * variance * alpha * (1 - alpha_bar)) * (epsilon - epsilon_hat) ** 2
         of_x0 = before * beta**2 / (2 * variance * (1 - alpha_bar) ** 2) * (x_0 - x_hat) ** 2
@@ -152,11 +152,11 @@ def test_the_decoder_is_exact_far_out_on_either_side():
     """Where both distribution functions are 1 to sixteen digits."""
     x = torch.tensor([[0.5, -0.5]], dtype=torch.float64)
     mean = torch.zeros(1, 2, dtype=torch.float64)
-    found = log_decoder(x, mean, torch.full_like(x, 2 * math.log(0.09)))
+    log_p = log_decoder(x, mean, torch.full_like(x, 2 * math.log(0.09)))
     with mpmath.workdps(40):
         exact = mpmath.log(mpmath.ncdf((0.5 + HALF_BIN) / 0.09) - mpmath.ncdf((0.5 - HALF_BIN) / 0.09))
-    assert found[0, 0].item() == pytest.approx(float(exact), rel=1e-9)
-    assert found[0, 1].item() == pytest.approx(float(exact), rel=1e-9)
+    assert log_p[0, 0].item() == pytest.approx(float(exact), rel=1e-9)
+    assert log_p[0, 1].item() == pytest.approx(float(exact), rel=1e-9)
 
 
 def test_batches_seeds_and_conditions():

@@ -109,23 +109,23 @@ def test_respaced_chain_composes_to_the_long_one():
         close(variance, CHAIN.q_sample(ZERO, t, ONE) ** 2)
 
 
-def test_the_network_is_told_the_original_timesteps():
-    told = []
+def test_the_network_gets_the_original_timesteps():
+    timesteps = []
 
     def model(x, t):
         assert t.dtype == torch.int64
         assert t.shape == (2,)
-        told.append(int(t[0]))
+        timesteps.append(int(t[0]))
         return torch.zeros_like(x)
 
     short = CHAIN.respaced([3, 20, 59])
     noises = randn(0, 3, 2, 1)
     short.sample(model, randn(1, 2, 1), noises)
     short.ddim_sample(model, randn(1, 2, 1), noises)
-    assert told == [59, 20, 3] * 2
-    told.clear()
+    assert timesteps == [59, 20, 3] * 2
+    timesteps.clear()
     Diffusion(BETAS[:2], timesteps=[5, 8]).sample(model, randn(1, 2, 1), noises)
-    assert told == [8, 5]
+    assert timesteps == [8, 5]
 
 
 # The reverse process
@@ -149,19 +149,19 @@ def perfect(chain, x_0, prediction):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("t", [0, 1, 30, T - 1])
-def test_predicted_origin(t, prediction):
+def test_predicted_x_0(t, prediction):
     x_0, noise = randn(0, 2, 3), randn(1, 2, 3)
     signal, deviation = CHAIN.alphas_bar[t].sqrt(), (1 - CHAIN.alphas_bar[t]).sqrt()
     output = {"epsilon": noise, "sample": x_0, "v_prediction": signal * noise - deviation * x_0}[prediction]
     close(CHAIN.predict_x_0(CHAIN.q_sample(x_0, t, noise), t, output, prediction), x_0)
 
 
-def propagate(walk):
-    """Mean and variance after every step of `walk(x_T, noises)`, affine in both, for x_T and noises ~ N(0, 1)."""
-    steps = len(walk(ZERO, [ZERO] * T))
-    offsets = walk(ZERO, [ZERO] * steps)
-    units = [walk(ONE, [ZERO] * steps)]
-    units += [walk(ZERO, [ONE if i == j else ZERO for j in range(steps)]) for i in range(steps)]
+def propagate(run):
+    """Mean and variance after every step of `run(x_T, noises)`, affine in both, for x_T and noises ~ N(0, 1)."""
+    steps = len(run(ZERO, [ZERO] * T))
+    offsets = run(ZERO, [ZERO] * steps)
+    units = [run(ONE, [ZERO] * steps)]
+    units += [run(ZERO, [ONE if i == j else ZERO for j in range(steps)]) for i in range(steps)]
     variances = [sum((unit[i] - offsets[i]) ** 2 for unit in units) for i in range(steps)]
     return offsets, variances
 
@@ -169,19 +169,19 @@ def propagate(walk):
 @pytest.mark.parametrize("kept", [range(12), [59, 41, 20, 7, 0], [58, 30, 12]], ids=["ddpm", "respaced", "late"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim0", "ddim0.5", "ddim1"])
-def test_walks_keep_the_marginals_exactly(sampler, prediction, kept):
+def test_runs_keep_the_marginals_exactly(sampler, prediction, kept):
     """With the perfect network of a point and x_T ~ q(x_T | x_0), every x_t ~ q(x_t | x_0): mean and variance."""
     x_0 = 0.6
     chain = CHAIN.respaced(kept)
     model = perfect(chain, x_0, prediction)
 
-    def walk(z, noises):
+    def run(z, noises):
         x_T = chain.q_sample(x_0 * ONE, len(chain.betas) - 1, z)
         if sampler == "ddpm":
             return chain.sample(model, x_T, noises, prediction_type=prediction, clip=None)
         return chain.ddim_sample(model, x_T, noises, float(sampler[4:]), prediction, clip=None)
 
-    means, variances = propagate(walk)
+    means, variances = propagate(run)
     for t, mean, variance in zip(reversed(range(len(chain.betas) - 1)), means, variances, strict=False):
         torch.testing.assert_close(mean, chain.q_sample(x_0 * ONE, t, ZERO), rtol=1e-11, atol=1e-12)
         # differences of walks, each rounded at 1e-16
@@ -207,11 +207,11 @@ def test_gaussian_data_come_back_exactly(kept):
         x_0 = m + root * s**2 / marginal[i] * (x - root * m)
         return torch.cat([x_0, total[i].log().expand_as(x)], dim=1)
 
-    def walk(z, noises):
+    def run(z, noises):
         x_T = chain.alphas_bar[-1].sqrt() * m + marginal[-1].sqrt() * z
         return chain.sample(model, x_T, noises, prediction_type="sample", variance_type="learned", clip=None)
 
-    means, variances = propagate(walk)
+    means, variances = propagate(run)
     for t, mean, variance in zip(reversed(range(len(chain.betas) - 1)), means, variances, strict=False):
         torch.testing.assert_close(mean, chain.alphas_bar[t].sqrt() * m * ONE, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(variance, marginal[t] * ONE, rtol=1e-11, atol=1e-12)  # differences of walks
@@ -270,18 +270,18 @@ def test_last_step_is_quiet():
     assert torch.equal(CHAIN.p_sample(lambda x, t: out, x, 0, 100 * x, variance_type="fixed_large"), quiet)
 
 
-def test_ddim_direction_matters_where_the_origin_is_clipped():
+def test_ddim_direction_matters_where_x_0_is_clipped():
     outputs = 3 * randn(1, 5, 2, 3)
 
-    def walk(direction, clip):
+    def run(direction, clip):
         calls = iter(outputs)
         chain = CHAIN.respaced([59, 40, 20, 10, 0])
         return chain.ddim_sample(
             lambda x, t: next(calls), randn(0, 2, 3), randn(2, 5, 2, 3), clip=clip, direction=direction
         )[-1]
 
-    torch.testing.assert_close(walk("x0", None), walk("output", None), rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(walk("x0", 1.0), walk("output", 1.0), atol=1e-2)
+    torch.testing.assert_close(run("x0", None), run("output", None), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(run("x0", 1.0), run("output", 1.0), atol=1e-2)
 
 
 def test_ddim_with_eta_one_and_the_clipped_direction_is_ddpm():

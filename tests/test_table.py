@@ -134,15 +134,15 @@ def test_ddpm_is_the_reference(prediction, variance, spacing):
         output = torch.cat([out, v.tanh()], dim=1) if variance.startswith("learned") else out
         chain = chain_of(config)
         for row in range(steps):
-            told = []
+            timesteps = []
 
-            def model(x, t, told=told, output=output):
-                told.append(t.tolist())
+            def model(x, t, timesteps=timesteps, output=output):
+                timesteps.append(t.tolist())
                 return output
 
             expected = chain.p_sample(model, x, steps - 1 - row, noise, prediction, variance, clip, temperature)
             torch.testing.assert_close(take_step(config, row, x, output, noise), expected, **CLOSE)
-            assert told == [[build_table(config).timestep[row]] * len(x)]
+            assert timesteps == [[build_table(config).timestep[row]] * len(x)]
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -164,10 +164,10 @@ def test_ddim_is_the_reference(prediction, direction, eta, spacing):
         outputs, noises = randn(1, steps, *SHAPE), randn(2, steps, *SHAPE)
         x = randn(3, *SHAPE)
         calls = iter(outputs)
-        walk = chain_of(config).ddim_sample(
+        states = chain_of(config).ddim_sample(
             lambda x, t, calls=calls: next(calls), x, noises, eta, prediction, clip, direction
         )
-        for row, expected in enumerate(walk):
+        for row, expected in enumerate(states):
             actual = take_step(config, row, x, outputs[row], noises[row])
             # The reference takes epsilon from x_t - sqrt(alpha_bar) x0, divided by sqrt(1 - alpha_bar) = 1e-2 at
             # t = 0: rounding of x_t, 1e-16 of up to 1000 without clipping, a hundredfold.
@@ -498,7 +498,7 @@ def test_shapes_and_types():
     assert table.ids().tolist() == [[t, t] for t in range(980, -1, -20)]
 
 
-def test_walks_share_the_noise_of_shared_timesteps():
+def test_runs_share_the_noise_of_shared_timesteps():
     short, long = build_table(SamplerConfig(num_inference_steps=50)), build_table(SamplerConfig())
     assert set(short.noise_id.tolist()) <= set(long.noise_id.tolist())
     assert np.array_equal(short.noise_id, short.timestep)

@@ -34,15 +34,15 @@ class Timed(torch.nn.Module):
         (log_snr_times(SamplerConfig().alphas_cumprod()), lambda t, alpha_bar: np.log(alpha_bar / (1 - alpha_bar))),
     ],
 )
-def test_the_network_is_told_the_time_of_its_timestep(times, expected):
+def test_the_network_gets_the_time_of_its_timestep(times, expected):
     network = Timed()
     result = sample(Retimed(network, times), SHAPE, seeds=0, num_inference_steps=5)
     config = SamplerConfig(num_inference_steps=5)
     t = config.inference_timesteps()
     assert len(network.times) == 5
     assert network.times[0].dtype == torch.float32
-    told = torch.stack(network.times)[:, 0].double().numpy()
-    assert np.allclose(told, expected(t, config.alphas_cumprod()[t]), rtol=1e-6)
+    seen = torch.stack(network.times)[:, 0].double().numpy()
+    assert np.allclose(seen, expected(t, config.alphas_cumprod()[t]), rtol=1e-6)
     by_hand = sample(lambda x, t: network(x, torch.from_numpy(times).float()[t]), SHAPE, seeds=0, num_inference_steps=5)
     assert torch.equal(result, by_hand)
 

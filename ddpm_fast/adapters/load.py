@@ -25,9 +25,9 @@ from ddpm_fast.models.checkpoint import (
     load_weights,
     read_weights_only,
 )
-from ddpm_fast.table import origin_estimate
+from ddpm_fast.table import x0_coefficients
 from ddpm_fast.times import Retimed, scaled_times
-from ddpm_fast.validate import known_names
+from ddpm_fast.validate import check_names
 
 Arguments = Mapping[str, Any]
 
@@ -62,15 +62,15 @@ def load_model(
     given = dict(arguments or {})
     text, path = str(source), Path(source)
     if not path.exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
-        return _placed(_from_factory(text, given), device)
+        return _to_device(_from_factory(text, given), device)
     if path.is_file():
-        return _placed(_from_weights(path, given), device)
+        return _to_device(_from_weights(path, given), device)
     kind = _diffusers_class(path)
     if kind is None:
         if given:
             raise ValueError(f"a checkpoint folder says itself what it holds: no arguments, got {min(given)}")
         return load_checkpoint(path, device)
-    return _placed(_from_diffusers(path, kind, given), device)
+    return _to_device(_from_diffusers(path, kind, given), device)
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
@@ -84,20 +84,20 @@ def parse_arguments(text: str) -> dict[str, Any]:
         if len(words) % 2 or not all(re.fullmatch(r"--[A-Za-z]\w*", name) for name in words[::2]):
             raise ValueError(f"flags look like --image_size 64 --learn_sigma True, got {text!r}")
         return {name[2:]: _value(value) for name, value in zip(words[::2], words[1::2], strict=True)}
-    where = "the model's arguments"
+    source = "the model's arguments"
     if not text.lstrip().startswith("{"):
-        where = text
+        source = text
         try:
             text = Path(text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the model's arguments are JSON, flags or a file: cannot read {where}") from error
+            raise ValueError(f"the model's arguments are JSON, flags or a file: cannot read {source}") from error
     try:
-        found = json.loads(text)
+        arguments = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: must be a JSON object, got {type(found).__name__}")
-    return found
+        raise ValueError(f"{source}: not valid JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{source}: must be a JSON object, got {type(arguments).__name__}")
+    return arguments
 
 
 def _value(word: str) -> Any:
@@ -115,13 +115,13 @@ def _is(kind: type, word: str) -> bool:
     return True
 
 
-def _placed(found: Checkpoint, device: torch.device) -> Checkpoint:
+def _to_device(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
     """On its device, in eval mode; raise unless the samples are images."""
-    if len(found.shape) != 3:
-        raise ValueError(f"only images (C, H, W) are written to files, got samples of shape {found.shape}")
-    if isinstance(found.model, nn.Module):
-        found.model.eval().requires_grad_(False).to(device)
-    return found
+    if len(checkpoint.shape) != 3:
+        raise ValueError(f"only images (C, H, W) are written to files, got samples of shape {checkpoint.shape}")
+    if isinstance(checkpoint.model, nn.Module):
+        checkpoint.model.eval().requires_grad_(False).to(device)
+    return checkpoint
 
 
 # diffusers
@@ -150,9 +150,9 @@ def _from_diffusers(folder: Path, kind: str, arguments: Arguments) -> Checkpoint
         loaded = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded as a {kind}: {str(error).splitlines()[0]}") from error
-    found = _of_unet(loaded, SamplerConfig()) if kind == "UNet2DModel" else _of_pipeline(loaded)
-    config = SamplerConfig.from_options(arguments, found.diffusion)
-    return Checkpoint(found.model, config, found.shape, found.about, found.classes)
+    checkpoint = _of_unet(loaded, SamplerConfig()) if kind == "UNet2DModel" else _of_pipeline(loaded)
+    config = SamplerConfig.from_options(arguments, checkpoint.diffusion)
+    return Checkpoint(checkpoint.model, config, checkpoint.shape, checkpoint.about, checkpoint.classes)
 
 
 def _of_pipeline(pipeline: Any) -> Checkpoint:
@@ -203,7 +203,7 @@ def _from_trainer(path: Path, arguments: Arguments) -> Checkpoint:
     library = _library("denoising_diffusion_pytorch", "denoising-diffusion-pytorch")
     from ddpm_fast.adapters.lucidrains import load_trainer_checkpoint
 
-    known_names("section", arguments, ("unet", "diffusion"))
+    check_names("section", arguments, ("unet", "diffusion"))
     unet = library.Unet(**arguments.get("unet", {}))
     learned = bool(arguments.get("unet", {}).get("learned_variance"))
     kind = library.LearnedGaussianDiffusion if learned else library.GaussianDiffusion
@@ -252,7 +252,7 @@ class SelfConditioned(nn.Module):
     def __init__(self, model: nn.Module, config: SamplerConfig) -> None:
         super().__init__()
         self.model = model
-        for name, column in zip("ab", origin_estimate(config.prediction_type, config.alphas_cumprod()), strict=True):
+        for name, column in zip("ab", x0_coefficients(config.prediction_type, config.alphas_cumprod()), strict=True):
             self.register_buffer(name, torch.from_numpy(column).float(), persistent=False)
         self.register_buffer("last", torch.zeros(0), persistent=False)
         self.register_buffer("t", torch.zeros(0, dtype=torch.int64), persistent=False)
@@ -274,7 +274,7 @@ def _from_guided(path: Path, arguments: Arguments) -> Checkpoint:
 
     library = _guided_library()
     defaults = library.model_and_diffusion_defaults()
-    known_names("flag", arguments, (*defaults, "use_ddim", "clip_denoised"))
+    check_names("flag", arguments, (*defaults, "use_ddim", "clip_denoised"))
     flags = {**defaults, **{name: value for name, value in arguments.items() if name in defaults}}
     respacing = str(flags.pop("timestep_respacing"))
     flags = {name: str(value) if isinstance(defaults[name], str) else value for name, value in flags.items()}

@@ -40,7 +40,7 @@ Drawn = tuple[Sequence[int], images.Bytes, Speculation | None]
 def sample(arguments: argparse.Namespace) -> None:
     """Draw samples."""
     seeds = _seeds(arguments)
-    checkpoint, config, device = _opened(arguments)
+    checkpoint, config, device = _open(arguments)
     kind = images.check_output(arguments.out, checkpoint.shape, seeds)
     _write(arguments, kind, seeds, config, device, _draw(checkpoint, config, seeds, device, arguments), {})
 
@@ -48,35 +48,35 @@ def sample(arguments: argparse.Namespace) -> None:
 def interpolate(arguments: argparse.Namespace) -> None:
     """Fuse two pictures."""
     seeds = _seeds(arguments)
-    checkpoint, config, device = _opened(arguments)
+    checkpoint, config, device = _open(arguments)
     kind = images.check_output(arguments.out, checkpoint.shape, seeds)
     config = from_level(config, arguments.level)
     ends, names = _read(arguments.pictures, checkpoint.shape)
     if len(ends) != 2:
         raise ValueError(f"two pictures are fused, got {len(ends)}")
-    how = {"lam": arguments.lam, "mixing": arguments.mixing, "shared_noise": arguments.shared_noise}
-    about = {"interpolate": {"pictures": names, "level": arguments.level, **how}}
+    mixing = {"lam": arguments.lam, "mixing": arguments.mixing, "shared_noise": arguments.shared_noise}
+    about = {"interpolate": {"pictures": names, "level": arguments.level, **mixing}}
 
     a, b = ends.to(device).split(1)
     check_mixture(a, b, arguments.lam, arguments.mixing)
 
     def start(part: Sequence[int]) -> torch.Tensor:
         size = (len(part), *checkpoint.shape)
-        return mixture(a.expand(size), b.expand(size), config=config, seeds=part, **how)
+        return mixture(a.expand(size), b.expand(size), config=config, seeds=part, **mixing)
 
     _write(arguments, kind, seeds, config, device, _draw(checkpoint, config, seeds, device, arguments, start), about)
 
 
 def likelihood(arguments: argparse.Namespace) -> None:
     """Bits per dimension of pictures."""
-    checkpoint, config, device = _opened(arguments)
+    checkpoint, config, device = _open(arguments)
     if arguments.out is not None:
         if not arguments.out.endswith(".json"):
             raise ValueError(f"--out must be a .json file, got {arguments.out!r}")
         check_writable(arguments.out)
     pictures, names = _read(arguments.pictures, checkpoint.shape)
     seeds = range(len(names)) if arguments.seeds is None else parse_seeds(arguments.seeds)
-    found = bits_per_dimension(
+    bound = bits_per_dimension(
         checkpoint.model, pictures, config=config, seeds=seeds, batch_size=arguments.batch, device=device,
         model_kwargs=_conditioning(checkpoint, arguments.label, seeds), dtype=DTYPES[arguments.dtype],
         progress=False if arguments.quiet else "likelihood",
@@ -85,16 +85,16 @@ def likelihood(arguments: argparse.Namespace) -> None:
         rows = [
             {"picture": name, "seed": seed, "total": total, "prior": prior, "terms": terms}
             for name, seed, total, prior, terms in zip(
-                names, found.seeds, found.total.tolist(), found.prior.tolist(), found.terms.tolist(), strict=True
+                names, bound.seeds, bound.total.tolist(), bound.prior.tolist(), bound.terms.tolist(), strict=True
             )
         ]
-        timesteps = found.timesteps.tolist()
+        timesteps = bound.timesteps.tolist()
         write_json(arguments.out, {**_about(arguments, config), "timesteps": timesteps, "pictures": rows})
-    decoder = found.terms[:, -1].mean()
-    steps = found.terms[:, :-1].sum(1).mean()
+    decoder = bound.terms[:, -1].mean()
+    steps = bound.terms[:, :-1].sum(1).mean()
     print(
-        f"{len(names)} pictures: at most {found.total.mean():.4f} bits per dimension (prior {found.prior.mean():.4f}, "
-        f"steps {steps:.4f}, decoder {decoder:.4f}); lowest {found.total.min():.4f}, highest {found.total.max():.4f}"
+        f"{len(names)} pictures: at most {bound.total.mean():.4f} bits per dimension (prior {bound.prior.mean():.4f}, "
+        f"steps {steps:.4f}, decoder {decoder:.4f}); lowest {bound.total.min():.4f}, highest {bound.total.max():.4f}"
     )
 
 
@@ -146,18 +146,18 @@ def train(arguments: argparse.Namespace) -> None:
 
 def info(arguments: argparse.Namespace) -> None:
     """What is here."""
-    for what, answer in describe():
-        print(f"{what:<14}{answer}")
+    for name, value in describe():
+        print(f"{name:<14}{value}")
 
 
 def _data(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """What the network is trained on, and what it has to be for that."""
-    name, there = arguments.data, Path(arguments.data).exists()
-    if name == "moons" and not there:
+    name, exists = arguments.data, Path(arguments.data).exists()
+    if name == "moons" and not exists:
         if arguments.flip:
             raise ValueError("--flip is for pictures: a mirrored moon is another moon of the data")
         return moons.batch, {"channels": 1, "image_size": moons.SIZE}
-    if name == "digits" and not there:
+    if name == "digits" and not exists:
         if arguments.flip:
             raise ValueError("--flip is for pictures: a mirrored digit is none")
         data = digits.training()
@@ -178,7 +178,7 @@ def _seeds(arguments: argparse.Namespace) -> Sequence[int]:
     return seeds
 
 
-def _opened(arguments: argparse.Namespace) -> tuple[Checkpoint, SamplerConfig, torch.device]:
+def _open(arguments: argparse.Namespace) -> tuple[Checkpoint, SamplerConfig, torch.device]:
     """The model, the walk and the device that the arguments name."""
     device = checked_device(arguments.device) if arguments.device else default_device()
     given = None if arguments.model_args is None else parse_arguments(arguments.model_args)
@@ -214,30 +214,30 @@ def _write(
     seeds: Sequence[int],
     config: SamplerConfig,
     device: torch.device,
-    parts: Iterator[Drawn],
-    more: dict[str, Any],
+    batches: Iterator[Drawn],
+    extra: dict[str, Any],
 ) -> None:
     """Write what is drawn, and say so."""
-    began = time.perf_counter()
-    about = {**_about(arguments, config), **more}
-    done: list[images.Bytes] = []
+    start = time.perf_counter()
+    about = {**_about(arguments, config), **extra}
+    finished: list[images.Bytes] = []
     calls = 0
-    for part, pictures, speculation in parts:
+    for batch, pictures, speculation in batches:
         if speculation is not None:
             about["speculate"] = speculation.windows
             calls += speculation.calls
         if kind == "folder":
-            images.save(arguments.out, pictures, part, about)  # what is done stays, whatever happens to the rest
+            images.save(arguments.out, pictures, batch, about)  # what is finished stays, whatever happens to the rest
         else:
-            done.append(pictures)
+            finished.append(pictures)
     if kind != "folder":
-        images.save(arguments.out, np.concatenate(done), seeds, about)
+        images.save(arguments.out, np.concatenate(finished), seeds, about)
     if not arguments.quiet:
         steps = len(config.inference_timesteps())
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         span = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} … {seeds[-1]}"
-        ahead = f" in {calls} network calls in all" if calls else ""
-        print(f"{arguments.out}: {len(seeds)} samples, {span}, {steps} steps each{ahead}, {seconds:.1f} s")
+        network_calls = f" in {calls} network calls in all" if calls else ""
+        print(f"{arguments.out}: {len(seeds)} samples, {span}, {steps} steps each{network_calls}, {seconds:.1f} s")
         print(f"path: {path_taken(device)}")
 
 
@@ -272,8 +272,8 @@ def _conditioning(checkpoint: Checkpoint, label: str | None, seeds: Sequence[int
         labels = parse_seeds(label)
     except ValueError:
         raise ValueError(f"--label is a class, several such as 0-9 or 1,4,7, or {NO_CLASS}, got {label!r}") from None
-    for each in labels:
-        whole("--label", each, 0, classes.count - 1)
+    for number in labels:
+        whole("--label", number, 0, classes.count - 1)
     return {classes.keyword: torch.tensor([labels[seed % len(labels)] for seed in seeds])}
 
 
@@ -294,16 +294,16 @@ def _draw(
     """The samples a batch at a time: their seeds, uint8 [n, H, W, C], and what was speculated; `start` gives x_T."""
     sampler: Sampler | None = None
     speculate = arguments.speculate
-    for number, (part, title) in enumerate(_batches(seeds, arguments.batch), 1):
-        told = _conditioning(checkpoint, arguments.label, part)
-        untold = _conditioning(checkpoint, NO_CLASS, part) if arguments.guidance is not None else None
-        if sampler is None or sampler.shape[0] != len(part):
+    for number, (batch, title) in enumerate(_batches(seeds, arguments.batch), 1):
+        conditioning = _conditioning(checkpoint, arguments.label, batch)
+        unconditional = _conditioning(checkpoint, NO_CLASS, batch) if arguments.guidance is not None else None
+        if sampler is None or sampler.shape[0] != len(batch):
             sampler = Sampler(
                 checkpoint.model,
-                (len(part), *checkpoint.shape),
-                model_kwargs=told,
+                (len(batch), *checkpoint.shape),
+                model_kwargs=conditioning,
                 guidance_scale=arguments.guidance,
-                uncond_kwargs=untold,
+                uncond_kwargs=unconditional,
                 config=config,
                 device=device,
                 dtype=DTYPES[arguments.dtype],
@@ -312,16 +312,16 @@ def _draw(
                 speculate=speculate,
             )
             speculate = sampler.windows or False  # measured once: the windows are part of what an image is
-        x_T = None if start is None else start(part)
-        shown = False if arguments.quiet else title
-        found = sampler(
-            seeds=part, x_T=x_T, model_kwargs=told, uncond_kwargs=untold, output="result", progress=shown
+        x_T = None if start is None else start(batch)
+        bar = False if arguments.quiet else title
+        result = sampler(
+            seeds=batch, x_T=x_T, model_kwargs=conditioning, uncond_kwargs=unconditional, output="result", progress=bar
         )  # fmt: skip
-        yield part, to_uint8(found.sample).cpu().numpy(), found.speculation
+        yield batch, to_uint8(result.sample).cpu().numpy(), result.speculation
 
 
 def _batches(seeds: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], str]]:
     """The seeds in batches, each with the title of its progress bar."""
     batches = [seeds[start : start + size] for start in range(0, len(seeds), size)]
-    for number, part in enumerate(batches, 1):
-        yield part, f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"
+    for number, batch in enumerate(batches, 1):
+        yield batch, f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"

@@ -29,8 +29,8 @@ def path_taken(device: torch.device | None = None) -> str:
     """Which implementation walks on `device` (None: the one that would be chosen), and why."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        found = "the device is the CPU" if torch.cuda.is_available() else "torch finds no CUDA GPU"
-        return f"PyTorch on the CPU, because {found}"
+        reason = "the device is the CPU" if torch.cuda.is_available() else "torch finds no CUDA GPU"
+        return f"PyTorch on the CPU, because {reason}"
     if choose_backend(device) == "triton":
         return "Triton kernels; network and step in one CUDA graph, where the network allows it"
     return "PyTorch kernels, because triton is not installed; in a CUDA graph, where the network allows it"
@@ -42,9 +42,9 @@ def triton_mismatch() -> str | None:
         return None
     installed = _version("triton")
     for requirement in importlib.metadata.requires("torch") or []:
-        wanted = re.match(r"triton\s*==\s*([\w.+]+)", requirement)
-        if wanted and installed and installed.partition("+")[0] != wanted[1]:
-            return f"torch {_version('torch')} was built for triton {wanted[1]}, installed is {installed}"
+        required = re.match(r"triton\s*==\s*([\w.+]+)", requirement)
+        if required and installed and installed.partition("+")[0] != required[1]:
+            return f"torch {_version('torch')} was built for triton {required[1]}, installed is {installed}"
     return None
 
 

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = _command(commands, "sample", "draw samples", SAMPLE_HELP, run.sample)
     sample.add_argument("--out", default="samples.png", help=".png, .npz or a folder (default: %(default)s)")
     _add_model(sample)
-    _add_walk(sample)
+    _add_sampling(sample)
 
     fuse = _command(commands, "interpolate", "fuse two pictures", INTERPOLATE_HELP, run.interpolate)
     fuse.add_argument("pictures", nargs=2, metavar="PICTURE", help="of the model's size")
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     fuse.add_argument("--mixing", choices=MIXINGS, default="linear", help="default: %(default)s")
     fuse.add_argument("--shared-noise", action="store_true", help="the same noise for both")
     _add_model(fuse)
-    _add_walk(fuse)
+    _add_sampling(fuse)
 
     bits = _command(commands, "likelihood", "bits per dimension of pictures", LIKELIHOOD_HELP, run.likelihood)
     bits.add_argument("pictures", nargs="+", metavar="PICTURES", help="files, folders, or .npz with uint8 [N, H, W, C]")
@@ -156,11 +156,11 @@ def _windows(text: str) -> Windows:
     allowed = f"windows are 16, or 0:4,100:16 from timestep 0 on, got {text}"
     try:
         pairs = [part.partition(":") for part in text.split(",")]
-        told = {int(t): int(w) for t, _, w in pairs} if ":" in text else int(text)
+        windows = {int(t): int(w) for t, _, w in pairs} if ":" in text else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(allowed) from None
     try:
-        return Windows.of(told)
+        return Windows.of(windows)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{allowed}: {error}") from None
 
@@ -180,7 +180,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 
-def _add_walk(parser: argparse.ArgumentParser) -> None:
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     """Which walk, and how."""
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's, ddpm for the moons")
     parser.add_argument("--eta", type=float, help="noise of ddim, 0 … 1 (default: 0)")

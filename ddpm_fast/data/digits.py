@@ -34,9 +34,9 @@ def halves() -> tuple[Digits, Digits]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ValueError("the digits come with scikit-learn: pip install scikit-learn") from error
-    found = load_digits()
-    images = torch.from_numpy(found.images).float()[:, None] / (INK / 2) - 1
-    labels = torch.from_numpy(found.target).long()
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] / (INK / 2) - 1
+    labels = torch.from_numpy(digits.target).long()
     order = torch.randperm(len(labels), generator=keyed_generator(SPLIT_STREAM, 0))
     order = order[labels[order].argsort(stable=True)]  # shuffled within every class
     first, second = order[0::2].sort().values, order[1::2].sort().values

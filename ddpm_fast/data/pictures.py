@@ -81,8 +81,8 @@ class Pictures:
 
     def __call__(self, count: int, seed: int, step: int) -> Tensor | tuple[Tensor, Tensor]:
         """Batch number `step`: float32 [count, C, H, W] on [-1, 1]; and labels, int64 [count], where there are some."""
-        places = range(step * count, (step + 1) * count)
-        rows = torch.stack([self._order(seed, place // len(self))[place % len(self)] for place in places])
+        positions = range(step * count, (step + 1) * count)
+        rows = torch.stack([self._order(seed, position // len(self))[position % len(self)] for position in positions])
         batch = self._pixels[rows]
         batch = batch.float() / 127.5 - 1 if batch.dtype == torch.uint8 else batch.clone()
         if self.flip:
@@ -101,7 +101,7 @@ def _class_folders(path: Path) -> list[Path]:
     """The folders in a folder that holds no pictures itself: its classes, in alphabetical order."""
     if not path.is_dir() or images.pictures_in(path):
         return []
-    return sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
 
 
 def _folder(paths: Sequence[Path], first: Path) -> Tensor:
@@ -113,10 +113,10 @@ def _folder(paths: Sequence[Path], first: Path) -> Tensor:
 def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
     """Images, uint8 or float32 [N, C, H, W], and labels, int64 [N], where there are some."""
     try:
-        found = np.load(path, allow_pickle=False)
-        names = set(found.files) if path.suffix.lower() == ".npz" else set()
-        pixels = found["arr_0"] if names else found
-        labels = next((found[name] for name in ("labels", "arr_1") if name in names), None)
+        arrays = np.load(path, allow_pickle=False)
+        names = set(arrays.files) if path.suffix.lower() == ".npz" else set()
+        pixels = arrays["arr_0"] if names else arrays
+        labels = next((arrays[name] for name in ("labels", "arr_1") if name in names), None)
     except FileNotFoundError:
         raise ValueError(f"{path} is not there") from None
     except Exception as error:  # a file of another kind can fail in any way
@@ -124,22 +124,22 @@ def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
     return _checked_pixels(path, pixels), None if labels is None else _checked_labels(path, labels, len(pixels))
 
 
-def _checked_pixels(path: Path, found: NDArray) -> Tensor:
-    got = f"{found.dtype} {found.shape}"
-    if not found.size:
+def _checked_pixels(path: Path, pixels: NDArray) -> Tensor:
+    got = f"{pixels.dtype} {pixels.shape}"
+    if not pixels.size:
         raise ValueError(f"{path} holds no image, got {got}")
-    if found.dtype == np.uint8 and found.ndim in (3, 4):
-        found = found[..., None] if found.ndim == 3 else found
-        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(found, -1, 1)))
-    if np.issubdtype(found.dtype, np.floating) and found.ndim == 4:
-        low, high = float(found.min()), float(found.max())
+    if pixels.dtype == np.uint8 and pixels.ndim in (3, 4):
+        pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 1)))
+    if np.issubdtype(pixels.dtype, np.floating) and pixels.ndim == 4:
+        low, high = float(pixels.min()), float(pixels.max())
         if not -1 - 1e-6 <= low <= high <= 1 + 1e-6:
             raise ValueError(f"{path} must lie on [-1, 1], got values from {low:g} to {high:g}")
-        return torch.from_numpy(found.astype(np.float32))
+        return torch.from_numpy(pixels.astype(np.float32))
     raise ValueError(f"{path} must hold uint8 [N, H, W, C] or float [N, C, H, W], got {got}")
 
 
-def _checked_labels(path: Path, found: NDArray, count: int) -> Tensor:
-    if found.shape != (count,) or not np.issubdtype(found.dtype, np.integer) or found.min() < 0:
-        raise ValueError(f"{path}: labels must be integers [{count}] from 0 on, got {found.dtype} {found.shape}")
-    return torch.from_numpy(found.astype(np.int64))
+def _checked_labels(path: Path, labels: NDArray, count: int) -> Tensor:
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise ValueError(f"{path}: labels must be integers [{count}] from 0 on, got {labels.dtype} {labels.shape}")
+    return torch.from_numpy(labels.astype(np.int64))

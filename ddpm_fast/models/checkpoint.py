@@ -14,7 +14,7 @@ from torch import nn
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.files import whole_file, write_json
 from ddpm_fast.models.unet import UNet, UNetConfig
-from ddpm_fast.validate import known_names
+from ddpm_fast.validate import check_names
 
 FORMAT = "ddpm_fast.checkpoint.v1"
 CONFIG_FILE = "config.json"
@@ -95,7 +95,7 @@ def load_checkpoint(folder: str | os.PathLike = "moons", device: str | torch.dev
     config = read_config(path)
     network, diffusion = config.pop("network"), config.pop("diffusion")
     try:
-        known_names("network field", network, UNetConfig.__dataclass_fields__)
+        check_names("network field", network, UNetConfig.__dataclass_fields__)
         unet_config = UNetConfig(**network)
         sampler_config = SamplerConfig.from_options(diffusion)
     except (TypeError, ValueError) as error:
@@ -139,13 +139,13 @@ def read_weights_only(path: str | os.PathLike, kind: str, device: str | torch.de
         raise CheckpointError(f"{path} is no {kind}: torch.load cannot read it") from error
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], says: str) -> None:
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], message: str) -> None:
     """Put `weights` into `model`; where they do not fit, raise CheckpointError with what it `says` and the reason."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-        raise CheckpointError(f"{says}: {reason}") from error
+        raise CheckpointError(f"{message}: {reason}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

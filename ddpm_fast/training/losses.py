@@ -100,15 +100,15 @@ class Loss:
 
     def _bits(self, prediction: Tensor, v: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """L_{t-1} of every sample in bits per dimension, its origin not clipped: the decoder's term where t = 0."""
-        origin = self._at("a", t, x_t) * x_t + self._at("b", t, x_t) * prediction
+        x0 = self._at("a", t, x_t) * x_t + self._at("b", t, x_t) * prediction
         if self.learned:
             share = (v + 1) / 2
             log_variance = share * self._at("log_max", t, x_t) + (1 - share) * self._at("log_min", t, x_t)
         else:
             log_variance = self._at("log_fixed", t, x_t).expand_as(x_t)
         c_x0, log_true = self._at("c_x0", t, x_t), self._at("log_beta_tilde", t, x_t)
-        kl = gaussian_kl(c_x0 * (x_0 - origin), log_true, log_variance)
-        mean = c_x0 * origin + self._at("c_x", t, x_t) * x_t
+        kl = gaussian_kl(c_x0 * (x_0 - x0), log_true, log_variance)
+        mean = c_x0 * x0 + self._at("c_x", t, x_t) * x_t
         decoder = -log_decoder(x_0, mean, log_variance)
         first = (t == 0).view(-1, *(1,) * (x_t.dim() - 1))
         return torch.where(first, decoder, kl).flatten(1).mean(1) / math.log(2)

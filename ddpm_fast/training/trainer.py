@@ -154,8 +154,8 @@ class Trainer:
                 "the schedule ends at sqrt(alpha_bar_T) = %.2f: x_T is no pure noise, which sampling begins with",
                 report["signal"],
             )
-        spread = dist.is_available() and dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         if self.config.batch_size % self.world:
             raise ValueError(f"batch_size must be a multiple of {self.world} processes, got {self.config.batch_size}")
         check_writable(self.folder, folder=True)
@@ -182,7 +182,7 @@ class Trainer:
             self._drop_metrics_after(self.step)
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not progress or self.rank > 0)
         losses: list[float] = []
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             while self.step < self.config.steps:
                 losses.append(self._train_step())
@@ -190,9 +190,9 @@ class Trainer:
                 if self.step % self.config.save_every == 0 or self.step == self.config.steps:
                     bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
                     if self.rank == 0:
-                        self._log(sum(losses) / len(losses), (time.perf_counter() - began) / len(losses))
+                        self._log(sum(losses) / len(losses), (time.perf_counter() - start) / len(losses))
                         self.save()
-                    losses, began = [], time.perf_counter()
+                    losses, start = [], time.perf_counter()
         finally:
             bar.close()
 
@@ -226,20 +226,20 @@ class Trainer:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
-        x0, labels = self._batch()
+        x_0, labels = self._batch()
         generator = keyed_generator(NOISE_STREAM, config.seed, self.step)
-        t = torch.randint(len(self.alpha_bar), (len(x0),), generator=generator).to(self.device)
-        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        t = torch.randint(len(self.alpha_bar), (len(x_0),), generator=generator).to(self.device)
+        noise = torch.randn(x_0.shape, generator=generator).to(self.device)
         condition, count = [], self.network.num_classes
         if labels is not None and count is not None:
-            dropped = torch.rand(len(x0), generator=generator) < config.label_dropout
+            dropped = torch.rand(len(x_0), generator=generator) < config.label_dropout
             condition = [labels.masked_fill(dropped, count).to(self.device)]
-        x0, t, noise, *condition = (whole[self.rank :: self.world] for whole in (x0, t, noise, *condition))
+        x_0, t, noise, *condition = (tensor[self.rank :: self.world] for tensor in (x_0, t, noise, *condition))
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
-        x_t = alpha_bar.sqrt().float() * x0 + (1 - alpha_bar).sqrt().float() * noise
+        x_t = alpha_bar.sqrt().float() * x_0 + (1 - alpha_bar).sqrt().float() * noise
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             prediction = self._network(x_t, t, *condition)
-        loss = self.loss(prediction, x0, x_t, noise, t).mean()
+        loss = self.loss(prediction, x_0, x_t, noise, t).mean()
         value = self._mean(loss)
         self._check_finite("loss", value)
         self.optimizer.zero_grad(set_to_none=True)
@@ -259,14 +259,14 @@ class Trainer:
     def _batch(self) -> tuple[Tensor, Tensor | None]:
         """Images on the device, and labels where the network takes them."""
         batch = self.data(self.config.batch_size, self.config.seed, self.step)
-        x0, labels = batch if isinstance(batch, tuple) else (batch, None)
+        x_0, labels = batch if isinstance(batch, tuple) else (batch, None)
         count = self.network.num_classes
         if (labels is None) != (count is None):
             have, takes = "none" if labels is None else "labels", "none" if count is None else f"{count} classes"
             raise ValueError(f"data and network do not fit: the data have {have}, the network takes {takes}")
         if labels is not None and count is not None and not 0 <= labels.min() <= labels.max() < count:
             raise ValueError(f"labels must lie in 0 … {count - 1}, got {labels.min()} … {labels.max()}")
-        return x0.to(self.device), labels
+        return x_0.to(self.device), labels
 
     def _mean(self, loss: Tensor) -> float:
         """Over all processes: they go on or stop together."""
@@ -275,10 +275,10 @@ class Trainer:
             dist.all_reduce(total)
         return total.item() / self.world
 
-    def _check_finite(self, what: str, value: float) -> None:
+    def _check_finite(self, quantity: str, value: float) -> None:
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"the {what} became {value} at step {self.step}; {self.folder} keeps the last save"
+                f"the {quantity} became {value} at step {self.step}; {self.folder} keeps the last save"
             )
 
     @property
@@ -307,10 +307,10 @@ class Trainer:
             with whole_file(path) as part:
                 part.write_text("".join(kept), encoding="utf-8")
 
-    def _refuse_another_run(self, theirs: dict[str, Any], path: Path) -> None:
-        ours = json.loads(json.dumps(self._identity()))
-        if theirs != ours:
-            raise CheckpointError(f"{path} belongs to another run: {_first_difference(theirs, ours)}")
+    def _refuse_another_run(self, saved: dict[str, Any], path: Path) -> None:
+        expected = json.loads(json.dumps(self._identity()))
+        if saved != expected:
+            raise CheckpointError(f"{path} belongs to another run: {_first_difference(saved, expected)}")
 
     def _resume(self) -> None:
         path = self.folder / STATE_FILE
@@ -334,11 +334,11 @@ class Trainer:
         self.step = int(metadata["step"])
 
 
-def _first_difference(theirs: dict, ours: dict, at: str = "") -> str:
-    for key in sorted(theirs.keys() | ours.keys()):
-        a, b = theirs.get(key), ours.get(key)
+def _first_difference(saved: dict, expected: dict, prefix: str = "") -> str:
+    for key in sorted(saved.keys() | expected.keys()):
+        a, b = saved.get(key), expected.get(key)
         if isinstance(a, dict) and isinstance(b, dict) and a != b:
-            return _first_difference(a, b, f"{at}{key}.")
+            return _first_difference(a, b, f"{prefix}{key}.")
         if a != b:
-            return f"{at}{key} is {a!r} there and {b!r} here"
+            return f"{prefix}{key} is {a!r} there and {b!r} here"
     return "no difference"

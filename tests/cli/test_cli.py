@@ -70,10 +70,10 @@ def draw(model, tmp_path, *arguments):
 
 def redraw(model, about):
     """The same from the metadata alone, in one batch."""
-    found = load_checkpoint(model)
+    checkpoint = load_checkpoint(model)
     sampler = Sampler(
-        found.model,
-        (len(about["seeds"]), *found.shape),
+        checkpoint.model,
+        (len(about["seeds"]), *checkpoint.shape),
         config=SamplerConfig(**about["config"]),
         dtype=getattr(torch, about["dtype"]),
         device="cpu",
@@ -156,7 +156,7 @@ def test_images_do_not_depend_on_the_batch(model, tmp_path, calls):
         pytest.param("--temperature 0", {"temperature": 0}, 20, id="no-noise"),
     ],
 )
-def test_walks(model, tmp_path, calls, arguments, config, steps):
+def test_the_options_of_sampling(model, tmp_path, calls, arguments, config, steps):
     x, about = draw(model, tmp_path, "--seeds", "0-1", *arguments.split())
     assert len(calls) == steps
     assert about["config"] == {**DIFFUSION.to_dict(), **config}
@@ -188,28 +188,28 @@ def test_interpolate(model, pictures, tmp_path):
         "pictures": ["000000.png", "000001.png"], "level": 9, "lam": 0.5, "mixing": "linear", "shared_noise": False,
     }  # fmt: skip
     assert about["config"]["timesteps"] == list(range(9, -1, -1))
-    found = load_checkpoint(model)
+    checkpoint = load_checkpoint(model)
     a, b = (torch.from_numpy(np.array(Image.open(end))[None, None]).float() / 127.5 - 1 for end in ends)
-    shape = (5, *found.shape)
-    options = {"seeds": range(5), "config": found.diffusion, "progress": False}
-    x = interpolate(found.model, a.expand(shape), b.expand(shape), 9, 0.5, **options)
+    shape = (5, *checkpoint.shape)
+    options = {"seeds": range(5), "config": checkpoint.diffusion, "progress": False}
+    x = interpolate(checkpoint.model, a.expand(shape), b.expand(shape), 9, 0.5, **options)
     assert_close(fused, to_uint8(x).numpy())
 
 
 def test_likelihood(model, pictures, tmp_path, capsys):
     assert run("likelihood", model, pictures, "--out", tmp_path / "bits.json", "--quiet") == 0
     said = capsys.readouterr().out
-    found = json.loads((tmp_path / "bits.json").read_text())
-    assert [row["picture"] for row in found["pictures"]] == ["000000.png", "000001.png"]
-    for row in found["pictures"]:
-        assert len(row["terms"]) == len(found["timesteps"]) == 20
+    report = json.loads((tmp_path / "bits.json").read_text())
+    assert [row["picture"] for row in report["pictures"]] == ["000000.png", "000001.png"]
+    for row in report["pictures"]:
+        assert len(row["terms"]) == len(report["timesteps"]) == 20
         assert row["total"] == pytest.approx(row["prior"] + sum(row["terms"]))
-    mean = np.mean([row["total"] for row in found["pictures"]])
+    mean = np.mean([row["total"] for row in report["pictures"]])
     assert f"2 pictures: at most {mean:.4f} bits per dimension" in said
     checkpoint = load_checkpoint(model)
     x_0, _ = commands._read([str(pictures)], checkpoint.shape)
     exact = bits_per_dimension(checkpoint.model, x_0, config=checkpoint.diffusion, seeds=[0, 1], progress=False)
-    np.testing.assert_allclose([row["total"] for row in found["pictures"]], exact.total, rtol=1e-6)
+    np.testing.assert_allclose([row["total"] for row in report["pictures"]], exact.total, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -122,11 +122,11 @@ def test_parameters_follow_the_global_generator_without_one_of_their_own():
 
 def test_measure_reads_the_parameters_back():
     moon = some_moons(150)
-    found, distance = measure(render(moon))
-    assert torch.equal(found.side, moon.side)
+    fitted, distance = measure(render(moon))
+    assert torch.equal(fitted.side, moon.side)
     assert distance.max() < 0.005
     for name, tolerance in {"x": 0.01, "y": 0.01, "radius": 0.01, "lit": 0.001}.items():
-        error = (getattr(found, name) - getattr(moon, name)).abs()
+        error = (getattr(fitted, name) - getattr(moon, name)).abs()
         assert error.quantile(0.99) < tolerance, name
         assert error.max() < 2 * tolerance, name  # next to new and full moon
 
@@ -134,10 +134,10 @@ def test_measure_reads_the_parameters_back():
 def test_measure_bears_noise():
     moon = some_moons(60, seed=1)
     noise = 0.05 * torch.randn(60, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
-    found, distance = measure(render(moon) + noise)
-    assert (found.x - moon.x).abs().max() < 0.15
-    assert (found.radius - moon.radius).abs().max() < 0.15
-    assert (found.lit - moon.lit).abs().max() < 0.02
+    fitted, distance = measure(render(moon) + noise)
+    assert (fitted.x - moon.x).abs().max() < 0.15
+    assert (fitted.radius - moon.radius).abs().max() < 0.15
+    assert (fitted.lit - moon.lit).abs().max() < 0.02
     assert ((distance > 0.02) & (distance < 0.05)).all()  # of the noise, what is not clipped away
 
 

@@ -120,11 +120,12 @@ def test_the_command_trains_on_pictures(folder, tmp_path, capsys):
     run = tmp_path / "run"
     options = ["--data", str(folder), "--flip", "--loss", "hybrid", "--predict", "v_prediction"]
     assert command(run, *options, "--schedule", "squaredcos_cap_v2") == 0
-    found = load_checkpoint(run)
-    assert found.shape == (3, 8, 8)
-    assert found.model.config.learned_variance
-    assert (found.diffusion.prediction_type, found.diffusion.variance_type) == ("v_prediction", "learned_range")
-    assert found.about["data"]["count"] == 7
+    checkpoint = load_checkpoint(run)
+    assert checkpoint.shape == (3, 8, 8)
+    assert checkpoint.model.config.learned_variance
+    assert checkpoint.diffusion.prediction_type == "v_prediction"
+    assert checkpoint.diffusion.variance_type == "learned_range"
+    assert checkpoint.about["data"]["count"] == 7
     assert (
         cli.main(
             ["sample", "--model", str(run), "--steps", "2", "--seeds", "0", "--out", str(tmp_path / "a.png"), "--quiet"]

@@ -55,12 +55,12 @@ def brute_force(data, x, alpha_bar):
 def test_against_50_digits(data, t):
     model = IdealDenoiser(data, ALPHA_BARS, "sample")
     x = noisy(data, t)
-    weights, origin = model.weights(x, at(t, x)), model(x, at(t, x))
+    weights, x0 = model.weights(x, at(t, x)), model(x, at(t, x))
     for i in range(len(x)):
-        exact_weights, exact_origin = brute_force(data, x[i], ALPHA_BARS[t])
+        exact_weights, exact_x0 = brute_force(data, x[i], ALPHA_BARS[t])
         # exponents up to 1e5 at t = 0, rounded at 1e-16 of that; what is not 0 or 1 there is off by 1e-11 of itself
         np.testing.assert_allclose(weights[i].numpy(), exact_weights, rtol=1e-10, atol=1e-14)
-        np.testing.assert_allclose(origin[i].flatten().numpy(), exact_origin, rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(x0[i].flatten().numpy(), exact_x0, rtol=1e-10, atol=1e-14)
 
 
 def test_between_two_rows_at_t_0():
@@ -69,10 +69,10 @@ def test_between_two_rows_at_t_0():
     model = IdealDenoiser(data, ALPHA_BARS, "sample")
     for shift in (0.0, 1e-6, 1e-5, -1e-4):
         x = torch.tensor([[shift, -1.0]], dtype=torch.float64)
-        weights, origin = brute_force(data, x[0], ALPHA_BARS[0])
+        weights, x0 = brute_force(data, x[0], ALPHA_BARS[0])
         assert 0.01 < weights[0] < 0.99
         np.testing.assert_allclose(model.weights(x, at(0, x))[0].numpy(), weights, rtol=1e-10, atol=1e-14)
-        np.testing.assert_allclose(model(x, at(0, x))[0].numpy(), origin, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(model(x, at(0, x))[0].numpy(), x0, rtol=1e-9, atol=1e-11)
 
 
 def test_weights_are_probabilities(data):
@@ -103,13 +103,13 @@ def test_pure_noise_is_almost_the_mean(data):
 def test_predictions_mean_the_same_origin(data, t):
     chain = Diffusion(torch.from_numpy(CONFIG.betas()))
     x = noisy(data, t)
-    origins = [
+    predictions = [
         chain.predict_x_0(x, t, IdealDenoiser(data, ALPHA_BARS, prediction)(x, at(t, x)), prediction)
         for prediction in ("sample", "epsilon", "v_prediction")
     ]
     # epsilon is divided by sqrt(alpha_bar) = 6e-3 at t = 999
-    torch.testing.assert_close(origins[1], origins[0], rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(origins[2], origins[0], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(predictions[1], predictions[0], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(predictions[2], predictions[0], rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("t", [10, 300, 800])
@@ -138,8 +138,8 @@ def test_any_rank(shape):
     output = IdealDenoiser(data, ALPHA_BARS, "sample")(x, at(200, x))
     assert output.shape == x.shape
     for i in range(2):
-        _, origin = brute_force(data, x[i], ALPHA_BARS[200])
-        np.testing.assert_allclose(output[i].flatten().numpy(), origin, rtol=1e-11, atol=1e-13)
+        _, x0 = brute_force(data, x[i], ALPHA_BARS[200])
+        np.testing.assert_allclose(output[i].flatten().numpy(), x0, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("prediction", PREDICTION_TYPES)

@@ -32,11 +32,11 @@ def drawn(count=6, seed=0):
     return x_0, alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise, noise, t, alpha_bar
 
 
-def outputs_for(origin, x_t, alpha_bar):
-    """What networks of each prediction say who mean the same origin."""
-    epsilon = (x_t - alpha_bar.sqrt() * origin) / (1 - alpha_bar).sqrt()
-    v = alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * origin
-    return {"epsilon": epsilon, "sample": origin, "v_prediction": v}
+def outputs_for(x0, x_t, alpha_bar):
+    """What networks of each prediction say who mean the same x0."""
+    epsilon = (x_t - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+    v = alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * x0
+    return {"epsilon": epsilon, "sample": x0, "v_prediction": v}
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -51,15 +51,15 @@ def test_the_squared_error_is_of_what_is_predicted(prediction_type):
 @pytest.mark.parametrize("gamma", [0.5, 5.0])
 def test_min_snr_weighs_the_origin_alike_in_every_prediction(gamma):
     x_0, x_t, noise, t, alpha_bar = drawn()
-    origin = 0.9 * x_0 + 0.05
+    x0 = 0.9 * x_0 + 0.05
     losses = []
-    for name, output in outputs_for(origin, x_t, alpha_bar).items():
+    for name, output in outputs_for(x0, x_t, alpha_bar).items():
         config = SamplerConfig(num_train_timesteps=T, prediction_type=name)
         losses.append(Loss(config, min_snr_gamma=gamma)(output, x_0, x_t, noise, t))
     weight = (alpha_bar / (1 - alpha_bar)).clamp(max=gamma).flatten()
-    expected = weight * (origin - x_0).square().flatten(1).mean(1)
-    for found in losses:
-        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-6)
+    expected = weight * (x0 - x_0).square().flatten(1).mean(1)
+    for loss in losses:
+        torch.testing.assert_close(loss, expected, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -73,9 +73,9 @@ def test_the_bound_is_that_of_the_likelihood(prediction_type, variance_type):
     x_0, _, noise, t, _ = drawn()
     expected = bits_per_dimension(model, x_0, config=config, seeds=0, progress=False)
     x_t = torch.cat([noised(x_0[i : i + 1], int(t[i]), config, [i]) for i in range(len(x_0))])
-    found = Loss(config, "vlb")(model(x_t, t), x_0, x_t, noise, t)
+    bound = Loss(config, "vlb")(model(x_t, t), x_0, x_t, noise, t)
     terms = [expected.terms[i, T - 1 - int(t[i])] for i in range(len(x_0))]
-    np.testing.assert_allclose(found.numpy(), T * np.array(terms), rtol=2e-3)
+    np.testing.assert_allclose(bound.numpy(), T * np.array(terms), rtol=2e-3)
 
 
 def test_hybrid_teaches_the_mean_by_the_error_and_the_variance_by_the_bound():
@@ -154,8 +154,8 @@ def test_networks_learn_by_every_loss(prediction_type, kind, variance_type, tmp_
     Trainer(tmp_path / "a", config, network, diffusion, small_moons).run(progress=False)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.8 * losses[0]
-    found = load_checkpoint(tmp_path / "a")
-    x = sample(found.model, (2, *found.shape), seeds=0, config=found.diffusion, progress=False)
+    checkpoint = load_checkpoint(tmp_path / "a")
+    x = sample(checkpoint.model, (2, *checkpoint.shape), seeds=0, config=checkpoint.diffusion, progress=False)
     assert torch.isfinite(x).all()
 
     def interrupted(count, seed, step):

@@ -93,12 +93,12 @@ def test_a_run_leaves_a_checkpoint_a_state_and_metrics(uninterrupted):
     assert [row["step"] for row in rows] == list(SAVES)
     assert all(row.keys() == {"step", "loss", "learning_rate", "seconds_per_step"} for row in rows)
     assert [row["learning_rate"] for row in rows] == [CONFIG.learning_rate_at(step - 1) for step in SAVES]
-    found = load_checkpoint(uninterrupted)
-    assert (found.diffusion, found.model.config) == (DIFFUSION, TINY)
-    assert found.about["training"]["steps"] == 11
-    assert found.about["data"] == {"name": "test_trainer"}
+    checkpoint = load_checkpoint(uninterrupted)
+    assert (checkpoint.diffusion, checkpoint.model.config) == (DIFFUSION, TINY)
+    assert checkpoint.about["training"]["steps"] == 11
+    assert checkpoint.about["data"] == {"name": "test_trainer"}
     state = load_file(uninterrupted / "state.safetensors")
-    for name, value in found.model.state_dict().items():
+    for name, value in checkpoint.model.state_dict().items():
         assert torch.equal(value, state[f"ema.{name}"].half().float()), name
 
 
@@ -190,11 +190,12 @@ def test_samples_are_drawn_on_the_way_and_change_nothing(tmp_path, uninterrupted
     assert_same_run(tmp_path, uninterrupted)
     about = images.read_metadata(tmp_path / "samples.png")
     assert (about["step"], about["seeds"]) == (11, [0, 1, 2, 3, 4])
-    found = load_checkpoint(tmp_path)
-    shape = (5, *found.shape)
+    checkpoint = load_checkpoint(tmp_path)
+    shape = (5, *checkpoint.shape)
     x = sample(
-        found.model, shape, seeds=0, config=found.diffusion, sampler="ddim", num_inference_steps=50, progress=False
-    )
+        checkpoint.model, shape, seeds=0, progress=False,
+        config=checkpoint.diffusion, sampler="ddim", num_inference_steps=50,
+    )  # fmt: skip
     with Image.open(tmp_path / "samples.png") as picture:
         drawn = np.asarray(picture).astype(int)
     assert abs(drawn - images.grid(to_uint8(x).numpy())[..., 0]).max() <= 2  # the checkpoint's weights are rounded
@@ -509,9 +510,10 @@ def test_command_trains_and_resumes(tmp_path, monkeypatch, capsys):
 
 def test_command_trains_the_moon_model(tmp_path):
     assert cli.main(["train", "--out", str(tmp_path), "--steps", "1", "--batch", "1", "--quiet"]) == 0
-    found = load_checkpoint(tmp_path)
-    assert (found.shape, found.model.config, found.diffusion) == ((1, 32, 32), UNetConfig(), SamplerConfig())
-    assert found.about["data"] == {"name": "moons"}
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.shape == (1, 32, 32)
+    assert (checkpoint.model.config, checkpoint.diffusion) == (UNetConfig(), SamplerConfig())
+    assert checkpoint.about["data"] == {"name": "moons"}
 
 
 @pytest.mark.parametrize(
