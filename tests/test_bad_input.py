@@ -1,4 +1,4 @@
-"""Everything that a caller can get wrong is said in one sentence, before the network is called."""
+"""Tests of wrong arguments: each is reported in one sentence, before the network is called."""
 
 import logging
 
@@ -201,7 +201,7 @@ def test_nan_stops_the_run_soon_and_its_step_is_named(bad):
 
     with pytest.raises(FloatingPointError, match=r"step 2 of 1000 \(timestep 997\), for sample 1 of the batch"):
         sample(model, SHAPE, seeds=0, clip_sample=False)
-    assert len(calls) == LOOK + 3  # the look after the first LOOK steps, and the walk again to find the step
+    assert len(calls) == LOOK + 3  # the check after the first LOOK steps, and a second run to find the step
 
 
 def test_changed_conditioning_must_fit():

@@ -1,4 +1,4 @@
-"""Classes from end to end: data with labels, a network that takes them, training, guidance, the command line."""
+"""Tests of classes from end to end: data with labels, networks, training, guidance, the command line."""
 
 import dataclasses
 import itertools
@@ -25,14 +25,14 @@ QUIET = {"progress": False}
 
 
 def shades(count, seed, step):
-    """Class k is an image of one shade: -0.5, 0 or 0.5."""
+    """Return images of one shade each, -0.5, 0 or 0.5, with the class as label."""
     labels = torch.randint(3, (count,), generator=torch.Generator().manual_seed(1000 * seed + step))
     return (labels.float() / 2 - 0.5).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).clone(), labels
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A checkpoint of a random network with classes."""
+    """Return a checkpoint of a random network with classes."""
     folder = tmp_path_factory.mktemp("models") / "classes"
     save_checkpoint(folder, random_unet(TINY), DIFFUSION, dtype=torch.float32)
     return folder
@@ -93,7 +93,7 @@ def test_a_checkpoint_says_its_classes(model):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Three folders of pictures: black, grey and white ones."""
+    """Return three folders of pictures: black, grey and white ones."""
     root = tmp_path / "pictures"
     for name, shade, count in (("black", 10, 3), ("grey", 120, 4), ("white", 240, 5)):
         (root / name).mkdir(parents=True)
@@ -157,7 +157,7 @@ def test_bad_class_folders_are_named(folders):
 
 
 def seen_labels(folder, dropout, steps=40):
-    """The labels that the network is shown, beside those of the data."""
+    """Return the labels that the network gets in training, and the labels of the data."""
     config = dataclasses.replace(CONFIG, steps=steps, save_every=steps, label_dropout=dropout)
     run = Trainer(folder, config, TINY, DIFFUSION, shades)
     seen = []
@@ -189,9 +189,9 @@ def test_it_learns_the_classes_and_guidance_sharpens_them(tmp_path):
     centres = torch.stack([drawn(**conditioning)[labels == k].mean() for k in range(3)])
     assert centres.tolist() == pytest.approx([-0.5, 0, 0.5], abs=0.15)
     free = drawn(model_kwargs={"class_labels": none})
-    assert free.std() > 0.25  # all classes: 0.41; any one: 0
+    assert free.std() > 0.25  # 0.41 for all classes, 0 for a single one
     guided = drawn(**conditioning, guidance_scale=2.0, uncond_kwargs={"class_labels": none})
-    # away from the middle of all classes, for those that are not in it
+    # Guidance leads away from the middle of all classes.
     assert guided[labels == 0].mean() < centres[0]
     assert guided[labels == 2].mean() > centres[2]
 
@@ -241,7 +241,7 @@ def test_data_and_network_must_fit(tmp_path, network, data, says):
 
 
 def test_labels_may_change_between_calls_of_a_hoisted_network(model):
-    """What depends on the class is tabled when the network is traced, and anew when the class changes."""
+    """Check that hoisted tensors that depend on the class are computed anew when the class changes."""
     checkpoint = load_checkpoint(model)
     first, second, none = (torch.tensor(labels) for labels in ([0, 1], [2, 0], [3, 3]))
     options = {"config": checkpoint.diffusion, "guidance_scale": 3.0, "uncond_kwargs": {"class_labels": none}}

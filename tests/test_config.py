@@ -1,4 +1,4 @@
-"""SamplerConfig: what it accepts, what it says when it does not, and its way through JSON."""
+"""Tests of SamplerConfig: allowed values, error messages, and the round trip through JSON."""
 
 import dataclasses
 import json

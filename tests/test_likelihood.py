@@ -1,4 +1,4 @@
-"""The bound against its definition, closed forms, and data whose information is known."""
+"""Tests of the bound: against its definition, closed forms, and data of known information."""
 
 import math
 
@@ -21,7 +21,7 @@ QUIET = {"progress": False}
 
 
 def images(count, seed=0, shape=(2, 3, 5)):
-    """Of 256 values on [-1, 1]."""
+    """Return images of 256 values on [-1, 1]."""
     return torch.randint(256, (count, *shape), generator=torch.Generator().manual_seed(seed)) / 127.5 - 1
 
 
@@ -29,7 +29,7 @@ def images(count, seed=0, shape=(2, 3, 5)):
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range", "learned"])
 @pytest.mark.parametrize("clip", [True, False])
 def test_against_the_definition(prediction_type, variance_type, clip):
-    """Every term from the textbook's distributions, by torch.distributions, at the same draws of x_t."""
+    """Compare every term with torch.distributions on the textbook's distributions, at the same draws of x_t."""
     learned = variance_type.startswith("learned")
     model = Wavy(2, 4 if learned else 2)
     options = {"prediction_type": prediction_type, "variance_type": variance_type, "clip_sample": clip}
@@ -46,7 +46,7 @@ def test_against_the_definition(prediction_type, variance_type, clip):
         mean, _ = diffusion.q_posterior(x_hat, x_t.double(), t)
         at = 1 if t == 0 and variance_type == "fixed_small" else t
         variance = diffusion.p_variance(at, variance_type, output[:, 2:])
-        if t == 0 and variance_type == "learned_range":  # beta_tilde of t = 0 is zero: that of t = 1 takes its place
+        if t == 0 and variance_type == "learned_range":  # beta_tilde of t = 0 is zero: t = 1 replaces it
             share = (output[:, 2:] + 1) / 2
             before = diffusion.p_variance(1, "fixed_small", output)
             variance = torch.exp(share * torch.log(diffusion.betas[0]) + (1 - share) * torch.log(before))
@@ -70,7 +70,7 @@ def test_against_the_definition(prediction_type, variance_type, clip):
 
 @pytest.mark.parametrize("count", [2, 16])
 def test_the_information_of_a_finite_data_set(count):
-    """Which of N equally probable images it is takes log2 N bits: what all steps tell the best denoiser."""
+    """Check that all steps of the best denoiser sum to log2 N bits for N equally probable images."""
     data = torch.sign(torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
     model = IdealDenoiser(data, SamplerConfig().alphas_cumprod())
     bound = bits_per_dimension(model, data.repeat(64 // count * 4, 1, 1, 1), seeds=0, batch_size=256, **QUIET)
@@ -82,7 +82,7 @@ def test_the_information_of_a_finite_data_set(count):
 
 
 def test_gaussian_data_have_closed_form_terms():
-    """E |x_0 - E[x_0 | x_t]|^2 is the posterior's variance, so every KL is known."""
+    """Check the KL terms against E |x_0 - E[x_0 | x_t]|^2, which is the posterior's variance."""
     variance = 0.09
     alpha_bars = SamplerConfig().alphas_cumprod()
     model = Gaussian(torch.zeros(1), variance * torch.eye(1), torch.from_numpy(alpha_bars))
@@ -99,7 +99,7 @@ def test_gaussian_data_have_closed_form_terms():
 
 
 class PerSample(torch.nn.Module):
-    """`Gaussian` of one dimension, for a batch that is all at one timestep."""
+    """A `Gaussian` of one dimension, for a batch that is all at one timestep."""
 
     def __init__(self, model):
         super().__init__()
@@ -111,7 +111,7 @@ class PerSample(torch.nn.Module):
 
 @pytest.mark.parametrize("t", [1, 2, 10, 500, 999])
 def test_a_step_is_the_error_of_epsilon_of_x0_and_of_v(t):
-    """One objective: KL - const = weight |error|^2 for each prediction, in 50 digits (Ho et al. 2020, eq. 8 to 12)."""
+    """Check KL - const = weight |error|^2 for each prediction, in 50 digits (Ho et al. 2020, eq. 8 to 12)."""
     betas = SamplerConfig().betas()
     with mpmath.workdps(50):
         alphas = [1 - mpmath.mpf(float(beta)) for beta in betas]
@@ -119,7 +119,7 @@ def test_a_step_is_the_error_of_epsilon_of_x0_and_of_v(t):
         beta, alpha = 1 - alphas[t], alphas[t]
         x_0, x_hat, x_t = mpmath.mpf("0.3"), mpmath.mpf("-0.2"), mpmath.mpf("0.7")
 
-        def mean(x0):  # of q(x_{t-1} | x_t, x_0): by Bayes' rule, precision-weighted
+        def mean(x0):  # mean of q(x_{t-1} | x_t, x_0) by Bayes' rule, weighted by precision
             precision = alpha / beta + 1 / (1 - before)
             return (mpmath.sqrt(alpha) / beta * x_t + mpmath.sqrt(before) / (1 - before) * x0) / precision
 
@@ -149,7 +149,7 @@ def test_the_decoder_is_a_distribution_over_the_256_values(deviation):
 
 
 def test_the_decoder_is_exact_far_out_on_either_side():
-    """Where both distribution functions are 1 to sixteen digits."""
+    """Check a point where both distribution functions are 1 to sixteen digits."""
     x = torch.tensor([[0.5, -0.5]], dtype=torch.float64)
     mean = torch.zeros(1, 2, dtype=torch.float64)
     log_p = log_decoder(x, mean, torch.full_like(x, 2 * math.log(0.09)))

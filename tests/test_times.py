@@ -1,4 +1,4 @@
-"""Networks that want another time than the timestep."""
+"""Tests of networks that take another time than the timestep."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SHAPE = (2, 2, 4, 3)
 
 
 class Timed(torch.nn.Module):
-    """Remembers its times; has a parameter."""
+    """A network with a parameter that keeps the times of its calls."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which timesteps a walk visits."""
+"""Tests of the timesteps that a run visits."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_trailing_always_begins_at_the_end_and_is_even():
     for steps in range(1, 1001):
         timesteps = trailing(1000, steps)
         assert timesteps[0] == 999
-        # at most half a timestep from where it belongs, and a rounding
+        # Each timestep is rounded by at most a half.
         assert np.abs(timesteps + 1 - (1000 - np.arange(steps) * 1000 / steps)).max() <= 0.5 + 1e-9
 
 
@@ -71,7 +71,7 @@ def test_linspace_has_both_ends():
 
 
 def summary(timesteps):
-    """What the golden file keeps of a long list: its length, ends and a checksum."""
+    """Return the golden file's summary of a long list: its length, ends and a checksum."""
     if len(timesteps) <= 61:
         return timesteps
     return [len(timesteps), *timesteps[:3], *timesteps[-3:], sum(i * t for i, t in enumerate(timesteps))]
@@ -85,7 +85,7 @@ def summary(timesteps):
 def test_as_in_diffusers(case):
     spacing, steps = case.split()
     golden = GOLDEN["timesteps"][case]
-    if case == "trailing 61":  # its float range has a 62nd entry, -1
+    if case == "trailing 61":  # the float range of diffusers has a 62nd entry, -1
         assert len(golden) == 62
         assert golden[-1] == -1
         golden = golden[:-1]
@@ -94,7 +94,7 @@ def test_as_in_diffusers(case):
 
 
 def diffusers_trailing(steps):
-    """diffusers' trailing, built from a float range: the timesteps follow the rounding of np.arange."""
+    """Return diffusers' trailing timesteps, built from a float range, which round as np.arange does."""
     return np.round(np.arange(1000, 0, -1000 / steps)).astype(np.int64) - 1
 
 

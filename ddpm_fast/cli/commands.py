@@ -1,4 +1,4 @@
-"""What the commands of `ddpm-fast` do with their arguments."""
+"""The commands of `ddpm-fast`."""
 
 import argparse
 import os
@@ -68,7 +68,7 @@ def interpolate(arguments: argparse.Namespace) -> None:
 
 
 def likelihood(arguments: argparse.Namespace) -> None:
-    """Bits per dimension of pictures."""
+    """Compute bits per dimension of pictures."""
     checkpoint, config, device = _open(arguments)
     if arguments.out is not None:
         if not arguments.out.endswith(".json"):
@@ -99,7 +99,7 @@ def likelihood(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train a network, or go on."""
+    """Train a network, or resume its training."""
     config = TrainingConfig(
         steps=arguments.steps,
         batch_size=arguments.batch,
@@ -119,7 +119,7 @@ def train(arguments: argparse.Namespace) -> None:
         variance_type="learned_range" if learned else "fixed_small",
     )
     data, network = _data(arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # of torchrun
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by torchrun
         if device.type == "cuda":
             device = checked_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
@@ -138,20 +138,20 @@ def train(arguments: argparse.Namespace) -> None:
         print(f"resuming {arguments.out} at step {trainer.step} of {config.steps}")
     trainer.run(progress=not arguments.quiet)
     if trainer.world > 1:
-        torch.distributed.barrier()  # what the others wait for must not end before them
+        torch.distributed.barrier()  # the other processes may still need this one
         torch.distributed.destroy_process_group()
     if not arguments.quiet:
         print(f"{arguments.out}{os.sep}: a checkpoint; ddpm-fast sample --model {arguments.out} draws from it")
 
 
 def info(arguments: argparse.Namespace) -> None:
-    """What is here."""
+    """Print versions, devices and the path of execution."""
     for name, value in describe():
         print(f"{name:<14}{value}")
 
 
 def _data(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """What the network is trained on, and what it has to be for that."""
+    """Return the training data, and the network's sizes that the data require."""
     name, exists = arguments.data, Path(arguments.data).exists()
     if name == "moons" and not exists:
         if arguments.flip:
@@ -171,6 +171,7 @@ def _data(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def _seeds(arguments: argparse.Namespace) -> Sequence[int]:
+    """Return the seeds that the arguments name, or 16 fresh ones."""
     if arguments.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
     seeds = resolve_seeds(None, 16) if arguments.seeds is None else parse_seeds(arguments.seeds)
@@ -179,7 +180,7 @@ def _seeds(arguments: argparse.Namespace) -> Sequence[int]:
 
 
 def _open(arguments: argparse.Namespace) -> tuple[Checkpoint, SamplerConfig, torch.device]:
-    """The model, the walk and the device that the arguments name."""
+    """Return the model, the sampler's configuration and the device that the arguments name."""
     device = checked_device(arguments.device) if arguments.device else default_device()
     given = None if arguments.model_args is None else parse_arguments(arguments.model_args)
     checkpoint = load_model(arguments.model, given, device)
@@ -188,13 +189,13 @@ def _open(arguments: argparse.Namespace) -> tuple[Checkpoint, SamplerConfig, tor
 
 
 def _read(paths: Sequence[str], shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str]]:
-    """Pictures on [-1, 1]: float32 [N, C, H, W], and their names."""
+    """Read pictures as float32 [N, C, H, W] on [-1, 1], and their names."""
     pictures, names = images.read(paths, shape)
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, names
 
 
 def _about(arguments: argparse.Namespace, config: SamplerConfig) -> dict[str, Any]:
-    """What made a file."""
+    """Return the metadata of an output file."""
     path = Path(arguments.model)
     embedded = EMBEDDED.get(arguments.model) if not path.exists() else None
     guidance = getattr(arguments, "guidance", None)
@@ -217,7 +218,7 @@ def _write(
     batches: Iterator[Drawn],
     extra: dict[str, Any],
 ) -> None:
-    """Write what is drawn, and say so."""
+    """Write the samples and print a summary."""
     start = time.perf_counter()
     about = {**_about(arguments, config), **extra}
     finished: list[images.Bytes] = []
@@ -227,7 +228,7 @@ def _write(
             about["speculate"] = speculation.windows
             calls += speculation.calls
         if kind == "folder":
-            images.save(arguments.out, pictures, batch, about)  # what is finished stays, whatever happens to the rest
+            images.save(arguments.out, pictures, batch, about)  # an interruption keeps the finished files
         else:
             finished.append(pictures)
     if kind != "folder":
@@ -242,7 +243,7 @@ def _write(
 
 
 def _check_classes(checkpoint: Checkpoint, label: str | None, guidance: float | None) -> None:
-    """Raise unless the model can be told these classes, and guided."""
+    """Raise ValueError unless the model accepts the class labels and the guidance."""
     classes = checkpoint.classes
     if classes is None:
         for name, given in (("--label", label), ("--guidance", guidance)):
@@ -260,7 +261,10 @@ def _check_classes(checkpoint: Checkpoint, label: str | None, guidance: float | 
 
 
 def _conditioning(checkpoint: Checkpoint, label: str | None, seeds: Sequence[int]) -> Conditioning:
-    """What the model is told for samples of these seeds: of several labels, seed k gets number k modulo their count."""
+    """Return the class labels for samples of these seeds.
+
+    Of several labels, seed k gets number k modulo their count.
+    """
     classes = checkpoint.classes
     if classes is None:
         return {}
@@ -278,6 +282,7 @@ def _conditioning(checkpoint: Checkpoint, label: str | None, seeds: Sequence[int
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `SamplerConfig` that the arguments set."""
     names = {"steps": "num_inference_steps", "sampler": "sampler", "eta": "eta", "temperature": "temperature"}
     given = {names[name]: getattr(arguments, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
@@ -291,7 +296,7 @@ def _draw(
     arguments: argparse.Namespace,
     start: Callable[[Sequence[int]], torch.Tensor] | None = None,
 ) -> Iterator[Drawn]:
-    """The samples a batch at a time: their seeds, uint8 [n, H, W, C], and what was speculated; `start` gives x_T."""
+    """Yield the samples batch by batch: seeds, uint8 [n, H, W, C], and the speculation. `start` gives x_T."""
     sampler: Sampler | None = None
     speculate = arguments.speculate
     for number, (batch, title) in enumerate(_batches(seeds, arguments.batch), 1):
@@ -308,10 +313,10 @@ def _draw(
                 device=device,
                 dtype=DTYPES[arguments.dtype],
                 memory_format=arguments.memory_format,
-                compile=arguments.compile and number == 1,  # not once more for the rest of a last batch
+                compile=arguments.compile and number == 1,  # a smaller last batch would compile again
                 speculate=speculate,
             )
-            speculate = sampler.windows or False  # measured once: the windows are part of what an image is
+            speculate = sampler.windows or False  # the images depend on the windows, so all batches share them
         x_T = None if start is None else start(batch)
         bar = False if arguments.quiet else title
         result = sampler(
@@ -321,7 +326,7 @@ def _draw(
 
 
 def _batches(seeds: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], str]]:
-    """The seeds in batches, each with the title of its progress bar."""
+    """Yield the seeds in batches, each with the title of its progress bar."""
     batches = [seeds[start : start + size] for start in range(0, len(seeds), size)]
     for number, batch in enumerate(batches, 1):
         yield batch, f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"

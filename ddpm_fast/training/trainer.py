@@ -1,4 +1,4 @@
-"""Training a network for any prediction and loss: Ho et al. 2020, algorithm 1, with an average of the weights (EMA)."""
+"""Training for any prediction and loss: Ho et al. 2020, algorithm 1, with an average of the weights (EMA)."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ from ddpm_fast.validate import one_of, whole, within
 logger = logging.getLogger("ddpm_fast")
 
 NOISE_STREAM = 2
-FAR_FROM_NOISE = 0.1  # of sqrt(alpha_bar_T); of the schedules here at most 0.04
+FAR_FROM_NOISE = 0.1  # largest sqrt(alpha_bar_T) without a warning; the schedules here reach at most 0.04
 STATE_FILE = "state.safetensors"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.png"
@@ -52,23 +52,23 @@ Batch = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train.
+    """The options of training.
 
     Attributes:
-        steps: optimiser steps in all.
-        batch_size: images a step.
-        learning_rate: its peak; linear warm-up over `warmup` steps, then a cosine down to zero at `steps`.
-        warmup: steps.
-        ema_decay: the average of the weights forgets at this rate; it starts as a plain mean: min(decay, (1+i)/(10+i)).
-        seed: of weights, data, timesteps and noise.
-        save_every: steps between two saves of everything that a resumption needs.
-        mixed_precision: run the network under autocast in "bf16" or in "fp16", the latter with a scaled loss (a step
-            whose gradient overflows is left out, and the scale halved); or "no".
-        loss: "mse", "vlb" or "hybrid", and
-        min_snr_gamma: see `ddpm_fast.training.losses.Loss`.
-        clip_gradient: largest norm of the gradient of all parameters.
-        label_dropout: of a class-conditional network, the share of images that are shown to it as of no class, so that
-            it can be guided (Ho & Salimans 2022); in [0, 1].
+        steps: Number of optimiser steps in all.
+        batch_size: Number of images a step.
+        learning_rate: Peak learning rate, reached after a linear warm-up. A cosine then falls to zero at `steps`.
+        warmup: Number of warm-up steps.
+        ema_decay: Decay of the average of the weights, which starts as a plain mean: min(decay, (1+i)/(10+i)).
+        seed: Seed of weights, data, timesteps and noise.
+        save_every: Number of steps between two saves. A save holds all that a resumption needs.
+        mixed_precision: "bf16" or "fp16" runs the network under autocast, "no" runs it in float32. "fp16" scales the
+            loss; a step whose gradient overflows is left out, and the scale halved.
+        loss: "mse", "vlb" or "hybrid", as in `ddpm_fast.training.losses.Loss`.
+        min_snr_gamma: Gamma of the SNR weight, as in `ddpm_fast.training.losses.Loss`.
+        clip_gradient: Largest norm of the gradient of all parameters.
+        label_dropout: Share of images whose class label becomes "no class", in [0, 1], so that a class-conditional
+            network can be guided (Ho & Salimans 2022).
     """
 
     steps: int = 10_000
@@ -97,7 +97,7 @@ class TrainingConfig:
         one_of("mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of optimiser step `step` (0-based)."""
+        """Return the learning rate of optimiser step `step` (0-based)."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
@@ -105,22 +105,22 @@ class TrainingConfig:
 
 
 class Trainer:
-    """Trains a `UNet` on batches from `data(batch_size, seed, step)` and keeps everything in `folder`.
+    """A trainer that fits a `UNet` to batches from `data(batch_size, seed, step)` and keeps everything in `folder`.
 
-    Data are a function such as `ddpm_fast.data.moons.batch`, or `ddpm_fast.data.pictures.Pictures`. For a network
+    The data are a function such as `ddpm_fast.data.moons.batch`, or `ddpm_fast.data.pictures.Pictures`. For a network
     with classes, a batch is a pair: images and labels, int64 [batch_size].
 
-    Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted run
-    that resumes follows the very trajectory of one that was not interrupted. `folder` then holds a
-    checkpoint of the averaged weights, `state.safetensors` for resuming, and `metrics.jsonl`; with `samples`, so many
-    that the engine drew with the averaged weights at the last save (DDIM, 50 steps, seeds 0, 1, …): `samples.png`.
+    Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted and resumed
+    run follows exactly the trajectory of an uninterrupted run. `folder` holds a checkpoint of the averaged weights,
+    `state.safetensors` for resuming, and `metrics.jsonl`. If `samples` is not 0, every save also draws that many
+    samples with the averaged weights (DDIM, 50 steps, seeds 0, 1, …) into `samples.png`.
 
-    Where torch.distributed is initialised, each process takes its share of every batch (DistributedDataParallel), and
-    the first one writes; the trajectory is that of one process, up to the order of sums.
+    If torch.distributed is initialised, each process takes its share of every batch (DistributedDataParallel), and the
+    first process writes. The trajectory is then the same as with one process, up to the order of sums.
 
     Raises:
-        CheckpointError: `folder` holds a run with another configuration, or a broken one.
-        ValueError: loss, variance and network do not fit together; a batch that cannot be shared equally.
+        CheckpointError: `folder` holds a run with another configuration, or a broken run.
+        ValueError: Loss, variance and network do not fit together, or a batch cannot be shared equally.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Trainer:
             self._refuse_another_run(read_config(self.folder), self.folder / CONFIG_FILE)
 
     def run(self, progress: bool = True) -> None:
-        """Train to the configured number of steps. An interruption costs the steps since the last save, no more."""
+        """Train to the configured number of steps. An interruption loses only the steps since the last save."""
         if self.rank == 0:
             self._drop_metrics_after(self.step)
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not progress or self.rank > 0)
@@ -211,7 +211,7 @@ class Trainer:
             self._draw()
 
     def _draw(self) -> None:
-        """Let the engine draw what the network has learnt so far; of its classes, one after the other."""
+        """Draw samples with the averaged weights, of all classes in turn, and write `samples.png`."""
         seeds, steps = range(self.samples), min(50, self.diffusion.num_train_timesteps)
         shape = (len(seeds), self.network.channels, self.network.image_size, self.network.image_size)
         options = {"config": self.diffusion, "sampler": "ddim", "num_inference_steps": steps, "device": self.device}
@@ -223,6 +223,7 @@ class Trainer:
         )
 
     def _train_step(self) -> float:
+        """Take one optimiser step and return its loss."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
@@ -257,7 +258,7 @@ class Trainer:
         return value
 
     def _batch(self) -> tuple[Tensor, Tensor | None]:
-        """Images on the device, and labels where the network takes them."""
+        """Return images on the device, and labels if the network takes labels."""
         batch = self.data(self.config.batch_size, self.config.seed, self.step)
         x_0, labels = batch if isinstance(batch, tuple) else (batch, None)
         count = self.network.num_classes
@@ -269,13 +270,14 @@ class Trainer:
         return x_0.to(self.device), labels
 
     def _mean(self, loss: Tensor) -> float:
-        """Over all processes: they go on or stop together."""
+        """Return the mean loss of all processes, so that all continue or stop together."""
         total = loss.detach().clone()
         if self.world > 1:
             dist.all_reduce(total)
         return total.item() / self.world
 
     def _check_finite(self, quantity: str, value: float) -> None:
+        """Raise FloatingPointError unless the value is finite."""
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the {quantity} became {value} at step {self.step}; {self.folder} keeps the last save"
@@ -286,17 +288,21 @@ class Trainer:
         return {"training": asdict(self.config), "data": self._data_about()}
 
     def _data_about(self) -> dict[str, Any]:
+        """Return the identity of the data: its `about`, or the name of its module."""
         return getattr(self.data, "about", None) or {"name": self.data.__module__.rpartition(".")[2]}
 
     def _identity(self) -> dict[str, Any]:
+        """Return everything that two runs in one folder must have in common."""
         return {"network": self.network.to_dict(), "diffusion": self.diffusion.to_dict(), **self._about}
 
     def _log(self, loss: float, seconds: float) -> None:
+        """Append a row to `metrics.jsonl`."""
         row = {"step": self.step, "loss": loss, "learning_rate": self.config.learning_rate_at(self.step - 1)}
         with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "seconds_per_step": round(seconds, 4)}) + "\n")
 
     def _drop_metrics_after(self, step: int) -> None:
+        """Remove rows of `metrics.jsonl` that a killed run wrote after its last save."""
         path = self.folder / METRICS_FILE
         if path.exists():
             rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -308,11 +314,13 @@ class Trainer:
                 part.write_text("".join(kept), encoding="utf-8")
 
     def _refuse_another_run(self, saved: dict[str, Any], path: Path) -> None:
+        """Raise CheckpointError unless the saved run has this configuration."""
         expected = json.loads(json.dumps(self._identity()))
         if saved != expected:
             raise CheckpointError(f"{path} belongs to another run: {_first_difference(saved, expected)}")
 
     def _resume(self) -> None:
+        """Load the state of the last save."""
         path = self.folder / STATE_FILE
         tensors = read_safetensors(path)
         with safe_open(path, "pt") as file:
@@ -335,6 +343,7 @@ class Trainer:
 
 
 def _first_difference(saved: dict, expected: dict, prefix: str = "") -> str:
+    """Return a description of the first entry that differs."""
     for key in sorted(saved.keys() | expected.keys()):
         a, b = saved.get(key), expected.get(key)
         if isinstance(a, dict) and isinstance(b, dict) and a != b:

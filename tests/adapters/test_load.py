@@ -1,4 +1,4 @@
-"""Models on disk of other libraries: the walk of their configuration, and what the command line makes of them."""
+"""Tests of models on disk of other libraries: their configuration, and their samples from the command line."""
 
 import json
 import sys
@@ -22,12 +22,12 @@ from ddpm_fast.sample import Sampler
 from tests.adapters import diffusers_models, guided_standin, lucidrains_models
 from tests.adapters.test_lucidrains import saved
 
-# Tables in float64 where the libraries' are float32.
+# Our tables are float64, the libraries' are float32.
 NEAR = 2e-4
 
 
 def draw(checkpoint, batch=2, **kwargs):
-    """A walk with the noise of torch.Generator().manual_seed(0)."""
+    """Return samples with the noise of torch.Generator().manual_seed(0)."""
     sampler = Sampler(checkpoint.model, (batch, *checkpoint.shape), config=checkpoint.diffusion, **kwargs)
     return sampler(generator=torch.Generator().manual_seed(0), progress=False)
 
@@ -145,13 +145,13 @@ def test_a_trainers_file(objective, self_condition, ddim, tmp_path):
     assert checkpoint.shape == (3, 8, 8)
     torch.manual_seed(0)
     expected = averaged.sample(2)
-    if ddim:  # the library's generator is the global one: the same draws
+    if ddim:  # the library draws from the global generator
         assert checkpoint.diffusion.sampler == "ddim"
     assert torch.allclose((draw(checkpoint) + 1) / 2, expected, atol=NEAR)
 
 
 def test_ddim_visits_the_librarys_timesteps():
-    """26 of 250, among others: there float32 and float64 round to neighbours."""
+    """Check 26 of 250 steps, where float32 and float64 round differently."""
     theirs = lucidrains_models.diffusion(timesteps=250, sampling_timesteps=26)
     seen = []
     theirs.model.register_forward_pre_hook(lambda module, args: seen.append(int(args[1][0])))
@@ -194,7 +194,7 @@ def test_a_trainers_file_wants_its_arguments(tmp_path):
         load_model(path, {"unet": {"dims": 16}, "diffusion": {"image_size": 8}})
 
 
-# guided-diffusion: its functions by their names, on the stand-in's processes
+# guided-diffusion: functions of its names, with the stand-in's processes
 
 
 SCRIPT_UTIL = """
@@ -234,7 +234,10 @@ SCRIPT_UTIL = """
 
 @pytest.fixture
 def guided(tmp_path, monkeypatch):
-    """A checkout with stand-ins, and a function that makes a checkpoint in it: its path, network and diffusion."""
+    """Return a function that makes a guided-diffusion checkpoint: its path, network and diffusion.
+
+    The library is a checkout of stand-ins.
+    """
     package = tmp_path / "checkout" / "guided_diffusion"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -277,13 +280,13 @@ def test_a_guided_checkpoint(guided, flags):
     loop = diffusion.ddim_sample_loop if sampling.get("use_ddim") else diffusion.p_sample_loop
     expected = loop(network, shape, z.x_T, clip_denoised=sampling.get("clip_denoised", True), device="cpu")
     sampler = Sampler(checkpoint.model, shape, config=checkpoint.diffusion)
-    # The library draws at the last step, too; it comes last, and is not used.
+    # The library also draws noise at the last step, without using it.
     ours = sampler(generator=z.generator(), x_T=z.x_T, progress=False)
     assert torch.allclose(ours, expected, atol=NEAR)
 
 
 class Recorded:
-    """x_T and the state of the global generator behind it, so that both sides draw the same."""
+    """The x_T of a run and the state of the global generator behind it, so that both sides draw the same noise."""
 
     def __init__(self, shape):
         self.x_T = torch.randn(shape, generator=torch.Generator().manual_seed(5))
@@ -328,7 +331,7 @@ def test_without_a_checkout(tmp_path):
         load_model(tmp_path / "a.pt", {"image_size": 64})
 
 
-# one's own
+# factories
 
 
 FACTORIES = """

@@ -1,4 +1,4 @@
-"""Pictures as training data: what is read, in which order, and what is refused by name."""
+"""Tests of pictures as training data: files, order, and error messages that name the file."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven pictures, and a file that is none."""
+    """Return a folder of seven pictures and one other file."""
     made = tmp_path / "pictures"
     made.mkdir()
     for number, pixels in enumerate(PIXELS):

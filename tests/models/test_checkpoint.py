@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, and one sentence for everything that may be wrong with one."""
+"""Tests of checkpoints: the round trip, and one sentence for every possible defect."""
 
 import dataclasses
 import json
@@ -86,7 +86,7 @@ def test_embedded():
     assert checkpoint.shape == (1, 32, 32)
     assert checkpoint.diffusion == SamplerConfig()
     assert all(parameter.isfinite().all() for parameter in checkpoint.model.parameters())
-    assert checkpoint.model(torch.randn(1, 1, 32, 32), torch.tensor([500])).any()  # trained: it starts at zero
+    assert checkpoint.model(torch.randn(1, 1, 32, 32), torch.tensor([500])).any()  # an untrained network returns zero
     size = sum(path.stat().st_size for path in EMBEDDED["moons"].iterdir())
     assert size < 4e6
 
@@ -107,7 +107,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(folder, monkeypatch):
 
 
 def edit(**sections):
-    """A way to break a checkpoint: change fields of config.json; None removes a section."""
+    """Return a function that changes fields of config.json. None removes a section."""
 
     def change(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -204,7 +204,7 @@ def test_no_folder(tmp_path, make):
 
 
 def test_a_pickle_is_refused(folder):
-    """Weights are data: a pickle in place of the safetensors file is refused, not loaded."""
+    """Check that a pickle in place of the safetensors file is refused and not loaded."""
     torch.save(random_unet().state_dict(), folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load_checkpoint(folder)
