@@ -1,4 +1,4 @@
-"""Everything that a sampler's table depends on, validated once."""
+"""The configuration of a sampler: every option that its table depends on, validated once."""
 
 import dataclasses
 import inspect
@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_fast.schedules import BETA_SCHEDULES, Array, betas_from_list, rescale_zero_terminal_snr
 from ddpm_fast.timesteps import TIMESTEP_SPACINGS, Timesteps, check_range, explicit
-from ddpm_fast.validate import known_names, one_of, whole, within
+from ddpm_fast.validate import check_names, one_of, whole, within
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,38 +25,38 @@ NOISE_FREE = ("last_step", "t_zero")
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """What was trained, and how to walk back through it; the names are diffusers'.
+    """The diffusion that a network was trained on, and the way to sample from it. The names are diffusers'.
 
     Attributes:
-        num_inference_steps: steps of the walk, 1 … num_train_timesteps. None: all of them.
-        num_train_timesteps: T, the timesteps that the network was trained on.
-        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid" (betas, as in diffusers) or
-            "sigmoid_alpha_bar" (lucidrains' default).
-        beta_start, beta_end: end points of linear, scaled_linear and sigmoid, each in (0, 1).
-        trained_betas: T betas, instead of a schedule.
-        rescale_betas_zero_snr: make the last timestep pure noise (Lin et al. 2023); not with "epsilon".
-        prediction_type: what the network's output is: "epsilon", "sample" (x_0) or "v_prediction".
-        variance_type: "fixed_small" (beta_tilde), "fixed_large" (beta), each also as "…_log" (same law); "learned"
-            (second half of the channels is log sigma^2) or "learned_range" (it interpolates between log beta_tilde at
-            -1 and log beta at +1; Nichol & Dhariwal 2021, eq. 15). Under "ddim" sigma comes from eta, and a second
-            half of the channels is discarded.
+        num_inference_steps: Number of sampling steps, 1 … num_train_timesteps. None takes all of them.
+        num_train_timesteps: T, the number of timesteps that the network was trained on.
+        beta_schedule: Name of the schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid" (betas, as in
+            diffusers) or "sigmoid_alpha_bar" (lucidrains' default).
+        beta_start, beta_end: End points of linear, scaled_linear and sigmoid, each in (0, 1).
+        trained_betas: T betas, used instead of a schedule.
+        rescale_betas_zero_snr: True makes the last timestep pure noise (Lin et al. 2023). Not allowed with "epsilon".
+        prediction_type: Meaning of the network's output: "epsilon", "sample" (x_0) or "v_prediction".
+        variance_type: Variance of a DDPM step. "fixed_small" is beta_tilde and "fixed_large" is beta; "fixed_small_log"
+            and "fixed_large_log" are the same laws. "learned" takes the second half of the output's channels as log
+            sigma^2. "learned_range" interpolates with that half between log beta_tilde at -1 and log beta at +1 (Nichol
+            & Dhariwal 2021, eq. 15). Under "ddim" sigma comes from eta, and a second half is discarded.
         sampler: "ddpm" (Ho et al. 2020, algorithm 2) or "ddim" (Song et al. 2021).
-        eta: DDIM's noise: 0 is deterministic, 1 adds beta_tilde. In [0, 1].
-        ddim_direction: DDIM's way to x_t, computed from the network's raw "output" (diffusers' default) or from the
-            clipped "x0" (diffusers' use_clipped_model_output; with eta = 1 that is DDPM).
-        set_alpha_to_one: whether the walk ends at alpha_bar = 1 or at alpha_bar_0.
-        timestep_spacing: "leading", "trailing" or "linspace".
-        steps_offset: added to the timesteps of "leading".
-        timesteps: an explicit list instead, strictly descending.
-        previous_timestep: a step goes to the next timestep of the "spacing", or always a "stride" of T // N down
+        eta: Scale of DDIM's noise, in [0, 1]. 0 is deterministic, 1 adds noise of variance beta_tilde.
+        ddim_direction: Source of DDIM's direction to x_t: the network's raw "output" (diffusers' default) or the
+            clipped "x0" (diffusers' use_clipped_model_output). With "x0" and eta = 1, DDIM is DDPM.
+        set_alpha_to_one: True ends the run at alpha_bar = 1, False ends the run at alpha_bar_0.
+        timestep_spacing: Placement of the timesteps: "leading", "trailing" or "linspace".
+        steps_offset: Number that is added to the timesteps of "leading".
+        timesteps: Explicit timesteps, strictly descending, used instead of a spacing.
+        previous_timestep: "spacing" steps to the next timestep of the run. "stride" always steps T // N down
             (diffusers' DDIM).
-        noise_free: sigma is zero in the "last_step", or where "t_zero" and only there (diffusers' DDPM).
-        clip_sample: clip the x_0 estimate to [-clip_sample_range, clip_sample_range]. Not for latents.
-        clip_sample_range: > 0.
-        thresholding: dynamic thresholding instead of the fixed clip (Saharia et al. 2022).
-        dynamic_thresholding_ratio: quantile of |x_0| that becomes the bound, in (0, 1].
-        sample_max_value: largest bound, >= 1.
-        temperature: scales the noise of every step, not x_T. 1 is the model's law, 0 follows the mean alone.
+        noise_free: Step whose sigma is zero: the "last_step", or only the step at t = 0 ("t_zero", diffusers' DDPM).
+        clip_sample: True clips the x0 prediction to [-clip_sample_range, clip_sample_range]. Latents need False.
+        clip_sample_range: Bound of the clipping, > 0.
+        thresholding: True takes dynamic thresholding instead of the fixed clip (Saharia et al. 2022).
+        dynamic_thresholding_ratio: Quantile of |x_0| that becomes the bound, in (0, 1].
+        sample_max_value: Largest bound of dynamic thresholding, >= 1.
+        temperature: Factor of the noise of every step, but not of x_T. 1 is the model's law, 0 follows the mean alone.
     """
 
     num_inference_steps: int | None = None
@@ -114,9 +114,11 @@ class SamplerConfig:
         self._check_timesteps()
 
     def _set(self, name: str, value: Any) -> None:
+        """Set a field of the frozen instance."""
         object.__setattr__(self, name, value)
 
     def _check_betas(self) -> None:
+        """Store the betas as a tuple; raise ValueError unless the schedule can be sampled from."""
         if self.trained_betas is not None:
             self._set("trained_betas", tuple(betas_from_list(self.trained_betas, self.num_train_timesteps).tolist()))
         if self.rescale_betas_zero_snr and self.num_train_timesteps == 1:
@@ -131,6 +133,7 @@ class SamplerConfig:
             )
 
     def _check_timesteps(self) -> None:
+        """Store the timesteps as a tuple; raise ValueError unless they fit the schedule."""
         if self.num_inference_steps is not None:
             self._set("num_inference_steps", whole("num_inference_steps", self.num_inference_steps, 1))
         if self.timesteps is not None:
@@ -148,13 +151,17 @@ class SamplerConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], base: "SamplerConfig | None" = None) -> "SamplerConfig":
-        """Build from keyword arguments, on top of `base`; an unknown name raises TypeError and lists the allowed.
+        """Build a configuration from keyword arguments, on top of `base`.
 
-        A number of steps or a spacing among the options replaces explicit timesteps of the base, and the reverse.
+        A number of steps or a spacing among the options replaces explicit timesteps of the base. Explicit timesteps
+        among the options replace the base's number of steps.
+
+        Raises:
+            TypeError: An option has an unknown name; the message lists the allowed names.
         """
         if base is not None and not isinstance(base, cls):
             raise TypeError(f"config must be a SamplerConfig, got {type(base).__name__}")
-        known_names("option", options, (field.name for field in dataclasses.fields(cls)))
+        check_names("option", options, (field.name for field in dataclasses.fields(cls)))
         replaced: dict[str, Any] = {}
         if options.get("timesteps") is not None:
             replaced["num_inference_steps"] = None
@@ -167,7 +174,7 @@ class SamplerConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     def betas(self) -> Array:
-        """beta_t: float64 [num_train_timesteps]."""
+        """Return beta_t: float64 [num_train_timesteps]."""
         if self.trained_betas is not None:
             betas = betas_from_list(self.trained_betas, self.num_train_timesteps)
         else:
@@ -176,11 +183,11 @@ class SamplerConfig:
         return rescale_zero_terminal_snr(betas) if self.rescale_betas_zero_snr else betas
 
     def alphas_cumprod(self) -> Array:
-        """alpha_bar_t: float64 [num_train_timesteps]."""
+        """Return alpha_bar_t: float64 [num_train_timesteps]."""
         return np.cumprod(1 - self.betas(), dtype=np.float64)
 
     def inference_timesteps(self) -> Timesteps:
-        """The timesteps of the walk, descending: int64 [num_inference_steps]."""
+        """Return the timesteps of the run, descending: int64 [num_inference_steps]."""
         if self.timesteps is not None:
             return explicit(self.timesteps, self.num_train_timesteps)
         steps = self.num_train_timesteps if self.num_inference_steps is None else self.num_inference_steps
@@ -192,20 +199,23 @@ class SamplerConfig:
 
 
 def with_config_options(*sources: Callable[..., Any]) -> Callable[[F], F]:
-    """Let help() and editors see every keyword of `sources` and every field of SamplerConfig, not just **options."""
+    """Return a decorator that replaces **options in a signature, for help() and editors.
+
+    The signature then lists every keyword of `sources` and every field of SamplerConfig.
+    """
 
     def decorate(function: F) -> F:
-        own = inspect.signature(function).parameters.values()
-        found = {p.name: p for p in own if p.kind is not p.VAR_KEYWORD}
+        signature = inspect.signature(function).parameters.values()
+        parameters = {p.name: p for p in signature if p.kind is not p.VAR_KEYWORD}
         for source in sources:
             for p in inspect.signature(source).parameters.values():
-                if p.kind is p.KEYWORD_ONLY and p.name not in found:
-                    found[p.name] = p
+                if p.kind is p.KEYWORD_ONLY and p.name not in parameters:
+                    parameters[p.name] = p
         for field in dataclasses.fields(SamplerConfig):
-            found[field.name] = inspect.Parameter(
+            parameters[field.name] = inspect.Parameter(
                 field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
             )
-        function.__signature__ = inspect.Signature(list(found.values()))  # type: ignore[attr-defined]
+        function.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
         return function
 
     return decorate

@@ -1,7 +1,7 @@
-"""Walks that begin from images: partial denoising, fusion of two images, inpainting, and the way to noise by DDIM.
+"""Sampling that begins from images: partial denoising, fusion of two images, inpainting, and DDIM inversion.
 
-All of them walk the engine's tables. The functions take the options of `Sampler` (model_kwargs, guidance_scale,
-execution, …) and the fields of `SamplerConfig`; a checkpoint's configuration goes into `config`.
+All functions run the engine on a `StepTable`. They take the options of `Sampler` (model_kwargs, guidance_scale,
+execution, …) and the fields of `SamplerConfig`. The configuration of a checkpoint goes into `config`.
 """
 
 import logging
@@ -29,18 +29,19 @@ from ddpm_fast.validate import checked_start, one_of, whole, within
 logger = logging.getLogger("ddpm_fast")
 
 MIXINGS = ("linear", "spherical")
-VISIT = 2**20  # added to a step's noise id for every time that the step was taken before; T is far below
+VISIT = 2**20  # added to a step's noise id for each earlier visit of the step; must exceed T
 
 
 def noised(x_0: Tensor, t: int, config: SamplerConfig, seeds: Seeds, visit: int = 0) -> Tensor:
-    """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (Ho et al. 2020, eq. 4), a seed a sample.
+    """Draw x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (Ho et al. 2020, eq. 4).
 
     Args:
-        x_0: float [B, C, ...].
-        t: in [0, num_train_timesteps).
-        config: whose schedule it is.
-        seeds: as in `Sampler.__call__`; the noise is that of `kernels.q_sample`, another than that of the walk back.
-        visit: another number is other noise.
+        x_0: Images, float [B, C, ...].
+        t: Timestep in [0, num_train_timesteps).
+        config: Configuration with the schedule.
+        seeds: One seed a sample, as in `Sampler.__call__`. `kernels.q_sample` makes the noise, from another stream than
+            sampling does.
+        visit: Number of the draw. Another number gives other noise.
 
     Returns:
         float32 [B, C, ...].
@@ -61,26 +62,28 @@ def denoise(
     progress: Show = None,
     **options: Any,
 ) -> Tensor:
-    """Noise images to level t and walk back: what is finer than the noise is drawn anew (SDEdit, Meng et al. 2022).
+    """Noise images to level t and sample from there (SDEdit, Meng et al. 2022).
+
+    Details finer than the noise are drawn anew.
 
     Args:
-        model: any callable `model(x, t, **model_kwargs)`.
-        x_0: float [B, C, ...]: the images.
-        t: the level: the walk begins at the largest timestep <= t that it visits.
-        seeds: one a sample, as in `Sampler.__call__`.
-        config, options: see above.
-        progress: as in `Sampler.__call__`.
+        model: Any callable `model(x, t, **model_kwargs)`.
+        x_0: Images, float [B, C, ...].
+        t: Level of the noise. The run begins at its largest timestep <= t.
+        seeds: One seed a sample, as in `Sampler.__call__`.
+        config, options: Configuration and options, as for the whole module.
+        progress: Progress bar, as in `Sampler.__call__`.
 
     Returns:
         float32 [B, C, ...].
 
     Raises:
-        ValueError, TypeError: what does not fit, before any network call.
+        ValueError, TypeError: An argument does not fit. Raised before any network call.
     """
     _check_images("x_0", x_0)
-    config, options = _split(config, options)
+    config, options = _split_options(config, options)
     config = from_level(config, t)
-    seeds = _resolved(seeds, len(x_0))
+    seeds = _resolve_and_log(seeds, len(x_0))
     sampler = Sampler(model, x_0.shape, config=config, **options)
     start = noised(x_0.to(sampler.device), int(config.inference_timesteps()[0]), config, seeds)
     return sampler(seeds=seeds, x_T=start, progress=progress)
@@ -101,40 +104,40 @@ def interpolate(
     progress: Show = None,
     **options: Any,
 ) -> Tensor:
-    """Fuse two images: noise both to level t, mix, and walk back; they meet at images between them.
+    """Fuse two images: noise both to level t, mix them, and sample from the mixture.
 
         signal = w_a x_a + w_b x_b,   noise = w_a z_a + w_b z_b
         x_t    = sqrt(alpha_bar_t) signal + sqrt(1 - alpha_bar_t) noise / |noise|,   |noise| its standard deviation
 
-    A walk from the mixture is a draw, not the one image between the two: take many, and look at all.
-    (Ho et al. 2020, section 4.3; there, and in denoising-diffusion-pytorch, the noise is not rescaled, so that the
-    mixture of independently noised images has too little of it: as much as belongs to an earlier timestep.)
+    Each seed gives another draw, so the image between the two is not unique: draw many. In Ho et al. 2020, section 4.3,
+    and in denoising-diffusion-pytorch the noise is not rescaled. The mixture of two independently noised images then
+    has too little noise: as much as belongs to an earlier timestep.
 
     Args:
-        model: any callable `model(x, t, **model_kwargs)`.
-        x_a, x_b: float [B, C, ...].
-        t: the level: the walk begins at the largest timestep <= t that it visits.
-        lam: 0 gives x_a's walk, 1 x_b's.
-        mixing: "linear": w = (1 - lam, lam); "spherical": along the great circle between the two noised images
-            (Shoemake 1985), sample by sample.
-        shared_noise: whether z_b is z_a.
-        rescale: whether the noise gets back its standard deviation; False divides by 1.
-        seeds: one a sample, as in `Sampler.__call__`.
-        config, options: see above.
-        progress: as in `Sampler.__call__`.
+        model: Any callable `model(x, t, **model_kwargs)`.
+        x_a, x_b: Images, float [B, C, ...].
+        t: Level of the noise. The run begins at its largest timestep <= t.
+        lam: Share of x_b: 0 denoises x_a alone, 1 denoises x_b alone.
+        mixing: "linear" takes w = (1 - lam, lam). "spherical" mixes along the great circle between the two noised
+            images (Shoemake 1985), sample by sample.
+        shared_noise: True takes z_b = z_a.
+        rescale: True gives the noise its standard deviation back. False divides by 1 instead of |noise|.
+        seeds: One seed a sample, as in `Sampler.__call__`.
+        config, options: Configuration and options, as for the whole module.
+        progress: Progress bar, as in `Sampler.__call__`.
 
     Returns:
         float32 [B, C, ...].
 
     Raises:
-        ValueError, TypeError: what does not fit, before any network call.
+        ValueError, TypeError: An argument does not fit. Raised before any network call.
     """
     _check_images("x_a", x_a)
     _check_images("x_b", x_b)
     check_mixture(x_a, x_b, lam, mixing)
-    config, options = _split(config, options)
+    config, options = _split_options(config, options)
     config = from_level(config, t)
-    seeds = _resolved(seeds, len(x_a))
+    seeds = _resolve_and_log(seeds, len(x_a))
     sampler = Sampler(model, x_a.shape, config=config, **options)
     start = mixture(
         x_a.to(sampler.device), x_b.to(sampler.device), lam,
@@ -144,7 +147,7 @@ def interpolate(
 
 
 def check_mixture(x_a: Tensor, x_b: Tensor, lam: float, mixing: str) -> None:
-    """Raise ValueError unless these images can be mixed so."""
+    """Raise ValueError unless the two images have one shape, and `lam` and `mixing` are allowed."""
     if x_a.shape != x_b.shape:
         raise ValueError(f"x_a and x_b must have one shape, got {tuple(x_a.shape)} and {tuple(x_b.shape)}")
     one_of("mixing", mixing, MIXINGS)
@@ -162,11 +165,11 @@ def mixture(
     rescale: bool = True,
     seeds: Seeds = 0,
 ) -> Tensor:
-    """Where `interpolate` begins: two images, noised to the first timestep of the config's walk, and mixed.
+    """Return the state from which `interpolate` samples: two images, noised to the config's first timestep, and mixed.
 
     Args:
-        config: of the walk that is left, as `from_level` gives it.
-        x_a, x_b, lam, mixing, shared_noise, rescale, seeds: those of `interpolate`.
+        config: Configuration that begins at the level, from `from_level`.
+        x_a, x_b, lam, mixing, shared_noise, rescale, seeds: Arguments of `interpolate`.
     """
     check_mixture(x_a, x_b, lam, mixing)
     t = int(config.inference_timesteps()[0])
@@ -193,30 +196,31 @@ def inpaint(
     progress: Show = None,
     **options: Any,
 ) -> Tensor:
-    """Draw what is missing of images (RePaint, Lugmayr et al. 2022).
+    """Draw the missing part of images (RePaint, Lugmayr et al. 2022).
 
-    After every step the known pixels are put in, noised to the step's level (eq. 8). By itself that makes seams, since
-    the rest was drawn without regard to them; so the walk goes back to noisier levels again and again (algorithm 1).
+    After every step the known pixels are put in, noised to the step's level (eq. 8). The rest was drawn without regard
+    to the known pixels, which leaves seams. To remove them, the run goes back to noisier levels again and again
+    (algorithm 1).
 
     Args:
-        model: any callable `model(x, t, **model_kwargs)`.
-        known: float [B, C, ...]: the images; what they hold where the mask is 0 does not matter, but must be finite.
-        mask: float in [0, 1] or bool, broadcasts to `known`: 1 where the image is known.
-        resamplings: how often every stretch of `jump_length` steps is taken: 1 is the plain walk, the paper has 10 in
-            a walk of 250 steps.
-        jump_length: steps that the walk goes back.
-        seeds: one a sample, as in `Sampler.__call__`.
-        config, options: see above.
-        progress: as in `Sampler.__call__`.
+        model: Any callable `model(x, t, **model_kwargs)`.
+        known: Images, float [B, C, ...]. Values where the mask is 0 have no effect, but must be finite.
+        mask: float in [0, 1] or bool, broadcast to `known`: 1 where the image is known.
+        resamplings: Number of times that every stretch of `jump_length` steps is taken. 1 is a plain run. The paper
+            takes 10 in a run of 250 steps.
+        jump_length: Number of steps that the run goes back.
+        seeds: One seed a sample, as in `Sampler.__call__`.
+        config, options: Configuration and options, as for the whole module.
+        progress: Progress bar, as in `Sampler.__call__`.
 
     Returns:
-        float32 [B, C, ...]: where the mask is 1, `known` itself.
+        float32 [B, C, ...]. Where the mask is 1, the result is `known` itself.
 
     Raises:
-        ValueError, TypeError: what does not fit, before any network call.
+        ValueError, TypeError: An argument does not fit. Raised before any network call.
     """
     _check_images("known", known)
-    config, options = _split(config, options)
+    config, options = _split_options(config, options)
     table = resampled(config, resamplings, jump_length)
     sampler = Sampler(model, known.shape, config=config, table=table, **options)
     return sampler(seeds=seeds, known=known, mask=mask, progress=progress)
@@ -230,32 +234,34 @@ def invert(
     progress: Show = None,
     **options: Any,
 ) -> Tensor:
-    """The noise from which DDIM draws these images: its deterministic walk, the other way (Song et al. 2021, sec. 4.3).
+    """Return the noise from which DDIM draws these images (Song et al. 2021, sec. 4.3).
 
-    Up to the error of taking the network's noise at x_s for that at x_t, which shrinks as steps are added. DDIM walks
-    back from it: `sample(model, x_T.shape, x_T=x_T, sampler="ddim", clip_sample=False, …)`.
+    The deterministic steps of DDIM are taken in reverse. Each step takes the network's noise at x_s in place of the
+    noise at x_t. The error shrinks as steps are added. `sample(model, x_T.shape, x_T=x_T, sampler="ddim",
+    clip_sample=False, …)` returns to the images.
 
     Args:
-        model: any callable `model(x, t, **model_kwargs)`.
-        x_0: float [B, C, ...]: the images.
-        config, options: see above; the config's sampler, clipping and variance do not matter.
-        progress: as in `Sampler.__call__`.
+        model: Any callable `model(x, t, **model_kwargs)`.
+        x_0: Images, float [B, C, ...].
+        config, options: Configuration and options, as for the whole module. Sampler, clipping and variance of the
+            configuration have no effect.
+        progress: Progress bar, as in `Sampler.__call__`.
 
     Returns:
-        x_T: float32 [B, C, ...].
+        x_T, float32 [B, C, ...].
 
     Raises:
-        ValueError, TypeError: what does not fit, before any network call.
+        ValueError, TypeError: An argument does not fit. Raised before any network call.
     """
     _check_images("x_0", x_0)
-    config, options = _split(config, options)
+    config, options = _split_options(config, options)
     config = replace(config, clip_sample=False, thresholding=False, sampler="ddim", eta=0.0)
     sampler = Sampler(model, x_0.shape, config=config, table=inverted(config), **options)
-    return sampler(seeds=0, x_T=x_0, progress=progress)  # there is no noise in it
+    return sampler(seeds=0, x_T=x_0, progress=progress)  # the seed has no effect, since no row draws noise
 
 
 def from_level(config: SamplerConfig, t: int) -> SamplerConfig:
-    """The end of a walk: what is left of it from the largest timestep <= t that it visits."""
+    """Return the configuration of the last part of a run, from its largest timestep <= t on."""
     whole("t", t, 0, config.num_train_timesteps - 1)
     visited = config.inference_timesteps()
     left = visited[visited <= t]
@@ -267,15 +273,16 @@ def from_level(config: SamplerConfig, t: int) -> SamplerConfig:
 
 
 def resampled(config: SamplerConfig, resamplings: int, jump_length: int) -> StepTable:
-    """The table of a walk that goes back and forth, as RePaint's (Lugmayr et al. 2022, algorithm 1 and appendix B).
+    """Return the table of a run that goes back and forth, as RePaint's (Lugmayr et al. 2022, algorithm 1, appendix B).
 
-    A step to level s, and from there x_t = sqrt(alpha) x_s + sqrt(1 - alpha) z back to the noisier level t, alpha =
-    alpha_bar_t / alpha_bar_s, is linear in the same three tensors as any step: one row, and no further network call.
+    A step to level s is followed by x_t = sqrt(alpha) x_s + sqrt(1 - alpha) z, back to the noisier level t, with
+    alpha = alpha_bar_t / alpha_bar_s. Both together are linear in the same three tensors as any step, and therefore one
+    row without a further network call:
 
         c' = sqrt(alpha) c,   sigma'^2 = alpha sigma^2 + 1 - alpha
 
     Raises:
-        ValueError: a learned variance, whose sigma is no number of the table.
+        ValueError: The variance is learned, so that the table does not hold sigma.
     """
     whole("resamplings", resamplings, 1)
     whole("jump_length", jump_length, 1)
@@ -286,10 +293,10 @@ def resampled(config: SamplerConfig, resamplings: int, jump_length: int) -> Step
         raise ValueError(f"resamplings need a sigma that is known ahead, not variance_type={config.variance_type!r}")
     rows, jumps = _back_and_forth(len(plain), resamplings, jump_length)
     alpha_bars = config.alphas_cumprod()[plain.timestep]
-    gone_to = plain.known_scale[rows] ** 2
-    reached = np.where(jumps, alpha_bars[np.minimum(rows + 1 - jumps, len(plain) - 1)], gone_to)
-    root = np.sqrt(reached / gone_to)
-    visits = np.array([np.count_nonzero(rows[:place] == row) for place, row in enumerate(rows)])
+    target = plain.known_scale[rows] ** 2
+    reached = np.where(jumps, alpha_bars[np.minimum(rows + 1 - jumps, len(plain) - 1)], target)
+    root = np.sqrt(reached / target)
+    visits = np.array([np.count_nonzero(rows[:position] == row) for position, row in enumerate(rows)])
     columns = {name: getattr(plain, name)[rows] * root for name in ("c_x0", "c_x", "c_out")}
     sigma = np.sqrt((root * plain.sigma[rows]) ** 2 + 1 - root**2)
     return replace(
@@ -310,7 +317,7 @@ def resampled(config: SamplerConfig, resamplings: int, jump_length: int) -> Step
 
 
 def _back_and_forth(steps: int, resamplings: int, jump_length: int) -> tuple[Timesteps, Timesteps]:
-    """RePaint's schedule: the row of every step, and how many steps it jumps back after it."""
+    """Return RePaint's schedule: the row of every step, and the number of steps that the run jumps back after it."""
     left = dict.fromkeys(range(steps - 2, jump_length - 2, -jump_length), resamplings - 1)
     rows, jumps, row = [], [], 0
     while row < steps:
@@ -324,15 +331,15 @@ def _back_and_forth(steps: int, resamplings: int, jump_length: int) -> tuple[Tim
 
 
 def inverted(config: SamplerConfig) -> StepTable:
-    """The rows of DDIM's walk from data to noise: from level s, alpha_bar = 1 at first, to the noisier timestep t.
+    """Return the rows of DDIM from data to noise: from level s, with alpha_bar = 1 at first, to the noisier timestep t.
 
         x0  = (x_s - sqrt(1 - alpha_bar_s) epsilon) / sqrt(alpha_bar_s)
         x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) epsilon
 
-    with epsilon the network's at (x_s, t), as the step from t to s would have it at (x_t, t).
+    epsilon is the network's output at (x_s, t). The step from t to s would take the output at (x_t, t).
 
     Raises:
-        ValueError: a network that predicts the origin: its epsilon has no value at the data.
+        ValueError: The network predicts x_0, whose epsilon has no value at the data.
     """
     t = config.inference_timesteps()[::-1].copy()
     alpha_bar_t = config.alphas_cumprod()[t]
@@ -353,45 +360,48 @@ def inverted(config: SamplerConfig) -> StepTable:
     return StepTable.of(t, columns, draws=np.zeros(len(t), bool), doubled=doubled)
 
 
-def _split(config: SamplerConfig | None, options: dict[str, Any]) -> tuple[SamplerConfig, dict[str, Any]]:
-    """The config with the options that are its fields, and the options that are not."""
+def _split_options(config: SamplerConfig | None, options: dict[str, Any]) -> tuple[SamplerConfig, dict[str, Any]]:
+    """Return the config changed by the options that are its fields, and the other options."""
     fields = SamplerConfig.__dataclass_fields__.keys()
-    own = {name: value for name, value in options.items() if name in fields}
-    return SamplerConfig.from_options(own, config), {n: value for n, value in options.items() if n not in fields}
+    changes = {name: value for name, value in options.items() if name in fields}
+    return SamplerConfig.from_options(changes, config), {n: value for n, value in options.items() if n not in fields}
 
 
 def _check_images(name: str, images: Tensor) -> None:
-    """Raise ValueError unless it is a finite float tensor [B, C, ...]."""
+    """Raise ValueError unless `images` is a finite float tensor [B, C, ...]."""
     if not isinstance(images, Tensor) or images.dim() < 2:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"{name} must be a float tensor of shape (batch, channels, ...), got {got}")
     checked_start(images, tuple(images.shape), name)
 
 
-def _resolved(seeds: Seeds, count: int) -> list[int]:
-    found = resolve_seeds(seeds, count)
+def _resolve_and_log(seeds: Seeds, count: int) -> list[int]:
+    """Return one seed a sample; log the seeds if they were drawn here."""
+    resolved = resolve_seeds(seeds, count)
     if seeds is None:
-        logger.info("drew seeds %d … %d", found[0], found[-1])
-    return found
+        logger.info("drew seeds %d … %d", resolved[0], resolved[-1])
+    return resolved
 
 
 def _forward_noise(x: Tensor, t: int, seeds: Seeds, visit: int) -> Tensor:
+    """Return the noise of `kernels.q_sample` at timestep t, in the shape of x."""
     keys = seed_tensor(resolve_seeds(seeds, len(x))).to(x.device)
     return normal(keys, torch.full_like(keys, t), Stream.FORWARD, tuple(x.shape[1:]), visit=visit)
 
 
 def _mixture(signal: Tensor, noise: Tensor, alpha_bar: float) -> Tensor:
+    """Return sqrt(alpha_bar) signal + sqrt(1 - alpha_bar) noise."""
     return math.sqrt(alpha_bar) * signal + math.sqrt(1 - alpha_bar) * noise
 
 
 def _weights(a: Tensor, b: Tensor, lam: float, mixing: str) -> tuple[Tensor, Tensor]:
-    """Weights of two images, [B, 1, ...]."""
+    """Return the weights of two noised images, [B, 1, ...] each."""
     shape = (-1, *(1,) * (a.dim() - 1))
     if mixing == "linear":
         one = torch.ones(len(a), device=a.device).view(shape)
         return (1 - lam) * one, lam * one
     flat_a, flat_b = a.double().flatten(1), b.double().flatten(1)
     cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
-    angle = cosine.clamp(-1, 1).acos().clamp(min=1e-4)  # of equal images any weights that sum to 1 will do
+    angle = cosine.clamp(-1, 1).acos().clamp(min=1e-4)  # equal images: any weights that sum to 1 are right
     weights = [((1 - lam) * angle).sin() / angle.sin(), (lam * angle).sin() / angle.sin()]
     return weights[0].float().view(shape), weights[1].float().view(shape)

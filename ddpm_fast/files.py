@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files that are written whole or not at all."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ PART_PREFIX = ".ddpm_fast."
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the place of `path` when the block ends without an error.
+    """Yield a temporary path beside `path`; the file moves to `path` when the block ends without an error.
 
-    An interruption, a full disk or an exception leaves whatever `path` held before.
+    After an interruption, a full disk or an exception, `path` keeps its former contents.
     """
-    target = Path(os.path.realpath(path))  # a link keeps pointing where it pointed
+    target = Path(os.path.realpath(path))  # a symbolic link stays, and its target is replaced
     handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=".part", dir=target.parent)
     os.close(handle)
     part = Path(name)
@@ -27,7 +27,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        part.chmod(0o666 & ~umask)  # mkstemp makes private files
+        part.chmod(0o666 & ~umask)  # mkstemp lets only the owner read the file
         os.replace(part, target)
         _sync_folder(target.parent)
     finally:
@@ -35,7 +35,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name as durable as the contents."""
+    """Flush the folder's entries to disk, so that the new name is as durable as the contents."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -44,7 +44,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_parts(folder: str | os.PathLike) -> None:
-    """Remove what killed processes left of `whole_file` in a folder that nobody else writes to."""
+    """Remove unfinished files of `whole_file` that killed processes left in a folder with no other writer."""
     for part in Path(folder).glob(f"{PART_PREFIX}*.part"):
         part.unlink(missing_ok=True)
 

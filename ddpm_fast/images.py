@@ -1,4 +1,4 @@
-"""Samples on disk: a PNG grid, a folder of PNGs, or an .npz, each with what made it."""
+"""Samples on disk: a PNG grid, a folder of PNGs, or an .npz, each with metadata about how it was made."""
 
 import json
 import math
@@ -18,16 +18,16 @@ from ddpm_fast.files import check_writable, whole_file
 Bytes = NDArray[np.uint8]
 
 METADATA = "ddpm_fast"  # name of the PNG text chunk and of the npz array that hold the metadata as JSON
-GAP = 1  # pixels of the small images between the pictures of a grid
+GAP = 1  # pixels between the pictures of a grid, before it is enlarged
 GAP_SHADE = 96
-GRID_SIDE = 512  # a grid of small images is enlarged, by whole factors, to at most about this many pixels
-LARGEST_GRID = 80_000_000  # pixels; from 89 million on Pillow takes a picture for an attack and refuses to open it
+GRID_SIDE = 512  # small grids are enlarged by a whole factor, up to about this many pixels
+LARGEST_GRID = 80_000_000  # pixels; from 89 million on, Pillow takes a picture for a decompression bomb
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def output_kind(path: str | os.PathLike) -> str:
-    """What `path` asks for: "grid" (.png), "npz" (.npz) or "folder" (no suffix)."""
+    """Return the form of output that the suffix asks for: "grid" (.png), "npz" (.npz) or "folder" (no suffix)."""
     suffix = Path(path).suffix.lower()
     kinds = {".png": "grid", ".npz": "npz", "": "folder"}
     if suffix not in kinds or not str(path) or Path(path).name.startswith("."):
@@ -36,7 +36,13 @@ def output_kind(path: str | os.PathLike) -> str:
 
 
 def check_output(path: str | os.PathLike, shape: tuple[int, ...], seeds: Sequence[int]) -> str:
-    """Raise now what would go wrong after hours, for one sample a seed of `shape` (C, H, W); return the kind."""
+    """Return the kind of output; raise now the errors that would otherwise come after hours of sampling.
+
+    Args:
+        path: Output path, as for `output_kind`.
+        shape: Shape of one sample, (C, H, W).
+        seeds: Seeds of the samples, one each.
+    """
     kind = output_kind(path)
     channels, height, width = shape
     if kind != "npz" and channels not in MODES:
@@ -52,7 +58,7 @@ def check_output(path: str | os.PathLike, shape: tuple[int, ...], seeds: Sequenc
 def save(path: str | os.PathLike, images: Bytes, seeds: Sequence[int], about: dict[str, Any]) -> None:
     """Write uint8 images [N, H, W, C] to `path`, in the form that its suffix asks for.
 
-    `about` and the seeds travel along as JSON: in the PNG text chunk or npz array "ddpm_fast".
+    `about` and the seeds are stored as JSON, in the PNG text chunk or npz array "ddpm_fast".
     """
     kind = output_kind(path)
     if kind == "grid":
@@ -76,7 +82,7 @@ def save_png(path: str | os.PathLike, image: Bytes, metadata: dict[str, Any]) ->
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """What made the PNG or npz at `path`."""
+    """Read the metadata of the PNG or npz at `path`."""
     if Path(path).suffix.lower() == ".npz":
         with np.load(path) as arrays:
             return json.loads(str(arrays[METADATA]))
@@ -85,44 +91,50 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder, in alphabetical order; subfolders are not entered."""
+    """Return the pictures of a folder, in alphabetical order. Subfolders are ignored."""
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
 
 
 def read(paths: Sequence[str | os.PathLike], shape: tuple[int, ...]) -> tuple[Bytes, list[str]]:
-    """Read pictures of `shape` (C, H, W) from files, folders and arr_0 of .npz: uint8 [N, H, W, C], and their names.
+    """Read pictures of `shape` (C, H, W) from files, folders and arr_0 of .npz.
+
+    Returns:
+        The pixels, uint8 [N, H, W, C], and a name for each picture.
 
     Raises:
-        ValueError: names the file that is missing, unreadable or of another size; or a folder without any.
+        ValueError: A file is missing, unreadable or of another size (the message names it), or a folder has none.
     """
     pictures: list[Bytes] = []
     names: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = pictures_in(path)
-            if not found:
+            files = pictures_in(path)
+            if not files:
                 raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
         else:
-            found = [path]
-        for file in found:
-            some = _read_npz(file) if file.suffix.lower() == ".npz" else _read_picture(file, shape[0])[None]
+            files = [path]
+        for file in files:
+            pixels = _read_npz(file) if file.suffix.lower() == ".npz" else _read_picture(file, shape[0])[None]
             channels, height, width = shape
-            if some.shape[1:] != (height, width, channels):
-                got = " x ".join(map(str, some.shape[1:]))
+            if pixels.shape[1:] != (height, width, channels):
+                got = " x ".join(map(str, pixels.shape[1:]))
                 raise ValueError(f"{file} is {got}, the model takes {height} x {width} x {channels}")
-            pictures.append(some)
-            names += [file.name] if len(some) == 1 else [f"{file.name}[{number}]" for number in range(len(some))]
+            pictures.append(pixels)
+            names += [file.name] if len(pixels) == 1 else [f"{file.name}[{number}]" for number in range(len(pixels))]
     return np.concatenate(pictures), names
 
 
 def shape_of(path: str | os.PathLike) -> tuple[int, int, int]:
-    """(C, H, W) of a picture, or of the first in a folder: one channel if it is grey, four if it is transparent."""
+    """Return (C, H, W) of a picture, or of the first picture in a folder.
+
+    C is 1 for a grey picture, 4 for a transparent one, and 3 otherwise.
+    """
     file = Path(path)
     if file.is_dir():
-        found = pictures_in(file)
-        if not found:
+        pictures = pictures_in(file)
+        if not pictures:
             raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
-        file = found[0]
+        file = pictures[0]
     if not file.is_file():
         raise ValueError(f"{file} is not there")
     try:
@@ -140,25 +152,25 @@ def _read_picture(path: Path, channels: int) -> Bytes:
         raise ValueError(f"{path} is not there")
     try:
         with Image.open(path) as picture:
-            found = np.asarray(picture.convert(MODES[channels]))
+            pixels = np.asarray(picture.convert(MODES[channels]))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    return found[..., None] if found.ndim == 2 else found
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _read_npz(path: Path) -> Bytes:
     try:
         with np.load(path) as arrays:
-            found = arrays["arr_0"]
+            pixels = arrays["arr_0"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if found.dtype != np.uint8 or found.ndim != 4 or not len(found):
-        raise ValueError(f"{path} must hold uint8 [N, H, W, C] in arr_0, got {found.dtype} {found.shape}")
-    return found
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):
+        raise ValueError(f"{path} must hold uint8 [N, H, W, C] in arr_0, got {pixels.dtype} {pixels.shape}")
+    return pixels
 
 
 def grid(images: Bytes, columns: int | None = None) -> Bytes:
-    """Lay images [N, H, W, C] out in rows, with thin lines between, small ones enlarged: [H', W', C]."""
+    """Lay images [N, H, W, C] out in rows with thin lines between, enlarging small ones: [H', W', C]."""
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

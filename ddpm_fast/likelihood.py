@@ -1,4 +1,4 @@
-"""How likely a model finds images: the variational bound in bits per dimension (Ho et al. 2020, eq. 5)."""
+"""The likelihood of images under a model: the variational bound in bits per dimension (Ho et al. 2020, eq. 5)."""
 
 import math
 from collections.abc import Mapping
@@ -17,26 +17,26 @@ from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.kernels.q_sample import q_sample
 from ddpm_fast.schedules import Array
 from ddpm_fast.seeding import Seeds, resolve_seeds, seed_tensor
-from ddpm_fast.table import StepTable, alpha_bars_gone_to, build_table, posterior_deviation, posterior_variance
+from ddpm_fast.table import StepTable, build_table, posterior_deviation, posterior_variance, previous_alpha_bars
 from ddpm_fast.timesteps import Timesteps
 from ddpm_fast.validate import checked_start, whole
 
-HALF_BIN = 1 / 255  # of 256 values on [-1, 1]
-SMALLEST = 1e-12  # probability of a bin, as in Ho et al.'s own code
+HALF_BIN = 1 / 255  # half the distance of 256 values on [-1, 1]
+SMALLEST = 1e-12  # smallest probability of a bin, as in Ho et al.'s own code
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The bound of N images, in bits per dimension; timesteps descend, as in the walk.
+    """The bound of N images, in bits per dimension. The timesteps descend, as in sampling.
 
     Attributes:
-        total: float64 [N]: an upper bound of -log2 p(x_0) / dimensions, in expectation over the noise of x_t.
-        prior: float64 [N]: KL(q(x_T | x_0) || N(0, I)), L_T.
-        terms: float64 [N, steps]: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), L_{t-1}; the last is -log p(x_0 | x_1)
-            of the discretised decoder (eq. 13).
-        epsilon_mse, x0_mse: float64 [N, steps]: mean squared errors of the network's noise and origin.
+        total: float64 [N]. An upper bound of -log2 p(x_0) / dimensions, in expectation over the noise of x_t.
+        prior: float64 [N]. L_T = KL(q(x_T | x_0) || N(0, I)).
+        terms: float64 [N, steps]. L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). The last term is -log p(x_0
+            | x_1) of the discretised decoder (eq. 13).
+        epsilon_mse, x0_mse: float64 [N, steps]. Mean squared errors of the epsilon and of the x0 prediction.
         timesteps: int64 [steps].
-        seeds: of the noise, one an image.
+        seeds: Seeds of the noise, one an image.
     """
 
     total: Array
@@ -49,7 +49,7 @@ class Likelihood:
 
 
 def prior_bits(x_0: Tensor, alpha_bar_T: float) -> Tensor:
-    """KL(q(x_T | x_0) || N(0, I)) in bits per dimension: float64 [N]. What no step can take back."""
+    """Return KL(q(x_T | x_0) || N(0, I)) in bits per dimension: float64 [N]. No step can reduce this term."""
     mean_square = alpha_bar_T * x_0.double().flatten(1).square().mean(1)
     return 0.5 * (mean_square - alpha_bar_T - math.log1p(-alpha_bar_T)) / math.log(2)
 
@@ -68,40 +68,40 @@ def bits_per_dimension(
     progress: Show = None,
     **options: Any,
 ) -> Likelihood:
-    """The bound for the walk that `config` describes, every term from one draw of x_t.
+    """Compute the bound for the run that `config` describes, every term from one draw of x_t.
 
-    The origin estimate is clipped where the walk clips it: p is the law of the samples. The decoder's beta_tilde, which
-    is zero, is that of the step before, as in OpenAI's guided-diffusion.
+    The x0 prediction is clipped as in sampling, so that p is the law of the samples. The decoder's beta_tilde is zero.
+    As in OpenAI's guided-diffusion, the beta_tilde of the step before replaces it.
 
     Args:
-        model: any callable `model(x, t, **model_kwargs)`.
-        x_0: float [N, C, ...] on [-1, 1], of 256 values: pixel / 127.5 - 1.
-        batch_size: images at a time.
-        seeds: of the noise of x_t, one an image, as in `Sampler.__call__`.
-        model_kwargs: passed to the model; tensors with N rows are taken along in batches.
-        device, dtype: those of `Sampler`.
-        config, options: `SamplerConfig` and its fields. DDPM without thresholding, at temperature 1.
-        progress: as in `Sampler.__call__`.
+        model: Any callable `model(x, t, **model_kwargs)`.
+        x_0: float [N, C, ...] on [-1, 1], with 256 possible values: pixel / 127.5 - 1.
+        batch_size: Number of images a batch.
+        seeds: Seeds of the noise of x_t, one an image, as in `Sampler.__call__`.
+        model_kwargs: Keywords for the model. Tensors with N rows are cut into batches with the images.
+        device, dtype: Device and dtype, as in `Sampler`.
+        config, options: `SamplerConfig` and its fields. It must be DDPM without thresholding, at temperature 1.
+        progress: Progress bar, as in `Sampler.__call__`.
 
     Raises:
-        ValueError, TypeError: what does not fit, before any network call; values outside [-1, 1].
-        FloatingPointError: the model returned NaN or infinity; says at which timestep.
+        ValueError, TypeError: An argument does not fit, or a value is outside [-1, 1]. Raised before any network call.
+        FloatingPointError: The model returned NaN or infinity. The message names the timestep.
     """
     config = SamplerConfig.from_options(options, config)
     _check(config, x_0)
     whole("batch_size", batch_size, 1)
     table, all_seeds = build_table(config), resolve_seeds(seeds, len(x_0))
-    chain = _variances(config)
-    parts = []
+    variances = _variances(config)
+    batches = []
     starts = range(0, len(x_0), batch_size)
     network: Network | None = None
     bar: ProgressBar | None = None
     try:
         for start in starts:
-            some = slice(start, start + batch_size)
-            images = x_0[some]
+            rows = slice(start, start + batch_size)
+            images = x_0[rows]
             kwargs = {
-                name: value[some] if isinstance(value, Tensor) and value.shape[:1] == x_0.shape[:1] else value
+                name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == x_0.shape[:1] else value
                 for name, value in (model_kwargs or {}).items()
             }
             if network is None or len(images) != network.batch:
@@ -112,12 +112,13 @@ def bits_per_dimension(
             if bar is None:
                 bar = ProgressBar(len(table) * len(starts), network.device, progress)
             with on_device(network.device), torch.no_grad():
-                parts.append(_terms(network, images.to(network.device), table, chain, config, all_seeds[some], bar))
+                images = images.to(network.device)
+                batches.append(_terms(network, images, table, variances, config, all_seeds[rows], bar))
     finally:
         if bar is not None:
-            bar.close(len(parts) == len(starts))
+            bar.close(len(batches) == len(starts))
     prior = prior_bits(x_0, float(config.alphas_cumprod()[table.timestep[0]])).cpu().numpy()
-    terms, epsilon_mse, x0_mse = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    terms, epsilon_mse, x0_mse = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))
     total = prior + terms.sum(1)
     return Likelihood(total, prior, terms, epsilon_mse, x0_mse, table.timestep, all_seeds)
 
@@ -126,15 +127,15 @@ def _terms(
     network: Network,
     x_0: Tensor,
     table: StepTable,
-    chain: tuple[Array, Array],
+    variances: tuple[Array, Array],
     config: SamplerConfig,
     seeds: list[int],
     bar: ProgressBar,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms and the mean squared errors of a batch: [B, steps] each."""
+    """Return the terms, the epsilon errors and the x0 errors of a batch: float64 [B, steps] each."""
     alpha_bars = torch.from_numpy(config.alphas_cumprod())
     keys, on_device_bars = seed_tensor(seeds).to(x_0.device), alpha_bars.to(x_0.device)
-    beta_tilde, sigma_square = chain
+    beta_tilde, sigma_square = variances
     columns: list[tuple[Tensor, ...]] = []
     x_0 = x_0.float().contiguous()
     exact = x_0.double()
@@ -174,9 +175,9 @@ def _terms(
 
 
 def _variances(config: SamplerConfig) -> tuple[Array, Array]:
-    """beta_tilde and sigma^2 of every row; where fixed_small leaves the decoder none, sigma^2 of the row before."""
+    """Return beta_tilde and sigma^2 of every row. If sigma^2 of the last row is zero, the row before replaces it."""
     t = config.inference_timesteps()
-    alpha_bar, alpha_bar_s = config.alphas_cumprod()[t], alpha_bars_gone_to(config, t)
+    alpha_bar, alpha_bar_s = config.alphas_cumprod()[t], previous_alpha_bars(config, t)
     beta_tilde = posterior_variance(alpha_bar, alpha_bar_s)
     sigma_square = posterior_deviation(config.variance_type, alpha_bar, alpha_bar_s, beta_tilde) ** 2
     if sigma_square[-1] == 0 and len(t) > 1:
@@ -184,25 +185,29 @@ def _variances(config: SamplerConfig) -> tuple[Array, Array]:
     return beta_tilde, sigma_square
 
 
-def gaussian_kl(apart: Tensor, log_true: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(m + apart, true) || N(m, variance)) in nats, element by element."""
-    ratios = torch.exp(log_true - log_variance) + apart.square() * torch.exp(-log_variance)
+def gaussian_kl(difference: Tensor, log_true: Tensor, log_variance: Tensor) -> Tensor:
+    """Return KL(N(m + difference, true) || N(m, variance)) in nats, element by element."""
+    ratios = torch.exp(log_true - log_variance) + difference.square() * torch.exp(-log_variance)
     return 0.5 * (log_variance - log_true + ratios - 1)
 
 
 def log_decoder(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log p of the bin of x under N(mean, variance); the outermost bins reach to infinity (Ho et al. 2020, eq. 13)."""
+    """Return log p of the bin of x under N(mean, variance) (Ho et al. 2020, eq. 13).
+
+    The outermost bins reach to infinity.
+    """
     inverse = torch.exp(-0.5 * log_variance)
     above, below = (x - mean + HALF_BIN) * inverse, (x - mean - HALF_BIN) * inverse
     above = torch.where(x > 1 - HALF_BIN / 2, torch.inf, above)
     below = torch.where(x < -1 + HALF_BIN / 2, -torch.inf, below)
-    flipped = below > 0  # in the tail where both distribution functions are near 1, take those from the other side
+    flipped = below > 0  # where both distribution functions are near 1, use the other tail, which keeps the digits
     above, below = torch.where(flipped, -below, above), torch.where(flipped, -above, below)
     high, low = torch.special.log_ndtr(above), torch.special.log_ndtr(below)
     return (high + torch.log1p(-torch.exp(low - high))).clamp(min=math.log(SMALLEST))
 
 
 def _check(config: SamplerConfig, x_0: Tensor) -> None:
+    """Raise ValueError unless the bound is defined for the configuration and the images."""
     if config.sampler != "ddpm":
         raise ValueError(f"the bound is DDPM's, got sampler={config.sampler!r}")
     small = config.variance_type in ("fixed_small", "fixed_small_log", "learned_range")
@@ -221,11 +226,12 @@ def _check(config: SamplerConfig, x_0: Tensor) -> None:
 
 
 def schedule_report(config: SamplerConfig) -> dict[str, float]:
-    """How near a schedule gets to pure noise.
+    """Measure how near a schedule gets to pure noise.
 
     Returns:
         signal: sqrt(alpha_bar_T), the share of the image that is left at the end.
-        prior_bits: KL(q(x_T | x_0) || N(0, I)) in bits per dimension of data of mean square 1, the largest on [-1, 1].
+        prior_bits: KL(q(x_T | x_0) || N(0, I)) in bits per dimension, for data of mean square 1, the largest on [-1,
+            1].
     """
     alpha_bar = float(config.alphas_cumprod()[-1])
     one = torch.ones(1, 1)

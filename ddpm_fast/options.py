@@ -13,7 +13,7 @@ from ddpm_fast.config import SamplerConfig
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.speculation.choose import Speculate
 from ddpm_fast.table import StepTable
-from ddpm_fast.validate import known_names
+from ddpm_fast.validate import check_names
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -87,7 +87,7 @@ def split_options(options: RunOptions, config: SamplerConfig | None = None) -> t
         TypeError: An option has an unknown name; the message lists the names that there are.
         ValueError: An option has a value that is not allowed.
     """
-    known_names("option", options, _CONFIG | _EXECUTION)
+    check_names("option", options, _CONFIG | _EXECUTION)
     given = cast("Mapping[str, Any]", options)
     execution = Execution(**{name: value for name, value in given.items() if name in _EXECUTION})
     return SamplerConfig.from_options({n: v for n, v in given.items() if n in _CONFIG}, config), execution
@@ -100,7 +100,7 @@ def execution_of(options: ExecutionOptions) -> Execution:
         TypeError: An option has an unknown name; the message lists the names that there are.
         ValueError: An option has a value that is not allowed.
     """
-    known_names("option", options, _EXECUTION)
+    check_names("option", options, _EXECUTION)
     return Execution(**options)
 
 

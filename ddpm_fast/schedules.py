@@ -13,31 +13,37 @@ Array = NDArray[np.float64]
 
 
 def linear(steps: int, beta_start: float, beta_end: float) -> Array:
-    """beta rises linearly (Ho et al. 2020)."""
+    """Return a beta that rises linearly (Ho et al. 2020)."""
     return np.linspace(beta_start, beta_end, steps)
 
 
 def scaled_linear(steps: int, beta_start: float, beta_end: float) -> Array:
-    """sqrt(beta) rises linearly (latent diffusion, Rombach et al. 2022)."""
+    """Return a beta whose square root rises linearly (latent diffusion, Rombach et al. 2022)."""
     return np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
 
 
 def squaredcos_cap_v2(steps: int, beta_start: float, beta_end: float) -> Array:
-    """alpha_bar is a squared cosine, beta capped at 0.999 (Nichol & Dhariwal 2021, eq. 17); end points unused."""
+    """Return the beta of an alpha_bar that is a squared cosine, capped at 0.999 (Nichol & Dhariwal 2021, eq. 17).
+
+    The end points are unused.
+    """
     t = np.arange(steps + 1) / steps
     alpha_bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
 def sigmoid(steps: int, beta_start: float, beta_end: float) -> Array:
-    """beta is a sigmoid over [-6, 6] between the end points (GeoDiff, Xu et al. 2022; diffusers' "sigmoid")."""
+    """Return a beta that is a sigmoid over [-6, 6] between the end points (GeoDiff, Xu et al. 2022).
+
+    This is diffusers' "sigmoid".
+    """
     return _sigmoid(np.linspace(-6, 6, steps)) * (beta_end - beta_start) + beta_start
 
 
 def sigmoid_alpha_bar(steps: int, beta_start: float, beta_end: float) -> Array:
-    """alpha_bar is a sigmoid over [-3, 3], beta capped at 0.999 (Jabri et al. 2022; lucidrains' default).
+    """Return the beta of an alpha_bar that is a sigmoid over [-3, 3] (Jabri et al. 2022; lucidrains' default).
 
-    The end points are unused.
+    beta is capped at 0.999. The end points are unused.
     """
     start, end = -3.0, 3.0
     t = np.arange(steps + 1) / steps
@@ -52,7 +58,10 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], Array]] = {
 
 
 def betas_from_list(betas: Sequence[float], steps: int) -> Array:
-    """Check betas that the caller brings: `steps` of them, each in (0, 1); the very last may be 1."""
+    """Return the betas as an array; raise ValueError unless they are `steps` numbers in (0, 1).
+
+    The very last beta may be 1.
+    """
     try:
         values = np.asarray(betas, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -68,7 +77,10 @@ def betas_from_list(betas: Sequence[float], steps: int) -> Array:
 
 
 def rescale_zero_terminal_snr(betas: Array) -> Array:
-    """Shift and scale sqrt(alpha_bar): the last one becomes 0, the first is kept (Lin et al. 2023, algorithm 1)."""
+    """Shift and scale sqrt(alpha_bar) so that the last one becomes 0 and the first is kept.
+
+    (Lin et al. 2023, algorithm 1.)
+    """
     root = np.sqrt(np.cumprod(1 - betas))
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2

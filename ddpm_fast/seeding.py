@@ -11,21 +11,25 @@ Seeds = int | Sequence[int] | None
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on the key alone: different keys of one length, each part in [0, 2^32), differ."""
+    """Return a CPU generator that depends on the key alone.
+
+    Two different keys of one length, with each part in [0, 2^32), give different generators.
+    """
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
 def resolve_seeds(seeds: Seeds, batch: int) -> list[int]:
-    """One 64-bit seed a sample.
+    """Return one 64-bit seed a sample.
 
     Args:
-        seeds: an int s for s, s + 1, … s + batch - 1; a range, list, tuple or tensor of `batch` ints; None for fresh
-            entropy: a random s, so that one number reproduces the batch.
+        seeds: An int s stands for s, s + 1, … s + batch - 1. A range, list, tuple or tensor holds `batch` ints. None
+            draws a random s, so that one number reproduces the batch.
+        batch: Number of samples.
 
     Raises:
-        ValueError: another number of seeds than samples; a seed outside [0, 2^64).
-        TypeError: something that is no integer.
+        ValueError: The number of seeds is not the number of samples, or a seed is outside [0, 2^64).
+        TypeError: A seed is no integer.
     """
     if seeds is None:
         seeds = secrets.randbits(48)
@@ -48,12 +52,12 @@ def resolve_seeds(seeds: Seeds, batch: int) -> list[int]:
 
 
 def seed_tensor(seeds: Sequence[int]) -> Tensor:
-    """The 64 bits of every seed as int64 [len(seeds)]: what the kernels take."""
+    """Return the 64 bits of every seed as int64 [len(seeds)], the form that the kernels take."""
     return torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64))
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds as people write them: "7", "0-15", "1,4,9-12"."""
+    """Parse seeds as people write them: "7", "0-15", "1,4,9-12"."""
     return [seed for part in text.split(",") for seed in _parse_range(part, text)]
 
 

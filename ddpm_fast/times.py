@@ -1,8 +1,8 @@
-"""Networks that want another time than the integer timestep: scaled, continuous, or a log signal-to-noise ratio.
+"""Networks that take another time than the integer timestep: scaled, continuous, or a log signal-to-noise ratio.
 
     sampler = Sampler(Retimed(network, log_snr_times(config.alphas_cumprod())), shape, config=config)
 
-A sampler's own timesteps stay integers t = 0 … T - 1; only what the network is told changes.
+A sampler's own timesteps stay integers t = 0 … T - 1. Only the network's argument changes.
 """
 
 import itertools
@@ -17,15 +17,15 @@ from ddpm_fast.validate import whole, within
 
 
 class Retimed(nn.Module):
-    """A network that is told times[t] instead of t.
+    """A wrapper that calls a network with times[t] instead of t.
 
     Args:
-        model: called as model(x, times[t], **kwargs), with float32 [B].
-        times: [T], one a training timestep: of `scaled_times`, `continuous_times`, `log_snr_times`, or any other.
+        model: The network, called as model(x, times[t], **kwargs) with times in float32 [B].
+        times: One time a training timestep, [T]: from `scaled_times`, `continuous_times`, `log_snr_times`, or others.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: times is no finite vector.
+        TypeError: The model is no module.
+        ValueError: The times are no finite vector.
     """
 
     times: Tensor
@@ -39,32 +39,32 @@ class Retimed(nn.Module):
             raise ValueError(f"times must be finite numbers [T], one a timestep, got shape {tuple(times.shape)}")
         self.model = model
         device = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
-        # As bits: module.half() would round numbers.
+        # Stored as bits, because module.half() would round floats.
         self.register_buffer("times", times.to(device).view(torch.int32), persistent=False)
         self.train(model.training)
 
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
-        """What the network says at x [B, C, ...] and timesteps t, int64 [B]."""
+        """Return the network's output at x [B, C, ...] and timesteps t, int64 [B]. Keywords go to the network."""
         return self.model(x, self.times[t].view(torch.float32), **kwargs)
 
 
 def scaled_times(num_train_timesteps: int, scale: float) -> Array:
-    """scale t: with 1000 / T what improved- and guided-diffusion call rescale_timesteps. float64 [T]."""
+    """Return scale t: float64 [T]. 1000 / T is the scale of rescale_timesteps in improved- and guided-diffusion."""
     scale = within("scale", scale, -np.inf, np.inf, "()")
     return scale * np.arange(whole("num_train_timesteps", num_train_timesteps, 1), dtype=np.float64)
 
 
 def continuous_times(num_train_timesteps: int, first: float = 0.0) -> Array:
-    """(t + first) / T: times in [0, 1) for first = 0, in (0, 1] for first = 1. float64 [T]."""
+    """Return (t + first) / T: float64 [T]. The times lie in [0, 1) for first = 0 and in (0, 1] for first = 1."""
     steps, first = whole("num_train_timesteps", num_train_timesteps, 1), within("first", first, 0, 1)
     return np.linspace(first, first + steps - 1, steps) / steps
 
 
 def log_snr_times(alphas_cumprod: Array | Tensor) -> Array:
-    """log(alpha_bar / (1 - alpha_bar)), the logarithm of the signal-to-noise ratio (Kingma et al. 2021, eq. 3).
+    """Return log(alpha_bar / (1 - alpha_bar)), the logarithm of the signal-to-noise ratio (Kingma et al. 2021, eq. 3).
 
     Args:
-        alphas_cumprod: alpha_bar, [T], inside (0, 1).
+        alphas_cumprod: alpha_bar of every training timestep, [T], inside (0, 1).
 
     Returns:
         float64 [T], falling.

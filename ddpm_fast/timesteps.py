@@ -1,4 +1,7 @@
-"""Which of the T training timesteps a sampler visits, descending (Lin et al. 2023, table 2; diffusers' names)."""
+"""Spacings: the timesteps, of the T training timesteps, that a sampler visits, descending.
+
+The names are diffusers' (Lin et al. 2023, table 2).
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -9,21 +12,24 @@ Timesteps = NDArray[np.int64]
 
 
 def leading(train_steps: int, steps: int) -> Timesteps:
-    """0, r, 2r, … with the integer stride r = T // N: begins short of T - 1 unless N divides T."""
+    """Return (N - 1) r, …, 2r, r, 0 with the integer stride r = T // N.
+
+    The first timestep is less than T - 1 unless r = 1 and N = T.
+    """
     return np.arange(steps)[::-1] * (train_steps // steps)
 
 
 def trailing(train_steps: int, steps: int) -> Timesteps:
-    """T - 1, T - 1 - T/N, …, rounded: always begins at T - 1.
+    """Return T - 1, T - 1 - T/N, …, rounded. The first timestep is always T - 1.
 
-    The float range is diffusers', so that ties round alike. For 62 of the N up to 1000 it is one too long, and
-    diffusers then visits -1; this yields exactly N.
+    The float range is diffusers', so that ties round alike. For 62 of the N up to 1000 that range is one too long, and
+    diffusers then visits -1; this function returns exactly N timesteps.
     """
     return np.round(np.arange(train_steps, 0, -train_steps / steps)).astype(np.int64)[:steps] - 1
 
 
 def linspace(train_steps: int, steps: int) -> Timesteps:
-    """Both ends included, evenly spread and rounded; one step is t = 0."""
+    """Return N evenly spread timesteps, rounded, both ends included. A single step is t = 0."""
     return np.round(np.linspace(0, train_steps - 1, steps))[::-1].astype(np.int64)
 
 
@@ -33,11 +39,11 @@ TIMESTEP_SPACINGS: dict[str, Callable[[int, int], Timesteps]] = {
 
 
 def explicit(timesteps: Sequence[int], train_steps: int) -> Timesteps:
-    """Check timesteps that the caller brings: integers in [0, T), strictly descending."""
+    """Return the given timesteps as int64; raise ValueError unless they are integers in [0, T), strictly descending."""
     values = np.asarray(timesteps)
     if values.ndim != 1 or values.size == 0 or not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"timesteps must be a non-empty list of integers, got {timesteps!r}")
-    values = values.astype(np.int64)  # unsigned differences would wrap
+    values = values.astype(np.int64)  # differences of unsigned integers would wrap
     check_range(values, train_steps)
     if np.any(np.diff(values) >= 0):
         raise ValueError(f"timesteps must descend strictly, got {values.tolist()}")

@@ -1,4 +1,4 @@
-"""Checks at the edge: each says in one sentence what is allowed and what came; and what others said, in one line."""
+"""Checks of arguments: each error says in one sentence which values are allowed and which one came."""
 
 import difflib
 import math
@@ -41,8 +41,8 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     return int(value)
 
 
-def known_names(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
-    """Raise TypeError for the first of `given` that is not in `allowed`, naming the nearest one."""
+def check_names(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raise TypeError for the first of `given` that is not in `allowed`; the message suggests the nearest name."""
     allowed = list(allowed)
     for name in given:
         if name not in allowed:
@@ -52,12 +52,12 @@ def known_names(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None
 
 
 def line_of(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Return the first line of an error's message that is not empty, at most 200 characters; else the error's type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def checked_shape(shape: Any) -> tuple[int, ...]:
-    """The shape as plain ints; raise ValueError unless it is (batch, channels, ...) with positive sizes."""
+    """Return the shape as plain ints; raise ValueError unless it is (batch, channels, ...) with positive sizes."""
     try:
         sizes = tuple(operator.index(size) for size in shape)
     except TypeError:
@@ -74,7 +74,7 @@ def check_callable(name: str, value: Any) -> None:
 
 
 def per_sample(name: str, value: float | Sequence[float] | None, batch: int, device: torch.device) -> Tensor | None:
-    """One number, or one a sample, as float32 [batch]; None stays None."""
+    """Return one number, or one number a sample, as float32 [batch]. None stays None."""
     if value is None:
         return None
     try:
@@ -100,32 +100,33 @@ def checked_start(x_T: Tensor | None, shape: tuple[int, ...], name: str = "x_T")
 
 
 def checked_known(known: Tensor | None, mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-    """A known image and its mask in the walk's shape, the mask in float32; None where nothing is known.
+    """Return a known image and its mask, expanded to `shape`, in float32; None if neither is given.
 
     Raises:
-        ValueError: one without the other, of a shape that does not broadcast, not finite; a mask outside [0, 1].
+        ValueError: Only one of the two is given, a shape does not broadcast, a value is not finite, or the mask leaves
+            [0, 1].
     """
     if known is None and mask is None:
         return None
     if known is None or mask is None:
         raise ValueError("known and mask belong together: give both or neither")
-    found = []
+    tensors = []
     for name, value in (("known", known), ("mask", mask)):
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype == torch.bool):
             raise ValueError(f"{name} must be a float{' or bool' if name == 'mask' else ''} tensor, got {value!r:.80}")
         try:
-            found.append(value.float().expand(shape))
+            tensors.append(value.float().expand(shape))
         except RuntimeError:
             raise ValueError(f"{name} must broadcast to {shape}, got {tuple(value.shape)}") from None
-        if not bool(torch.isfinite(found[-1]).all()):
+        if not bool(torch.isfinite(tensors[-1]).all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity")
-    if found[1].min() < 0 or found[1].max() > 1:
+    if tensors[1].min() < 0 or tensors[1].max() > 1:
         raise ValueError("mask must lie in [0, 1]: 1 where the image is known")
-    return found[0], found[1]
+    return tensors[0], tensors[1]
 
 
 def kept_steps(output: str, output_steps: Sequence[int] | None, steps: int) -> frozenset[int]:
-    """The step numbers after which a frame is kept."""
+    """Return the step numbers after which a frame is kept."""
     one_of("output", output, OUTPUTS)
     if output in ("sample", "result"):
         if output_steps is not None:

@@ -1,4 +1,4 @@
-"""Everything that a caller can get wrong is said in one sentence, before the network is called."""
+"""Tests of wrong arguments: each is reported in one sentence, before the network is called."""
 
 import logging
 
@@ -189,7 +189,7 @@ def test_a_model_that_returns_no_tensor():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_stops_the_walk_soon_and_its_step_is_named(bad):
+def test_nan_stops_the_run_soon_and_its_step_is_named(bad):
     calls = []
 
     def model(x, t):
@@ -203,7 +203,7 @@ def test_nan_stops_the_walk_soon_and_its_step_is_named(bad):
         sample(model, SHAPE, seeds=0, clip_sample=False)
     assert (
         len(calls) == CHECK_EVERY + 3
-    )  # the check after the first CHECK_EVERY steps, and the run again to find the step
+    )  # the check after the first CHECK_EVERY steps, and a second run to find the step
 
 
 def test_changed_conditioning_must_fit():

@@ -1,4 +1,4 @@
-"""Classes from end to end: data with labels, a network that takes them, training, guidance, the command line."""
+"""Tests of classes from end to end: data with labels, networks, training, guidance, the command line."""
 
 import dataclasses
 import itertools
@@ -25,14 +25,14 @@ QUIET = {"progress": False}
 
 
 def shades(count, seed, step):
-    """Class k is an image of one shade: -0.5, 0 or 0.5."""
+    """Return images of one shade each, -0.5, 0 or 0.5, with the class as label."""
     labels = torch.randint(3, (count,), generator=torch.Generator().manual_seed(1000 * seed + step))
     return (labels.float() / 2 - 0.5).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).clone(), labels
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A checkpoint of a random network with classes."""
+    """Return a checkpoint of a random network with classes."""
     folder = tmp_path_factory.mktemp("models") / "classes"
     save_checkpoint(folder, random_unet(TINY), DIFFUSION, dtype=torch.float32)
     return folder
@@ -93,7 +93,7 @@ def test_a_checkpoint_says_its_classes(model):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Three folders of pictures: black, grey and white ones."""
+    """Return three folders of pictures: black, grey and white ones."""
     root = tmp_path / "pictures"
     for name, shade, count in (("black", 10, 3), ("grey", 120, 4), ("white", 240, 5)):
         (root / name).mkdir(parents=True)
@@ -157,7 +157,7 @@ def test_bad_class_folders_are_named(folders):
 
 
 def seen_labels(folder, dropout, steps=40):
-    """The labels that the network is shown, beside those of the data."""
+    """Return the labels that the network gets in training, and the labels of the data."""
     config = dataclasses.replace(CONFIG, steps=steps, save_every=steps, label_dropout=dropout)
     run = Trainer(folder, config, TINY, DIFFUSION, shades)
     seen = []
@@ -178,20 +178,20 @@ def test_it_learns_the_classes_and_guidance_sharpens_them(tmp_path):
     config = dataclasses.replace(CONFIG, steps=300, batch_size=32, save_every=300, learning_rate=1e-2, ema_decay=0.99)
     diffusion = SamplerConfig(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2")
     Trainer(tmp_path, config, TINY, diffusion, shades).run(**QUIET)
-    found = load_checkpoint(tmp_path)
+    checkpoint = load_checkpoint(tmp_path)
     labels, none = torch.arange(48) % 3, torch.full((48,), 3)
 
-    def drawn(**more):
-        x = sample(found.model, (48, 1, 8, 8), seeds=0, config=found.diffusion, **more, **QUIET)
+    def drawn(**options):
+        x = sample(checkpoint.model, (48, 1, 8, 8), seeds=0, config=checkpoint.diffusion, **options, **QUIET)
         return x.mean((1, 2, 3))
 
-    told = {"model_kwargs": {"class_labels": labels}}
-    centres = torch.stack([drawn(**told)[labels == k].mean() for k in range(3)])
+    conditioning = {"model_kwargs": {"class_labels": labels}}
+    centres = torch.stack([drawn(**conditioning)[labels == k].mean() for k in range(3)])
     assert centres.tolist() == pytest.approx([-0.5, 0, 0.5], abs=0.15)
     free = drawn(model_kwargs={"class_labels": none})
-    assert free.std() > 0.25  # all classes: 0.41; any one: 0
-    guided = drawn(**told, guidance_scale=2.0, uncond_kwargs={"class_labels": none})
-    # away from the middle of all classes, for those that are not in it
+    assert free.std() > 0.25  # 0.41 for all classes, 0 for a single one
+    guided = drawn(**conditioning, guidance_scale=2.0, uncond_kwargs={"class_labels": none})
+    # Guidance leads away from the middle of all classes.
     assert guided[labels == 0].mean() < centres[0]
     assert guided[labels == 2].mean() > centres[2]
 
@@ -214,10 +214,10 @@ def test_an_interrupted_run_with_classes_resumes_bit_for_bit(tmp_path):
 
 def test_samples_on_the_way_are_of_every_class(tmp_path):
     Trainer(tmp_path, CONFIG, TINY, DIFFUSION, shades, samples=4).run(**QUIET)
-    found = load_checkpoint(tmp_path)
-    options = {"config": found.diffusion, "sampler": "ddim", "num_inference_steps": 20, **QUIET}
+    checkpoint = load_checkpoint(tmp_path)
+    options = {"config": checkpoint.diffusion, "sampler": "ddim", "num_inference_steps": 20, **QUIET}
     labels = {"class_labels": torch.tensor([0, 1, 2, 0])}
-    x = sample(found.model, (4, 1, 8, 8), seeds=0, model_kwargs=labels, **options)
+    x = sample(checkpoint.model, (4, 1, 8, 8), seeds=0, model_kwargs=labels, **options)
     with Image.open(tmp_path / "samples.png") as picture:
         apart = np.asarray(picture).astype(int) - images.grid(to_uint8(x).numpy())[..., 0]
     assert abs(apart).max() <= 2  # the checkpoint's weights are rounded
@@ -241,18 +241,18 @@ def test_data_and_network_must_fit(tmp_path, network, data, says):
 
 
 def test_labels_may_change_between_calls_of_a_hoisted_network(model):
-    """What depends on the class is tabled when the network is traced, and anew when the class changes."""
-    found = load_checkpoint(model)
+    """Check that hoisted tensors that depend on the class are computed anew when the class changes."""
+    checkpoint = load_checkpoint(model)
     first, second, none = (torch.tensor(labels) for labels in ([0, 1], [2, 0], [3, 3]))
-    how = {"config": found.diffusion, "guidance_scale": 3.0, "uncond_kwargs": {"class_labels": none}}
+    options = {"config": checkpoint.diffusion, "guidance_scale": 3.0, "uncond_kwargs": {"class_labels": none}}
     plain, hoisted = (
-        Sampler(found.model, (2, 1, 8, 8), model_kwargs={"class_labels": first}, optimize=optimize, **how)
+        Sampler(checkpoint.model, (2, 1, 8, 8), model_kwargs={"class_labels": first}, optimize=optimize, **options)
         for optimize in (None, "hoist")
     )
     for labels in (first, second):
-        told = {"model_kwargs": {"class_labels": labels}, "uncond_kwargs": {"class_labels": none}}
-        expected = plain(seeds=0, **told, **QUIET)
-        torch.testing.assert_close(hoisted(seeds=0, **told, **QUIET), expected, rtol=1e-5, atol=1e-5)
+        conditioning = {"model_kwargs": {"class_labels": labels}, "uncond_kwargs": {"class_labels": none}}
+        expected = plain(seeds=0, **conditioning, **QUIET)
+        torch.testing.assert_close(hoisted(seeds=0, **conditioning, **QUIET), expected, rtol=1e-5, atol=1e-5)
     assert hoisted.loop.network.hoisted is not None
 
 
@@ -261,16 +261,16 @@ def command(model, out, *arguments):
 
 
 def test_the_command_draws_classes_in_turn_in_any_batches(model, tmp_path):
-    found = load_checkpoint(model)
+    checkpoint = load_checkpoint(model)
     options = ["--seeds", "0-6", "--label", "0-2", "--guidance", "2"]
     assert command(model, tmp_path / "a.npz", *options) == 0
     assert command(model, tmp_path / "b.npz", *options, "--batch", "3") == 0
     a, b = (np.load(tmp_path / name)["arr_0"] for name in ("a.npz", "b.npz"))
     assert abs(a.astype(int) - b).max() <= 1
-    told = {"class_labels": torch.arange(7) % 3}, {"class_labels": torch.full((7,), 3)}
+    labels, none = torch.arange(7) % 3, torch.full((7,), 3)
     x = sample(
-        found.model, (7, 1, 8, 8), seeds=0, config=found.diffusion, guidance_scale=2.0, model_kwargs=told[0],
-        uncond_kwargs=told[1], **QUIET,
+        checkpoint.model, (7, 1, 8, 8), seeds=0, config=checkpoint.diffusion, guidance_scale=2.0,
+        model_kwargs={"class_labels": labels}, uncond_kwargs={"class_labels": none}, **QUIET,
     )  # fmt: skip
     assert abs(to_uint8(x).numpy().astype(int) - a).max() <= 1
     about = images.read_metadata(tmp_path / "a.npz")
@@ -278,8 +278,8 @@ def test_the_command_draws_classes_in_turn_in_any_batches(model, tmp_path):
 
 
 def test_without_a_label_it_draws_of_all_classes(model, tmp_path):
-    found = load_checkpoint(model)
-    x = sample(found.model, (2, 1, 8, 8), seeds=0, config=found.diffusion, **QUIET)
+    checkpoint = load_checkpoint(model)
+    x = sample(checkpoint.model, (2, 1, 8, 8), seeds=0, config=checkpoint.diffusion, **QUIET)
     for options in ([], ["--label", "none"]):
         assert command(model, tmp_path / "a.npz", "--seeds", "0-1", *options) == 0
         assert abs(np.load(tmp_path / "a.npz")["arr_0"].astype(int) - to_uint8(x).numpy()).max() <= 1
@@ -307,10 +307,10 @@ def test_the_command_trains_on_class_folders(folders, tmp_path, capsys):
     run = tmp_path / "run"
     options = ["--steps", "2", "--batch", "4", "--samples", "3", "--widths", "8,16", "--label-dropout", "0.2"]
     assert cli.main(["train", "--data", str(folders), "--out", str(run), "--quiet", *options]) == 0
-    found = load_checkpoint(run)
-    assert found.classes == Classes("class_labels", 3, none=3)
-    assert found.model.config.widths == (8, 16)
-    assert (found.about["training"]["label_dropout"], found.about["data"]["classes"][2]) == (0.2, "white")
+    checkpoint = load_checkpoint(run)
+    assert checkpoint.classes == Classes("class_labels", 3, none=3)
+    assert checkpoint.model.config.widths == (8, 16)
+    assert (checkpoint.about["training"]["label_dropout"], checkpoint.about["data"]["classes"][2]) == (0.2, "white")
     assert command(run, tmp_path / "a.png", "--seeds", "0", "--steps", "2", "--label", "2", "--guidance", "1.5") == 0
     assert cli.main(["train", "--data", str(folders), "--out", str(run), "--quiet", *options[:-1], "0.5"]) == 2
     assert "training.label_dropout is 0.2 there and 0.5 here" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""SamplerConfig: what it accepts, what it says when it does not, and its way through JSON."""
+"""Tests of SamplerConfig: allowed values, error messages, and the round trip through JSON."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def test_default_is_every_step_of_ddpm():
     assert (config.sampler, config.variance_type, config.prediction_type) == ("ddpm", "fixed_small", "epsilon")
 
 
-def test_fewer_training_steps_are_all_walked():
+def test_fewer_training_steps_are_all_taken():
     assert SamplerConfig(num_train_timesteps=7).inference_timesteps().tolist() == [6, 5, 4, 3, 2, 1, 0]
 
 

@@ -1,4 +1,4 @@
-"""Walks that begin from images: closed forms, planted mistakes, and moons that are measured."""
+"""Tests of sampling that begins from images: closed forms, planted mistakes, and moons that are measured."""
 
 import logging
 import math
@@ -35,7 +35,7 @@ QUIET = {"progress": False}
 
 
 class Seen(nn.Module):
-    """Keeps what the walk begins with."""
+    """A network that keeps its first input."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class TestPartialDenoising:
     def test_it_begins_at_the_level_of_noise(self):
         x_0 = torch.full((400, 2, 4, 4), 0.5)
         x, t = start_of(denoise, x_0, 350, seeds=0)
-        assert t.unique().tolist() == [300]  # the largest that ten steps visit
+        assert t.unique().tolist() == [300]  # the largest timestep <= 350 of ten steps
         deviation = math.sqrt(1 - ALPHA_BARS[300])
         assert abs(x.mean() - 0.5 * math.sqrt(ALPHA_BARS[300])) < 5 * deviation / math.sqrt(x.numel())
         assert abs(x.std() / deviation - 1) < 5 / math.sqrt(2 * x.numel())
@@ -82,7 +82,7 @@ class TestPartialDenoising:
             denoise(Wavy(2, 2), torch.zeros(2, 2, 4, 4), 100, num_inference_steps=20, **QUIET)
         assert "drew seeds" in caplog.text
 
-    def test_the_walk_that_is_left(self):
+    def test_the_steps_that_are_left(self):
         config = SamplerConfig(num_inference_steps=50)
         left = from_level(config, 333)
         assert left.inference_timesteps().tolist() == [t for t in config.inference_timesteps() if t <= 333]
@@ -103,13 +103,13 @@ class TestInterpolation:
             assert abs(x.mean() - 0.8 * math.sqrt(ALPHA_BARS[600])) < 5 / math.sqrt(x.numel())
 
     def test_without_rescaling_there_is_too_little(self):
-        """As in denoising-diffusion-pytorch: half the variance where two independent ones meet in the middle."""
+        """Check the variance of denoising-diffusion-pytorch: two independent noises leave half of it in the middle."""
         zeros = torch.zeros(400, 2, 4, 4)
         x, _ = start_of(interpolate, zeros, zeros, 600, 0.5, rescale=False, seeds=0)
         assert abs(x.var() / (0.5 * (1 - ALPHA_BARS[600])) - 1) < 5 * math.sqrt(2 / x.numel())
 
     @pytest.mark.parametrize("mixing", ["linear", "spherical"])
-    def test_its_ends_are_walks_of_the_images(self, mixing):
+    def test_its_ends_are_denoised_images(self, mixing):
         x_a, x_b = torch.rand(2, 3, 2, 4, 4)
         options = {"seeds": 3, "num_inference_steps": 20, **QUIET}
         first = interpolate(Wavy(2, 2), x_a, x_b, 500, 0.0, mixing=mixing, **options)
@@ -118,7 +118,7 @@ class TestInterpolation:
         torch.testing.assert_close(last, denoise(Wavy(2, 2), x_b, 500, **options), atol=1e-4, rtol=0)
 
     def test_spherical_weights_are_those_of_the_great_circle(self):
-        """Half way between orthogonal points of equal length both weights are 1 / sqrt(2)."""
+        """Check that both weights are 1 / sqrt(2) half way between orthogonal points of equal length."""
         a, b = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
         a[0, 0, 0] = b[0, 1, 1] = 3.0
         from ddpm_fast.edit import _weights
@@ -132,16 +132,20 @@ class TestInterpolation:
 
 
 def moon(lit, count):
-    found = moons.Moons(*(torch.tensor([value]) for value in (lit, 1.0, 16.0, 16.0, 8.0)))
-    return moons.render(found).expand(count, -1, -1, -1)
+    moon = moons.Moons(*(torch.tensor([value]) for value in (lit, 1.0, 16.0, 16.0, 8.0)))
+    return moons.render(moon).expand(count, -1, -1, -1)
 
 
 def is_fusion(images):
-    """Between a full and a half moon: as lit as three quarters on average, as sharp as moons are, and truly between."""
-    found, misfit = moons.measure(images)
-    between = ((found.lit > 0.6) & (found.lit < 0.9)).double().mean()
+    """Judge whether images lie between a full and a half moon.
+
+    Fusions are lit to three quarters on average ("mean"), as sharp as moons ("sharp"), and mostly near three quarters
+    each ("between").
+    """
+    fitted, misfit = moons.measure(images)
+    between = ((fitted.lit > 0.6) & (fitted.lit < 0.9)).double().mean()
     return {
-        "mean": abs(found.lit.mean().item() - 0.75) < 0.06,
+        "mean": abs(fitted.lit.mean().item() - 0.75) < 0.06,
         "sharp": misfit.median().item() < 0.05,
         "between": between.item() > 0.25,
     }
@@ -174,13 +178,16 @@ class TestInpainting:
         model = IdealDenoiser(DATA, ALPHA_BARS)
         known, mask = DATA[[0, 1, 2, 3]].clone(), torch.zeros(1, 1, 4, 4)
         mask[..., :2, :] = 1
-        known[..., 2:, :] = 0.3  # does not matter
+        known[..., 2:, :] = 0.3  # has no effect
         x = inpaint(model, known, mask, seeds=0, num_inference_steps=100, resamplings=3, **QUIET)
         assert torch.equal(x[..., :2, :], known[..., :2, :])
         assert (x - DATA[[0, 1, 2, 3]]).abs().max() < 1e-3
 
     def test_going_back_makes_the_rest_depend_on_what_is_known(self):
-        """Gaussian pairs of correlation 0.9: the second given the first, in closed form; the plain walk falls short."""
+        """Compare Gaussian pairs of correlation 0.9 with the closed form of the second given the first.
+
+        A plain run without resampling falls short of it.
+        """
         covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
         model = PerPosition(torch.zeros(2, dtype=torch.float64), covariance)
         known = torch.zeros(40, 2, 50)
@@ -196,10 +203,10 @@ class TestInpainting:
         assert abs(back - 0.9) < 0.08
         assert plain < back - 0.1
 
-    @pytest.mark.parametrize("how", [{"sampler": "ddim", "eta": 0.0}, {"variance_type": "fixed_large"}], ids=str)
-    def test_other_samplers(self, how):
+    @pytest.mark.parametrize("options", [{"sampler": "ddim", "eta": 0.0}, {"variance_type": "fixed_large"}], ids=str)
+    def test_other_samplers(self, options):
         x = inpaint(Wavy(2, 2), torch.ones(2, 2, 3, 5), torch.eye(5)[:3] > 0, resamplings=2, jump_length=3,
-                    num_inference_steps=12, seeds=0, **how, **QUIET)  # fmt: skip
+                    num_inference_steps=12, seeds=0, **options, **QUIET)  # fmt: skip
         assert torch.equal(x[..., 0, 0], torch.ones(2, 2))
         assert torch.isfinite(x).all()
 
@@ -221,7 +228,7 @@ class TestInpainting:
 
 
 class PerPosition(Gaussian):
-    """`Gaussian` over the channels of [B, 2, positions]."""
+    """A `Gaussian` over the channels of [B, 2, positions]."""
 
     def __init__(self, mean, covariance):
         super().__init__(mean, covariance, torch.from_numpy(ALPHA_BARS))
@@ -232,7 +239,10 @@ class PerPosition(Gaussian):
 
 
 def published_schedule(steps, jump_length, jump_n_sample):
-    """The times of RePaint's appendix, written from its text: t counts down, and goes back at every jump_length-th."""
+    """Return the times of RePaint's appendix, written from its text.
+
+    t falls, and goes back at every jump_length-th time.
+    """
     jumps = dict.fromkeys(range(0, steps - jump_length, jump_length), jump_n_sample - 1)
     t, times = steps, []
     while t >= 1:
@@ -250,7 +260,7 @@ class TestResampledTable:
     @pytest.mark.parametrize(("steps", "jump", "times"), [(250, 10, 10), (20, 5, 2), (12, 1, 3), (10, 9, 4)])
     def test_the_schedule_is_the_papers(self, steps, jump, times):
         rows, jumps = _back_and_forth(steps, times, jump)
-        levels = [steps]  # steps that are left; the paper's t = 0, the last noisy state, is level 1
+        levels = [steps]  # the number of steps left; the paper's t = 0, the last noisy state, is level 1
         for row, back in zip(rows, jumps, strict=True):
             levels.append(steps - 1 - row)
             levels += range(steps - row, steps - row + back)
@@ -287,22 +297,22 @@ class TestResampledTable:
         plain = build_table(SamplerConfig(num_inference_steps=50))
         assert set(plain.noise_id.tolist()) <= set(table.noise_id.tolist())
 
-    def test_the_plain_walk_is_a_plain_table(self):
+    def test_one_resampling_is_a_plain_table(self):
         config = SamplerConfig(num_inference_steps=50)
         np.testing.assert_array_equal(resampled(config, 1, 10).coefficients(), build_table(config).coefficients())
 
 
 class TestInversion:
     @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-    def test_ddim_walks_back_to_the_image(self, prediction_type):
+    def test_ddim_returns_to_the_image(self, prediction_type):
         covariance = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
         epsilon = PerPosition(torch.tensor([0.2, -0.3], dtype=torch.float64), covariance)
 
         def velocity(x, t):
             alpha_bar = torch.from_numpy(ALPHA_BARS)[t].view(-1, 1, 1)
             noise = epsilon(x, t).double()
-            origin = (x.double() - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
-            return (alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * origin).to(x.dtype)
+            x0 = (x.double() - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+            return (alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0).to(x.dtype)
 
         model = epsilon if prediction_type == "epsilon" else velocity
         x_0 = torch.randn(4, 2, 30, generator=torch.Generator().manual_seed(1)) * 0.6
@@ -313,10 +323,10 @@ class TestInversion:
             back = sample(model, x_0.shape, x_T=x_T, sampler="ddim", clip_sample=False, **options)
             errors.append((back - x_0).abs().max().item())
         assert errors[2] < 0.02
-        assert errors[2] < errors[1] / 3 < errors[0] / 9  # of first order
+        assert errors[2] < errors[1] / 3 < errors[0] / 9  # convergence of first order
 
     def test_the_noise_is_noise(self):
-        """Of Gaussian data, the walk to noise is one to N(0, I)."""
+        """Check that the inversion of Gaussian data is N(0, I)."""
         covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
         model = PerPosition(torch.tensor([1.0, 0.0], dtype=torch.float64), covariance)
         draws = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -327,7 +337,7 @@ class TestInversion:
         torch.testing.assert_close(flat.T.cov(), torch.eye(2, dtype=torch.float64), atol=0.12, rtol=0)
 
     def test_its_rows_undo_the_steps_of_ddim(self):
-        """Where the network's epsilon is the same on both sides: exactly."""
+        """Check that both steps cancel exactly if the network's epsilon is the same on both sides."""
         config = SamplerConfig(num_inference_steps=10, sampler="ddim", clip_sample=False)
         down, up = build_table(config), inverted(config)
         x, epsilon = np.array([0.7, -0.2]), np.array([0.5, 1.1])
@@ -376,8 +386,8 @@ def test_bad_input_is_refused_before_the_network_runs(call, message):
         call(model)
 
 
-def test_the_forward_walk_of_the_reference_is_ours():
-    """noised() against the textbook, with the same noise."""
+def test_noised_is_the_reference():
+    """Compare noised() with the textbook, given the same noise."""
     x_0 = torch.rand(3, 2, 4, 4)
     x_t = noised(x_0, 321, CONFIG, seeds=7)
     reference = Diffusion(torch.from_numpy(CONFIG.betas()))

@@ -1,4 +1,4 @@
-"""Files are whole or untouched, whatever happens while they are written."""
+"""Tests of files: each is whole or untouched, whatever happens during the writing."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def test_whole_file_writes(tmp_path):
     path = tmp_path / "a.txt"
     for text in ("first", "second"):
         with whole_file(path) as part:
-            assert part.parent == tmp_path  # on the same file system, so that the last move is atomic
+            assert part.parent == tmp_path  # the last move is atomic only on the same file system
             part.write_text(text)
             assert path.exists() == (text == "second")
         assert path.read_text() == text

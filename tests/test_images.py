@@ -1,4 +1,4 @@
-"""Samples on disk, read back by other readers than ours: Pillow and NumPy."""
+"""Tests of samples on disk, read back by other readers: Pillow and NumPy."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The bound against its definition, closed forms, and data whose information is known."""
+"""Tests of the bound: against its definition, closed forms, and data of known information."""
 
 import math
 
@@ -21,7 +21,7 @@ QUIET = {"progress": False}
 
 
 def images(count, seed=0, shape=(2, 3, 5)):
-    """Of 256 values on [-1, 1]."""
+    """Return images of 256 values on [-1, 1]."""
     return torch.randint(256, (count, *shape), generator=torch.Generator().manual_seed(seed)) / 127.5 - 1
 
 
@@ -29,13 +29,13 @@ def images(count, seed=0, shape=(2, 3, 5)):
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range", "learned"])
 @pytest.mark.parametrize("clip", [True, False])
 def test_against_the_definition(prediction_type, variance_type, clip):
-    """Every term from the textbook's distributions, by torch.distributions, at the same draws of x_t."""
+    """Compare every term with torch.distributions on the textbook's distributions, at the same draws of x_t."""
     learned = variance_type.startswith("learned")
     model = Wavy(2, 4 if learned else 2)
     options = {"prediction_type": prediction_type, "variance_type": variance_type, "clip_sample": clip}
     config = SamplerConfig(num_train_timesteps=20, beta_end=0.4, **options)
     x_0 = images(3)
-    found = bits_per_dimension(model, x_0, config=config, seeds=5, batch_size=2, **QUIET)
+    bound = bits_per_dimension(model, x_0, config=config, seeds=5, batch_size=2, **QUIET)
     diffusion = Diffusion(torch.from_numpy(config.betas()))
     x_0 = x_0.double()
     for place, t in enumerate(range(19, -1, -1)):
@@ -46,7 +46,7 @@ def test_against_the_definition(prediction_type, variance_type, clip):
         mean, _ = diffusion.q_posterior(x_hat, x_t.double(), t)
         at = 1 if t == 0 and variance_type == "fixed_small" else t
         variance = diffusion.p_variance(at, variance_type, output[:, 2:])
-        if t == 0 and variance_type == "learned_range":  # beta_tilde of t = 0 is zero: that of t = 1 takes its place
+        if t == 0 and variance_type == "learned_range":  # beta_tilde of t = 0 is zero: t = 1 replaces it
             share = (output[:, 2:] + 1) / 2
             before = diffusion.p_variance(1, "fixed_small", output)
             variance = torch.exp(share * torch.log(diffusion.betas[0]) + (1 - share) * torch.log(before))
@@ -59,47 +59,47 @@ def test_against_the_definition(prediction_type, variance_type, clip):
             below = torch.where(x_0 < -0.999, 0.0, model_step.cdf(x_0 - HALF_BIN))
             nats = -(above - below).clamp(min=1e-12).log()
         expected = nats.flatten(1).mean(1) / math.log(2)
-        np.testing.assert_allclose(found.terms[:, place], expected.numpy(), rtol=2e-4, atol=1e-6)
-        np.testing.assert_allclose(found.x0_mse[:, place], (x_0 - x_hat).square().flatten(1).mean(1), rtol=1e-4)
+        np.testing.assert_allclose(bound.terms[:, place], expected.numpy(), rtol=2e-4, atol=1e-6)
+        np.testing.assert_allclose(bound.x0_mse[:, place], (x_0 - x_hat).square().flatten(1).mean(1), rtol=1e-4)
     end = Normal(diffusion.alphas_bar[-1].sqrt() * x_0, (1 - diffusion.alphas_bar[-1]).sqrt().expand(x_0.shape))
     prior = kl_divergence(end, Normal(torch.zeros_like(x_0), torch.ones_like(x_0))).flatten(1).mean(1) / math.log(2)
-    np.testing.assert_allclose(found.prior, prior, rtol=1e-6)
-    np.testing.assert_allclose(found.total, found.prior + found.terms.sum(1), rtol=1e-12)
-    assert found.timesteps.tolist() == list(range(19, -1, -1))
+    np.testing.assert_allclose(bound.prior, prior, rtol=1e-6)
+    np.testing.assert_allclose(bound.total, bound.prior + bound.terms.sum(1), rtol=1e-12)
+    assert bound.timesteps.tolist() == list(range(19, -1, -1))
 
 
 @pytest.mark.parametrize("count", [2, 16])
 def test_the_information_of_a_finite_data_set(count):
-    """Which of N equally probable images it is takes log2 N bits: what all steps tell the best denoiser."""
+    """Check that all steps of the best denoiser sum to log2 N bits for N equally probable images."""
     data = torch.sign(torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
     model = IdealDenoiser(data, SamplerConfig().alphas_cumprod())
-    found = bits_per_dimension(model, data.repeat(64 // count * 4, 1, 1, 1), seeds=0, batch_size=256, **QUIET)
-    told = 16 * (found.prior + found.terms[:, :-1].sum(1)).mean()
-    assert math.log2(count) - 0.15 < told < 1.08 * math.log2(count) + 0.15
+    bound = bits_per_dimension(model, data.repeat(64 // count * 4, 1, 1, 1), seeds=0, batch_size=256, **QUIET)
+    bits = 16 * (bound.prior + bound.terms[:, :-1].sum(1)).mean()
+    assert math.log2(count) - 0.15 < bits < 1.08 * math.log2(count) + 0.15
     worse = IdealDenoiser(data.roll(1, 3), SamplerConfig().alphas_cumprod())
     wrong = bits_per_dimension(worse, data, seeds=0, **QUIET)
-    assert 16 * wrong.total.mean() > 10 * told
+    assert 16 * wrong.total.mean() > 10 * bits
 
 
 def test_gaussian_data_have_closed_form_terms():
-    """E |x_0 - E[x_0 | x_t]|^2 is the posterior's variance, so every KL is known."""
+    """Check the KL terms against E |x_0 - E[x_0 | x_t]|^2, which is the posterior's variance."""
     variance = 0.09
     alpha_bars = SamplerConfig().alphas_cumprod()
     model = Gaussian(torch.zeros(1), variance * torch.eye(1), torch.from_numpy(alpha_bars))
     x_0 = 0.3 * torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
     keep = x_0.abs().flatten() < 1
     config = SamplerConfig(num_inference_steps=20, clip_sample=False)
-    found = bits_per_dimension(PerSample(model), x_0[keep], config=config, seeds=0, batch_size=20_000, **QUIET)
+    bound = bits_per_dimension(PerSample(model), x_0[keep], config=config, seeds=0, batch_size=20_000, **QUIET)
     table = build_table(config)
     for place, t in enumerate(table.timestep[:-1]):
         alpha_bar = alpha_bars[t]
         left = 1 / (1 / variance + alpha_bar / (1 - alpha_bar))
         expected = 0.5 * table.c_x0[place] ** 2 * left / table.sigma[place] ** 2 / math.log(2)
-        assert found.terms[:, place].mean() == pytest.approx(expected, rel=0.06)
+        assert bound.terms[:, place].mean() == pytest.approx(expected, rel=0.06)
 
 
 class PerSample(torch.nn.Module):
-    """`Gaussian` of one dimension, for a batch that is all at one timestep."""
+    """A `Gaussian` of one dimension, for a batch that is all at one timestep."""
 
     def __init__(self, model):
         super().__init__()
@@ -111,7 +111,7 @@ class PerSample(torch.nn.Module):
 
 @pytest.mark.parametrize("t", [1, 2, 10, 500, 999])
 def test_a_step_is_the_error_of_epsilon_of_x0_and_of_v(t):
-    """One objective: KL - const = weight |error|^2 for each prediction, in 50 digits (Ho et al. 2020, eq. 8 to 12)."""
+    """Check KL - const = weight |error|^2 for each prediction, in 50 digits (Ho et al. 2020, eq. 8 to 12)."""
     betas = SamplerConfig().betas()
     with mpmath.workdps(50):
         alphas = [1 - mpmath.mpf(float(beta)) for beta in betas]
@@ -119,14 +119,14 @@ def test_a_step_is_the_error_of_epsilon_of_x0_and_of_v(t):
         beta, alpha = 1 - alphas[t], alphas[t]
         x_0, x_hat, x_t = mpmath.mpf("0.3"), mpmath.mpf("-0.2"), mpmath.mpf("0.7")
 
-        def mean(origin):  # of q(x_{t-1} | x_t, x_0): by Bayes' rule, precision-weighted
+        def mean(x0):  # mean of q(x_{t-1} | x_t, x_0) by Bayes' rule, weighted by precision
             precision = alpha / beta + 1 / (1 - before)
-            return (mpmath.sqrt(alpha) / beta * x_t + mpmath.sqrt(before) / (1 - before) * origin) / precision
+            return (mpmath.sqrt(alpha) / beta * x_t + mpmath.sqrt(before) / (1 - before) * x0) / precision
 
         variance = 1 / (alpha / beta + 1 / (1 - before))
         kl = (mean(x_0) - mean(x_hat)) ** 2 / (2 * variance)
         signal, deviation = mpmath.sqrt(alpha_bar), mpmath.sqrt(1 - alpha_bar)
-        epsilon, epsilon_hat = ((x_t - signal * origin) / deviation for origin in (x_0, x_hat))
+        epsilon, epsilon_hat = ((x_t - signal * x0) / deviation for x0 in (x_0, x_hat))
         v, v_hat = (signal * e - deviation * o for e, o in ((epsilon, x_0), (epsilon_hat, x_hat)))
         of_epsilon = beta**2 / (2 * variance * alpha * (1 - alpha_bar)) * (epsilon - epsilon_hat) ** 2
         of_x0 = before * beta**2 / (2 * variance * (1 - alpha_bar) ** 2) * (x_0 - x_hat) ** 2
@@ -149,14 +149,14 @@ def test_the_decoder_is_a_distribution_over_the_256_values(deviation):
 
 
 def test_the_decoder_is_exact_far_out_on_either_side():
-    """Where both distribution functions are 1 to sixteen digits."""
+    """Check a point where both distribution functions are 1 to sixteen digits."""
     x = torch.tensor([[0.5, -0.5]], dtype=torch.float64)
     mean = torch.zeros(1, 2, dtype=torch.float64)
-    found = log_decoder(x, mean, torch.full_like(x, 2 * math.log(0.09)))
+    log_p = log_decoder(x, mean, torch.full_like(x, 2 * math.log(0.09)))
     with mpmath.workdps(40):
         exact = mpmath.log(mpmath.ncdf((0.5 + HALF_BIN) / 0.09) - mpmath.ncdf((0.5 - HALF_BIN) / 0.09))
-    assert found[0, 0].item() == pytest.approx(float(exact), rel=1e-9)
-    assert found[0, 1].item() == pytest.approx(float(exact), rel=1e-9)
+    assert log_p[0, 0].item() == pytest.approx(float(exact), rel=1e-9)
+    assert log_p[0, 1].item() == pytest.approx(float(exact), rel=1e-9)
 
 
 def test_batches_seeds_and_conditions():

@@ -1,4 +1,4 @@
-"""The textbook sampler itself: against the definition of the chain, linear algebra and a case with a known answer."""
+"""Tests of the textbook sampler: the definition of the chain, linear algebra, and a case with a known answer."""
 
 import ast
 import inspect
@@ -15,7 +15,7 @@ T = 60
 BETAS = torch.linspace(1e-3, 0.2, T, dtype=torch.float64)
 CHAIN = Diffusion(BETAS)
 ONE, ZERO = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-EXACT = {"rtol": 1e-12, "atol": 1e-14}  # float64; at most 60 roundings, and 1 - alpha_bar >= 1e-3
+EXACT = {"rtol": 1e-12, "atol": 1e-14}  # at most 60 roundings in float64, and 1 - alpha_bar >= 1e-3
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
@@ -42,7 +42,7 @@ def test_it_imports_torch_alone():
 
 
 def test_composed_forward_steps_are_the_closed_form():
-    """x_t = signal x_0 + noise of variance `variance`, one q_step after another, by its coefficients."""
+    """Compose x_t = signal x_0 + noise of variance `variance` from single q_steps, by its coefficients."""
     signal, variance = ONE, ZERO
     for t in range(T):
         signal = CHAIN.q_step(signal, t, ZERO)
@@ -59,7 +59,7 @@ def test_forward_steps_in_law():
         x = CHAIN.q_step(x, t, randn(t, n))
         if t in (0, 5, T - 1):
             mean, deviation = CHAIN.alphas_bar[t].sqrt() * 0.8, (1 - CHAIN.alphas_bar[t]).sqrt()
-            # one fixed draw; a wrong law would give p far below
+            # The draw is fixed. A wrong law would give a far smaller p.
             assert scipy.stats.kstest((x - mean) / deviation, "norm").pvalue > 1e-3
 
 
@@ -70,7 +70,7 @@ def test_x_T_is_noise():
 
 @pytest.mark.parametrize("t", [1, 2, 30, T - 1])
 def test_posterior_is_conditioning_of_the_joint_gaussian(t):
-    """q(x_{t-1} | x_t, x_0) from the covariance of (x_{t-1}, x_t) given x_0."""
+    """Derive q(x_{t-1} | x_t, x_0) from the covariance of (x_{t-1}, x_t) given x_0."""
     x_0, x_t = 0.7, -1.3
     before = CHAIN.alphas_bar[t - 1]
     alpha = 1 - BETAS[t]
@@ -109,30 +109,30 @@ def test_respaced_chain_composes_to_the_long_one():
         close(variance, CHAIN.q_sample(ZERO, t, ONE) ** 2)
 
 
-def test_the_network_is_told_the_original_timesteps():
-    told = []
+def test_the_network_gets_the_original_timesteps():
+    timesteps = []
 
     def model(x, t):
         assert t.dtype == torch.int64
         assert t.shape == (2,)
-        told.append(int(t[0]))
+        timesteps.append(int(t[0]))
         return torch.zeros_like(x)
 
     short = CHAIN.respaced([3, 20, 59])
     noises = randn(0, 3, 2, 1)
     short.sample(model, randn(1, 2, 1), noises)
     short.ddim_sample(model, randn(1, 2, 1), noises)
-    assert told == [59, 20, 3] * 2
-    told.clear()
+    assert timesteps == [59, 20, 3] * 2
+    timesteps.clear()
     Diffusion(BETAS[:2], timesteps=[5, 8]).sample(model, randn(1, 2, 1), noises)
-    assert told == [8, 5]
+    assert timesteps == [8, 5]
 
 
 # The reverse process
 
 
 def perfect(chain, x_0, prediction):
-    """The network that knows x_0: a single point, whose noise is what x_t has besides it."""
+    """Return the perfect network of a single point x_0: its noise is x_t without the signal."""
     index = {name: i for i, name in enumerate(chain.timesteps)}
 
     def model(x, t):
@@ -149,19 +149,22 @@ def perfect(chain, x_0, prediction):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("t", [0, 1, 30, T - 1])
-def test_predicted_origin(t, prediction):
+def test_predicted_x_0(t, prediction):
     x_0, noise = randn(0, 2, 3), randn(1, 2, 3)
     signal, deviation = CHAIN.alphas_bar[t].sqrt(), (1 - CHAIN.alphas_bar[t]).sqrt()
     output = {"epsilon": noise, "sample": x_0, "v_prediction": signal * noise - deviation * x_0}[prediction]
     close(CHAIN.predict_x_0(CHAIN.q_sample(x_0, t, noise), t, output, prediction), x_0)
 
 
-def propagate(walk):
-    """Mean and variance after every step of `walk(x_T, noises)`, affine in both, for x_T and noises ~ N(0, 1)."""
-    steps = len(walk(ZERO, [ZERO] * T))
-    offsets = walk(ZERO, [ZERO] * steps)
-    units = [walk(ONE, [ZERO] * steps)]
-    units += [walk(ZERO, [ONE if i == j else ZERO for j in range(steps)]) for i in range(steps)]
+def propagate(run):
+    """Return mean and variance after every step of `run(x_T, noises)`, for x_T and noises ~ N(0, 1).
+
+    The state is affine in x_T and in the noises.
+    """
+    steps = len(run(ZERO, [ZERO] * T))
+    offsets = run(ZERO, [ZERO] * steps)
+    units = [run(ONE, [ZERO] * steps)]
+    units += [run(ZERO, [ONE if i == j else ZERO for j in range(steps)]) for i in range(steps)]
     variances = [sum((unit[i] - offsets[i]) ** 2 for unit in units) for i in range(steps)]
     return offsets, variances
 
@@ -169,22 +172,22 @@ def propagate(walk):
 @pytest.mark.parametrize("kept", [range(12), [59, 41, 20, 7, 0], [58, 30, 12]], ids=["ddpm", "respaced", "late"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim0", "ddim0.5", "ddim1"])
-def test_walks_keep_the_marginals_exactly(sampler, prediction, kept):
-    """With the perfect network of a point and x_T ~ q(x_T | x_0), every x_t ~ q(x_t | x_0): mean and variance."""
+def test_runs_keep_the_marginals_exactly(sampler, prediction, kept):
+    """Check mean and variance of every x_t ~ q(x_t | x_0), for a perfect network of a point and x_T ~ q(x_T | x_0)."""
     x_0 = 0.6
     chain = CHAIN.respaced(kept)
     model = perfect(chain, x_0, prediction)
 
-    def walk(z, noises):
+    def run(z, noises):
         x_T = chain.q_sample(x_0 * ONE, len(chain.betas) - 1, z)
         if sampler == "ddpm":
             return chain.sample(model, x_T, noises, prediction_type=prediction, clip=None)
         return chain.ddim_sample(model, x_T, noises, float(sampler[4:]), prediction, clip=None)
 
-    means, variances = propagate(walk)
+    means, variances = propagate(run)
     for t, mean, variance in zip(reversed(range(len(chain.betas) - 1)), means, variances, strict=False):
         torch.testing.assert_close(mean, chain.q_sample(x_0 * ONE, t, ZERO), rtol=1e-11, atol=1e-12)
-        # differences of walks, each rounded at 1e-16
+        # The variances are differences of runs, each rounded at 1e-16.
         torch.testing.assert_close(variance, chain.q_sample(ZERO, t, ONE) ** 2, rtol=1e-11, atol=1e-12)
     close(means[-1], x_0 * ONE)
     assert variances[-1] < 1e-28
@@ -192,7 +195,7 @@ def test_walks_keep_the_marginals_exactly(sampler, prediction, kept):
 
 @pytest.mark.parametrize("kept", [range(T), [59, 41, 20, 7, 0]], ids=["all", "respaced"])
 def test_gaussian_data_come_back_exactly(kept):
-    """x_0 ~ N(m, s^2), where the best network and its variance are known: x_t ~ q(x_t) all the way."""
+    """Check x_t ~ q(x_t) at every step, for x_0 ~ N(m, s^2), whose best network and variance have closed forms."""
     m, s = 0.3, 0.4
     chain = CHAIN.respaced(kept)
     marginal = chain.alphas_bar * s**2 + 1 - chain.alphas_bar
@@ -207,14 +210,14 @@ def test_gaussian_data_come_back_exactly(kept):
         x_0 = m + root * s**2 / marginal[i] * (x - root * m)
         return torch.cat([x_0, total[i].log().expand_as(x)], dim=1)
 
-    def walk(z, noises):
+    def run(z, noises):
         x_T = chain.alphas_bar[-1].sqrt() * m + marginal[-1].sqrt() * z
         return chain.sample(model, x_T, noises, prediction_type="sample", variance_type="learned", clip=None)
 
-    means, variances = propagate(walk)
+    means, variances = propagate(run)
     for t, mean, variance in zip(reversed(range(len(chain.betas) - 1)), means, variances, strict=False):
         torch.testing.assert_close(mean, chain.alphas_bar[t].sqrt() * m * ONE, rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(variance, marginal[t] * ONE, rtol=1e-11, atol=1e-12)  # differences of walks
+        torch.testing.assert_close(variance, marginal[t] * ONE, rtol=1e-11, atol=1e-12)  # differences of runs
     close(means[-1], m * ONE)
     torch.testing.assert_close(variances[-1], (s**2 - unknown[0]) * ONE, rtol=1e-11, atol=1e-12)  # the last step: E
 
@@ -270,18 +273,18 @@ def test_last_step_is_quiet():
     assert torch.equal(CHAIN.p_sample(lambda x, t: out, x, 0, 100 * x, variance_type="fixed_large"), quiet)
 
 
-def test_ddim_direction_matters_where_the_origin_is_clipped():
+def test_ddim_direction_matters_where_x_0_is_clipped():
     outputs = 3 * randn(1, 5, 2, 3)
 
-    def walk(direction, clip):
+    def run(direction, clip):
         calls = iter(outputs)
         chain = CHAIN.respaced([59, 40, 20, 10, 0])
         return chain.ddim_sample(
             lambda x, t: next(calls), randn(0, 2, 3), randn(2, 5, 2, 3), clip=clip, direction=direction
         )[-1]
 
-    torch.testing.assert_close(walk("x0", None), walk("output", None), rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(walk("x0", 1.0), walk("output", 1.0), atol=1e-2)
+    torch.testing.assert_close(run("x0", None), run("output", None), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(run("x0", 1.0), run("output", 1.0), atol=1e-2)
 
 
 def test_ddim_with_eta_one_and_the_clipped_direction_is_ddpm():

@@ -1,4 +1,4 @@
-"""Noise schedules against closed forms in 50 digits, diffusers and denoising-diffusion-pytorch."""
+"""Tests of noise schedules: closed forms in 50 digits, diffusers and denoising-diffusion-pytorch."""
 
 import json
 from pathlib import Path
@@ -56,14 +56,14 @@ def test_end_points_unused(name):
 def test_linear():
     betas = linear(1000, *ENDS)
     expected = [float(mpmath.mpf("1e-4") + mpmath.mpf("0.0199") * t / 999) for t in range(1000)]
-    np.testing.assert_allclose(betas, expected, rtol=1e-14)  # a few roundings
+    np.testing.assert_allclose(betas, expected, rtol=1e-14)  # allows a few roundings
 
 
 def test_scaled_linear():
     betas = scaled_linear(1000, 0.00085, 0.012)
     low, high = mpmath.sqrt(mpmath.mpf("0.00085")), mpmath.sqrt(mpmath.mpf("0.012"))
     expected = [float((low + (high - low) * t / 999) ** 2) for t in range(1000)]
-    np.testing.assert_allclose(betas, expected, rtol=1e-14)  # a few roundings
+    np.testing.assert_allclose(betas, expected, rtol=1e-14)  # allows a few roundings
 
 
 def test_sigmoid():
@@ -72,7 +72,7 @@ def test_sigmoid():
         float(mpmath.mpf("0.0199") / (1 + mpmath.exp(6 - mpmath.mpf(12) * t / 999)) + mpmath.mpf("1e-4"))
         for t in range(1000)
     ]
-    np.testing.assert_allclose(betas, expected, rtol=1e-14)  # a few roundings
+    np.testing.assert_allclose(betas, expected, rtol=1e-14)  # allows a few roundings
 
 
 @pytest.mark.parametrize("steps", [1, 10, 1000])
@@ -81,10 +81,10 @@ def test_squaredcos(steps):
         return mpmath.cos((mpmath.mpf(t) / steps + mpmath.mpf("0.008")) / mpmath.mpf("1.008") * mpmath.pi / 2)
 
     alpha_bar = alpha_bars(squaredcos_cap_v2(steps, *ENDS))
-    # Uncapped until the last step; there beta is 0.999.
+    # beta is capped at 0.999 in the last step alone.
     expected = [float((root(t + 1) / root(0)) ** 2) for t in range(steps - 1)]
     expected.append((expected[-1] if expected else 1) * 0.001)
-    # 1 - beta rounds at 1e-16 of 1, in the last steps of what is left of 1: 1e-3
+    # 1 - beta rounds at 1e-16, but is only 1e-3 in the last steps.
     np.testing.assert_allclose(alpha_bar, expected, rtol=1e-12)
 
 
@@ -117,7 +117,7 @@ def test_as_in_diffusers(case):
     name, *zero_snr = case.split()
     config = SamplerConfig(beta_schedule=name, rescale_betas_zero_snr=bool(zero_snr), prediction_type="sample")
     alpha_bar = config.alphas_cumprod()[GOLDEN["indices"]]
-    # Its float32: 1000 factors, each rounded at 6e-8, mostly cancelling; under zero_snr also a difference of roots.
+    # Its float32 product: 1000 factors, each rounded at 6e-8, mostly cancelling. zero_snr adds a difference of roots.
     # The cosine's last factor, 0.001, is rounded at 6e-8 of 1.
     np.testing.assert_allclose(alpha_bar[:-1], GOLDEN["alphas_cumprod"][case][:-1], rtol=2e-5)
     np.testing.assert_allclose(alpha_bar[-1], GOLDEN["alphas_cumprod"][case][-1], rtol=1e-4)

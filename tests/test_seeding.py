@@ -1,4 +1,4 @@
-"""Seeds of a batch, and generators keyed by integers."""
+"""Tests of the seeds of a batch, and of generators keyed by integers."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_the_whole_range():
 def test_none_is_fresh_and_consecutive():
     first, second = resolve_seeds(None, 4), resolve_seeds(None, 4)
     assert first == list(range(first[0], first[0] + 4))
-    assert first != second  # equal once in 2^48
+    assert first != second  # equal with probability 2^-48
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_keyed_generator_leaves_the_global_one_alone():
 
 
 def test_keyed_generator_known_answer():
-    # A file format: the training noise and the moons are made with it.
+    # The values are a file format: training noise and moons depend on them.
     assert keyed_generator(1, 2, 3).initial_seed() == 6498626229777268288
 
 

@@ -1,4 +1,4 @@
-"""The step table: against diffusers' numbers, the reference sampler, Bayes' rule and the law of the walk."""
+"""Tests of the step table: diffusers' numbers, the reference sampler, Bayes' rule and the law of a run."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def randn(seed, *shape):
 
 
 def take_step(config, row, x, output, noise):
-    """Row `row` of the table, executed in float64 by the kernel's twin."""
+    """Execute row `row` of the table in float64, with the kernel's twin."""
     table = build_table(config)
     coefficients = table.coefficients(dtype=torch.float64)
     base = torch.full((len(x),), row, dtype=torch.int32)
@@ -68,8 +68,8 @@ def check_golden(config, results):
         output = torch.cat([output, v], dim=1)
     for row, expected in zip(GOLDEN["rows"], results, strict=True):
         actual = take_step(config, row, x, output, noise).flatten().numpy()
-        # float64 on both sides and 13 digits kept. Where alpha_bar_s = 1 and t > 0, diffusers adds noise of variance
-        # 1e-20 and the table none: 1e-10 z. Near t = 0, 1 - alpha_bar loses four digits.
+        # Both sides are float64, and the file keeps 13 digits. Where alpha_bar_s = 1 and t > 0, diffusers adds noise of
+        # variance 1e-20 and the table none: 1e-10 z. Near t = 0, 1 - alpha_bar loses four digits.
         np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=5e-10, err_msg=f"row {row}")
 
 
@@ -110,8 +110,8 @@ def chain_of(config):
     return Diffusion(betas).respaced(config.inference_timesteps().tolist())
 
 
-# Coefficients near t = 0 divide by 1 - alpha_bar = 1e-4, which cancels to 1e-12 of itself in either program;
-# unclipped estimates of the origin reach 700 at t = 999.
+# Coefficients near t = 0 divide by 1 - alpha_bar = 1e-4, which cancels to a relative 1e-12 in either program.
+# Unclipped x0 predictions reach 700 at t = 999.
 CLOSE = {"rtol": 2e-12, "atol": 2e-12}
 
 
@@ -134,15 +134,15 @@ def test_ddpm_is_the_reference(prediction, variance, spacing):
         output = torch.cat([out, v.tanh()], dim=1) if variance.startswith("learned") else out
         chain = chain_of(config)
         for row in range(steps):
-            told = []
+            timesteps = []
 
-            def model(x, t, told=told, output=output):
-                told.append(t.tolist())
+            def model(x, t, timesteps=timesteps, output=output):
+                timesteps.append(t.tolist())
                 return output
 
             expected = chain.p_sample(model, x, steps - 1 - row, noise, prediction, variance, clip, temperature)
             torch.testing.assert_close(take_step(config, row, x, output, noise), expected, **CLOSE)
-            assert told == [[build_table(config).timestep[row]] * len(x)]
+            assert timesteps == [[build_table(config).timestep[row]] * len(x)]
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -164,10 +164,10 @@ def test_ddim_is_the_reference(prediction, direction, eta, spacing):
         outputs, noises = randn(1, steps, *SHAPE), randn(2, steps, *SHAPE)
         x = randn(3, *SHAPE)
         calls = iter(outputs)
-        walk = chain_of(config).ddim_sample(
+        states = chain_of(config).ddim_sample(
             lambda x, t, calls=calls: next(calls), x, noises, eta, prediction, clip, direction
         )
-        for row, expected in enumerate(walk):
+        for row, expected in enumerate(states):
             actual = take_step(config, row, x, outputs[row], noises[row])
             # The reference takes epsilon from x_t - sqrt(alpha_bar) x0, divided by sqrt(1 - alpha_bar) = 1e-2 at
             # t = 0: rounding of x_t, 1e-16 of up to 1000 without clipping, a hundredfold.
@@ -187,11 +187,11 @@ def test_every_schedule_is_the_reference(name):
         torch.testing.assert_close(take_step(config, row, x, out, noise), expected, rtol=5e-12, atol=5e-12)
 
 
-# Bayes' rule and the law of the walk
+# Bayes' rule and the law of a run
 
 
 def alphas_between(config, steps):
-    """(alpha_bar_t, alpha_bar_s, alpha) of every row, each a product over the betas and not a quotient."""
+    """Return (alpha_bar_t, alpha_bar_s, alpha) of every row, each a product over the betas and not a quotient."""
     alphas = 1 - config.betas()
     t = config.inference_timesteps()
     s = np.append(t[1:], -1)
@@ -210,7 +210,7 @@ def test_posterior_is_bayes_rule(steps, spacing):
     _, alpha_bar_s, alpha = alphas_between(config, steps)
     prior, likelihood = 1 - alpha_bar_s[:-1], 1 - alpha[:-1]  # variances of x_s | x_0 and of x_t | x_s
     variance = 1 / (1 / prior + alpha[:-1] / likelihood)
-    # Cancellation in 1 - alpha, which is 1e-4 at the least: 1e-12
+    # 1 - alpha is at least 1e-4 and cancels to 1e-12.
     np.testing.assert_allclose(table.sigma[:-1] ** 2, variance, rtol=1e-11)
     np.testing.assert_allclose(table.c_x0[:-1], variance * np.sqrt(alpha_bar_s[:-1]) / prior, rtol=1e-11)
     np.testing.assert_allclose(table.c_x[:-1], variance * np.sqrt(alpha[:-1]) / likelihood, rtol=1e-11)
@@ -252,7 +252,7 @@ samplers = st.sampled_from([("ddpm", 0.0, "x0"), *itertools.product(["ddim"], [0
 @given(options=configs, sampler=samplers)
 @settings(derandomize=True, deadline=None, max_examples=300)
 def test_the_step_keeps_the_marginals(options, sampler):
-    """x_t ~ q(x_t | x_0) and a perfect network: x_s ~ q(x_s | x_0), whatever the sampler."""
+    """Check that x_t ~ q(x_t | x_0) becomes x_s ~ q(x_s | x_0) with a perfect network, in any sampler."""
     name, eta, direction = sampler
     config = SamplerConfig(sampler=name, eta=eta, ddim_direction=direction, noise_free="t_zero", **options)
     table, alpha_bars, t = build_table(config), config.alphas_cumprod(), config.inference_timesteps()
@@ -270,9 +270,9 @@ def test_the_step_keeps_the_marginals(options, sampler):
     # Sums of two terms of order 1, with coefficients whose 1 - alpha_bar >= 1e-4 cancels to 1e-12
     np.testing.assert_allclose(of_x_0, np.sqrt(alpha_bar_s), rtol=1e-11, atol=1e-13)
     variance = of_eps**2 + table.sigma**2
-    noisy = s >= 0 if name == "ddpm" else slice(None)  # at t = 0 DDPM is quiet whatever it goes to
+    noisy = s >= 0 if name == "ddpm" else slice(None)  # DDPM adds no noise at t = 0
     np.testing.assert_allclose(variance[noisy], (1 - alpha_bar_s)[noisy], rtol=1e-11, atol=1e-13)
-    # and (a, b) recover x_0 from x_t and the output
+    # (a, b) recover x_0 from x_t and the output.
     np.testing.assert_allclose(table.a * signal + table.b * out[0], 1, rtol=1e-9)
     np.testing.assert_allclose(table.a * deviation + table.b * out[1], 0, atol=1e-9)
 
@@ -354,7 +354,7 @@ def test_learned_range_bounds():
     assert table.sigma.tolist() == [1] * 999 + [0]
     np.testing.assert_allclose(table.log_min[:-1], 2 * np.log(small[:-1]), rtol=1e-14)
     np.testing.assert_allclose(table.log_max[:-1], 2 * np.log(large[:-1]), rtol=1e-14)
-    assert table.log_min[-1] == pytest.approx(math.log(1e-20))  # beta_tilde is 0 there
+    assert table.log_min[-1] == pytest.approx(math.log(1e-20))  # beta_tilde is 0 in the last row
     assert table.log_max[-1] == pytest.approx(math.log(1e-4))
 
 
@@ -421,7 +421,7 @@ def test_ending_at_alpha_bar_0(sampler):
     zero = build_table(SamplerConfig(**options, set_alpha_to_one=False))
     for name in ("a", "b", "c_x0", "c_x", "c_out", "sigma"):
         assert np.array_equal(getattr(one, name)[:-1], getattr(zero, name)[:-1]), name
-    # the last step goes to where a step to timestep 0 goes
+    # The last step ends where a step to timestep 0 ends.
     to_zero = build_table(SamplerConfig(**(options | {"num_inference_steps": None, "timesteps": [32, 0]})))
     for name in ("a", "b", "c_x0", "c_x", "c_out", "sigma"):
         np.testing.assert_allclose(getattr(zero, name)[-1], getattr(to_zero, name)[0], rtol=1e-14, err_msg=name)
@@ -465,7 +465,7 @@ def test_zero_terminal_snr_is_finite(name, spacing, steps):
 
 
 def test_zero_terminal_snr_first_step():
-    """Where x_t is noise alone, the walk goes to q(x_s | x0) with fresh noise and forgets x_t."""
+    """Check that a step from pure noise ends at q(x_s | x0) with fresh noise, independent of x_t."""
     table = build_table(
         SamplerConfig(
             rescale_betas_zero_snr=True,
@@ -498,7 +498,7 @@ def test_shapes_and_types():
     assert table.ids().tolist() == [[t, t] for t in range(980, -1, -20)]
 
 
-def test_walks_share_the_noise_of_shared_timesteps():
+def test_runs_share_the_noise_of_shared_timesteps():
     short, long = build_table(SamplerConfig(num_inference_steps=50)), build_table(SamplerConfig())
     assert set(short.noise_id.tolist()) <= set(long.noise_id.tolist())
     assert np.array_equal(short.noise_id, short.timestep)

@@ -1,4 +1,4 @@
-"""Networks that want another time than the timestep."""
+"""Tests of networks that take another time than the timestep."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SHAPE = (2, 2, 4, 3)
 
 
 class Timed(torch.nn.Module):
-    """Remembers its times; has a parameter."""
+    """A network with a parameter that keeps the times of its calls."""
 
     def __init__(self):
         super().__init__()
@@ -34,15 +34,15 @@ class Timed(torch.nn.Module):
         (log_snr_times(SamplerConfig().alphas_cumprod()), lambda t, alpha_bar: np.log(alpha_bar / (1 - alpha_bar))),
     ],
 )
-def test_the_network_is_told_the_time_of_its_timestep(times, expected):
+def test_the_network_gets_the_time_of_its_timestep(times, expected):
     network = Timed()
     result = sample(Retimed(network, times), SHAPE, seeds=0, num_inference_steps=5)
     config = SamplerConfig(num_inference_steps=5)
     t = config.inference_timesteps()
     assert len(network.times) == 5
     assert network.times[0].dtype == torch.float32
-    told = torch.stack(network.times)[:, 0].double().numpy()
-    assert np.allclose(told, expected(t, config.alphas_cumprod()[t]), rtol=1e-6)
+    seen = torch.stack(network.times)[:, 0].double().numpy()
+    assert np.allclose(seen, expected(t, config.alphas_cumprod()[t]), rtol=1e-6)
     by_hand = sample(lambda x, t: network(x, torch.from_numpy(times).float()[t]), SHAPE, seeds=0, num_inference_steps=5)
     assert torch.equal(result, by_hand)
 

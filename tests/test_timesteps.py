@@ -1,4 +1,4 @@
-"""Which timesteps a walk visits."""
+"""Tests of the timesteps that a run visits."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "diffusers.json").read_t
 SPACINGS = tuple(TIMESTEP_SPACINGS)
 
 
-def check_walk(timesteps, train_steps, steps):
+def check_spacing(timesteps, train_steps, steps):
     assert timesteps.dtype == np.int64
     assert timesteps.shape == (steps,)
     assert timesteps[0] < train_steps
@@ -30,7 +30,7 @@ def test_every_spacing_is_here():
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_exactly_n_for_every_n(spacing):
     for steps in range(1, 1001):
-        check_walk(TIMESTEP_SPACINGS[spacing](1000, steps), 1000, steps)
+        check_spacing(TIMESTEP_SPACINGS[spacing](1000, steps), 1000, steps)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -39,7 +39,7 @@ def test_exactly_n_for_every_n(spacing):
 def test_exactly_n_of_any_t(spacing, data):
     train_steps = data.draw(st.integers(1, 5000))
     steps = data.draw(st.integers(1, train_steps))
-    check_walk(TIMESTEP_SPACINGS[spacing](train_steps, steps), train_steps, steps)
+    check_spacing(TIMESTEP_SPACINGS[spacing](train_steps, steps), train_steps, steps)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -60,7 +60,7 @@ def test_trailing_always_begins_at_the_end_and_is_even():
     for steps in range(1, 1001):
         timesteps = trailing(1000, steps)
         assert timesteps[0] == 999
-        # at most half a timestep from where it belongs, and a rounding
+        # Each timestep is rounded by at most a half.
         assert np.abs(timesteps + 1 - (1000 - np.arange(steps) * 1000 / steps)).max() <= 0.5 + 1e-9
 
 
@@ -71,7 +71,7 @@ def test_linspace_has_both_ends():
 
 
 def summary(timesteps):
-    """What the golden file keeps of a long list: its length, ends and a checksum."""
+    """Return the golden file's summary of a long list: its length, ends and a checksum."""
     if len(timesteps) <= 61:
         return timesteps
     return [len(timesteps), *timesteps[:3], *timesteps[-3:], sum(i * t for i, t in enumerate(timesteps))]
@@ -85,7 +85,7 @@ def summary(timesteps):
 def test_as_in_diffusers(case):
     spacing, steps = case.split()
     golden = GOLDEN["timesteps"][case]
-    if case == "trailing 61":  # its float range has a 62nd entry, -1
+    if case == "trailing 61":  # the float range of diffusers has a 62nd entry, -1
         assert len(golden) == 62
         assert golden[-1] == -1
         golden = golden[:-1]
@@ -93,20 +93,21 @@ def test_as_in_diffusers(case):
     assert summary(config.inference_timesteps().tolist()) == golden
 
 
-def theirs(steps):
-    """diffusers' trailing, built from a float range: the timesteps follow the rounding of np.arange."""
+def diffusers_trailing(steps):
+    """Return diffusers' trailing timesteps, built from a float range, which round as np.arange does."""
     return np.round(np.arange(1000, 0, -1000 / steps)).astype(np.int64) - 1
 
 
 def test_where_diffusers_has_one_too_many():
-    longer = [steps for steps in range(1, 1001) if len(theirs(steps)) != steps]
+    longer = [steps for steps in range(1, 1001) if len(diffusers_trailing(steps)) != steps]
     assert len(longer) == 62
     assert longer[:2] == [61, 103]
-    assert {(len(theirs(steps)) - steps, theirs(steps)[-1]) for steps in longer} == {(1, -1)}
+    assert {(len(diffusers_trailing(steps)) - steps, diffusers_trailing(steps)[-1]) for steps in longer} == {(1, -1)}
 
 
 def test_trailing_is_diffusers_otherwise():
-    assert [steps for steps in range(1, 1001) if not np.array_equal(trailing(1000, steps), theirs(steps)[:steps])] == []
+    for steps in range(1, 1001):
+        assert np.array_equal(trailing(1000, steps), diffusers_trailing(steps)[:steps]), steps
 
 
 @pytest.mark.parametrize("given_as", [list, tuple, np.array], ids=["list", "tuple", "array"])
@@ -144,12 +145,12 @@ def test_check_range():
 
 
 def test_steps_offset_moves_leading_alone():
-    walks = {
+    visited = {
         spacing: SamplerConfig(num_inference_steps=50, steps_offset=1, timestep_spacing=spacing).inference_timesteps()
         for spacing in SPACINGS
     }
-    assert np.array_equal(walks["leading"], leading(1000, 50) + 1)
-    assert np.array_equal(walks["trailing"], trailing(1000, 50))
-    assert np.array_equal(walks["linspace"], linspace(1000, 50))
+    assert np.array_equal(visited["leading"], leading(1000, 50) + 1)
+    assert np.array_equal(visited["trailing"], trailing(1000, 50))
+    assert np.array_equal(visited["linspace"], linspace(1000, 50))
     with pytest.raises(ValueError, match=r"timesteps must lie in \[0, 999\]"):
         SamplerConfig(num_inference_steps=50, steps_offset=20)

@@ -1,4 +1,4 @@
-"""What the commands of `ddpm-fast` do with their arguments."""
+"""The commands of `ddpm-fast`."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import images
-from ddpm_fast.adapters.checkpoints import load_model, parse_arguments
+from ddpm_fast.adapters.load import load_model, parse_arguments
 from ddpm_fast.cli.info import describe, path_taken
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import digits, moons
@@ -40,7 +40,7 @@ Drawn = tuple[Sequence[int], images.Bytes, Speculation | None]
 def sample(arguments: argparse.Namespace) -> None:
     """Draw samples."""
     seeds = _seeds(arguments)
-    checkpoint, config, device = _opened(arguments)
+    checkpoint, config, device = _open(arguments)
     kind = images.check_output(arguments.out, checkpoint.shape, seeds)
     _write(arguments, kind, seeds, config, device, _draw(checkpoint, config, seeds, device, arguments), {})
 
@@ -48,35 +48,35 @@ def sample(arguments: argparse.Namespace) -> None:
 def interpolate(arguments: argparse.Namespace) -> None:
     """Fuse two pictures."""
     seeds = _seeds(arguments)
-    checkpoint, config, device = _opened(arguments)
+    checkpoint, config, device = _open(arguments)
     kind = images.check_output(arguments.out, checkpoint.shape, seeds)
     config = from_level(config, arguments.level)
     ends, names = _read(arguments.pictures, checkpoint.shape)
     if len(ends) != 2:
         raise ValueError(f"two pictures are fused, got {len(ends)}")
-    how = {"lam": arguments.lam, "mixing": arguments.mixing, "shared_noise": arguments.shared_noise}
-    about = {"interpolate": {"pictures": names, "level": arguments.level, **how}}
+    mixing = {"lam": arguments.lam, "mixing": arguments.mixing, "shared_noise": arguments.shared_noise}
+    about = {"interpolate": {"pictures": names, "level": arguments.level, **mixing}}
 
     a, b = ends.to(device).split(1)
     check_mixture(a, b, arguments.lam, arguments.mixing)
 
     def start(part: Sequence[int]) -> torch.Tensor:
         size = (len(part), *checkpoint.shape)
-        return mixture(a.expand(size), b.expand(size), config=config, seeds=part, **how)
+        return mixture(a.expand(size), b.expand(size), config=config, seeds=part, **mixing)
 
     _write(arguments, kind, seeds, config, device, _draw(checkpoint, config, seeds, device, arguments, start), about)
 
 
 def likelihood(arguments: argparse.Namespace) -> None:
-    """Bits per dimension of pictures."""
-    checkpoint, config, device = _opened(arguments)
+    """Compute bits per dimension of pictures."""
+    checkpoint, config, device = _open(arguments)
     if arguments.out is not None:
         if not arguments.out.endswith(".json"):
             raise ValueError(f"--out must be a .json file, got {arguments.out!r}")
         check_writable(arguments.out)
     pictures, names = _read(arguments.pictures, checkpoint.shape)
     seeds = range(len(names)) if arguments.seeds is None else parse_seeds(arguments.seeds)
-    found = bits_per_dimension(
+    bound = bits_per_dimension(
         checkpoint.model, pictures, config=config, seeds=seeds, batch_size=arguments.batch, device=device,
         model_kwargs=_conditioning(checkpoint, arguments.label, seeds), dtype=DTYPES[arguments.dtype],
         progress=False if arguments.quiet else "likelihood",
@@ -85,21 +85,21 @@ def likelihood(arguments: argparse.Namespace) -> None:
         rows = [
             {"picture": name, "seed": seed, "total": total, "prior": prior, "terms": terms}
             for name, seed, total, prior, terms in zip(
-                names, found.seeds, found.total.tolist(), found.prior.tolist(), found.terms.tolist(), strict=True
+                names, bound.seeds, bound.total.tolist(), bound.prior.tolist(), bound.terms.tolist(), strict=True
             )
         ]
-        timesteps = found.timesteps.tolist()
+        timesteps = bound.timesteps.tolist()
         write_json(arguments.out, {**_about(arguments, config), "timesteps": timesteps, "pictures": rows})
-    decoder = found.terms[:, -1].mean()
-    steps = found.terms[:, :-1].sum(1).mean()
+    decoder = bound.terms[:, -1].mean()
+    steps = bound.terms[:, :-1].sum(1).mean()
     print(
-        f"{len(names)} pictures: at most {found.total.mean():.4f} bits per dimension (prior {found.prior.mean():.4f}, "
-        f"steps {steps:.4f}, decoder {decoder:.4f}); lowest {found.total.min():.4f}, highest {found.total.max():.4f}"
+        f"{len(names)} pictures: at most {bound.total.mean():.4f} bits per dimension (prior {bound.prior.mean():.4f}, "
+        f"steps {steps:.4f}, decoder {decoder:.4f}); lowest {bound.total.min():.4f}, highest {bound.total.max():.4f}"
     )
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train a network, or go on."""
+    """Train a network, or resume its training."""
     config = TrainingConfig(
         steps=arguments.steps,
         batch_size=arguments.batch,
@@ -119,7 +119,7 @@ def train(arguments: argparse.Namespace) -> None:
         variance_type="learned_range" if learned else "fixed_small",
     )
     data, network = _data(arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # of torchrun
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by torchrun
         if device.type == "cuda":
             device = checked_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
@@ -138,26 +138,26 @@ def train(arguments: argparse.Namespace) -> None:
         print(f"resuming {arguments.out} at step {trainer.step} of {config.steps}")
     trainer.run(progress=not arguments.quiet)
     if trainer.world > 1:
-        torch.distributed.barrier()  # what the others wait for must not end before them
+        torch.distributed.barrier()  # the other processes may still need this one
         torch.distributed.destroy_process_group()
     if not arguments.quiet:
         print(f"{arguments.out}{os.sep}: a checkpoint; ddpm-fast sample --model {arguments.out} draws from it")
 
 
 def info(arguments: argparse.Namespace) -> None:
-    """What is here."""
-    for what, answer in describe():
-        print(f"{what:<14}{answer}")
+    """Print versions, devices and the path of execution."""
+    for name, value in describe():
+        print(f"{name:<14}{value}")
 
 
 def _data(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """What the network is trained on, and what it has to be for that."""
-    name, there = arguments.data, Path(arguments.data).exists()
-    if name == "moons" and not there:
+    """Return the training data, and the network's sizes that the data require."""
+    name, exists = arguments.data, Path(arguments.data).exists()
+    if name == "moons" and not exists:
         if arguments.flip:
             raise ValueError("--flip is for pictures: a mirrored moon is another moon of the data")
         return moons.batch, {"channels": 1, "image_size": moons.SIZE}
-    if name == "digits" and not there:
+    if name == "digits" and not exists:
         if arguments.flip:
             raise ValueError("--flip is for pictures: a mirrored digit is none")
         data = digits.training()
@@ -171,6 +171,7 @@ def _data(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def _seeds(arguments: argparse.Namespace) -> Sequence[int]:
+    """Return the seeds that the arguments name, or 16 fresh ones."""
     if arguments.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
     seeds = resolve_seeds(None, 16) if arguments.seeds is None else parse_seeds(arguments.seeds)
@@ -178,8 +179,8 @@ def _seeds(arguments: argparse.Namespace) -> Sequence[int]:
     return seeds
 
 
-def _opened(arguments: argparse.Namespace) -> tuple[Checkpoint, SamplerConfig, torch.device]:
-    """The model, the walk and the device that the arguments name."""
+def _open(arguments: argparse.Namespace) -> tuple[Checkpoint, SamplerConfig, torch.device]:
+    """Return the model, the sampler's configuration and the device that the arguments name."""
     device = checked_device(arguments.device) if arguments.device else default_device()
     given = None if arguments.model_args is None else parse_arguments(arguments.model_args)
     checkpoint = load_model(arguments.model, given, device)
@@ -188,13 +189,13 @@ def _opened(arguments: argparse.Namespace) -> tuple[Checkpoint, SamplerConfig, t
 
 
 def _read(paths: Sequence[str], shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str]]:
-    """Pictures on [-1, 1]: float32 [N, C, H, W], and their names."""
+    """Read pictures as float32 [N, C, H, W] on [-1, 1], and their names."""
     pictures, names = images.read(paths, shape)
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, names
 
 
 def _about(arguments: argparse.Namespace, config: SamplerConfig) -> dict[str, Any]:
-    """What made a file."""
+    """Return the metadata of an output file."""
     path = Path(arguments.model)
     embedded = EMBEDDED.get(arguments.model) if not path.exists() else None
     guidance = getattr(arguments, "guidance", None)
@@ -214,35 +215,35 @@ def _write(
     seeds: Sequence[int],
     config: SamplerConfig,
     device: torch.device,
-    parts: Iterator[Drawn],
-    more: dict[str, Any],
+    batches: Iterator[Drawn],
+    extra: dict[str, Any],
 ) -> None:
-    """Write what is drawn, and say so."""
-    began = time.perf_counter()
-    about = {**_about(arguments, config), **more}
-    done: list[images.Bytes] = []
+    """Write the samples and print a summary."""
+    start = time.perf_counter()
+    about = {**_about(arguments, config), **extra}
+    finished: list[images.Bytes] = []
     calls = 0
-    for part, pictures, speculation in parts:
+    for batch, pictures, speculation in batches:
         if speculation is not None:
             about["speculate"] = speculation.windows
             calls += speculation.calls
         if kind == "folder":
-            images.save(arguments.out, pictures, part, about)  # what is done stays, whatever happens to the rest
+            images.save(arguments.out, pictures, batch, about)  # an interruption keeps the finished files
         else:
-            done.append(pictures)
+            finished.append(pictures)
     if kind != "folder":
-        images.save(arguments.out, np.concatenate(done), seeds, about)
+        images.save(arguments.out, np.concatenate(finished), seeds, about)
     if not arguments.quiet:
         steps = len(config.inference_timesteps())
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         span = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} … {seeds[-1]}"
-        ahead = f" in {calls} network calls in all" if calls else ""
-        print(f"{arguments.out}: {len(seeds)} samples, {span}, {steps} steps each{ahead}, {seconds:.1f} s")
+        network_calls = f" in {calls} network calls in all" if calls else ""
+        print(f"{arguments.out}: {len(seeds)} samples, {span}, {steps} steps each{network_calls}, {seconds:.1f} s")
         print(f"path: {path_taken(device)}")
 
 
 def _check_classes(checkpoint: Checkpoint, label: str | None, guidance: float | None) -> None:
-    """Raise unless the model can be told these classes, and guided."""
+    """Raise ValueError unless the model accepts the class labels and the guidance."""
     classes = checkpoint.classes
     if classes is None:
         for name, given in (("--label", label), ("--guidance", guidance)):
@@ -260,7 +261,10 @@ def _check_classes(checkpoint: Checkpoint, label: str | None, guidance: float | 
 
 
 def _conditioning(checkpoint: Checkpoint, label: str | None, seeds: Sequence[int]) -> Conditioning:
-    """What the model is told for samples of these seeds: of several labels, seed k gets number k modulo their count."""
+    """Return the class labels for samples of these seeds.
+
+    Of several labels, seed k gets number k modulo their count.
+    """
     classes = checkpoint.classes
     if classes is None:
         return {}
@@ -272,12 +276,13 @@ def _conditioning(checkpoint: Checkpoint, label: str | None, seeds: Sequence[int
         labels = parse_seeds(label)
     except ValueError:
         raise ValueError(f"--label is a class, several such as 0-9 or 1,4,7, or {NO_CLASS}, got {label!r}") from None
-    for each in labels:
-        whole("--label", each, 0, classes.count - 1)
+    for number in labels:
+        whole("--label", number, 0, classes.count - 1)
     return {classes.keyword: torch.tensor([labels[seed % len(labels)] for seed in seeds])}
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `SamplerConfig` that the arguments set."""
     names = {"steps": "num_inference_steps", "sampler": "sampler", "eta": "eta", "temperature": "temperature"}
     given = {names[name]: getattr(arguments, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
@@ -291,37 +296,37 @@ def _draw(
     arguments: argparse.Namespace,
     start: Callable[[Sequence[int]], torch.Tensor] | None = None,
 ) -> Iterator[Drawn]:
-    """The samples a batch at a time: their seeds, uint8 [n, H, W, C], and what was speculated; `start` gives x_T."""
+    """Yield the samples batch by batch: seeds, uint8 [n, H, W, C], and the speculation. `start` gives x_T."""
     sampler: Sampler | None = None
     speculate = arguments.speculate
-    for number, (part, title) in enumerate(_batches(seeds, arguments.batch), 1):
-        told = _conditioning(checkpoint, arguments.label, part)
-        untold = _conditioning(checkpoint, NO_CLASS, part) if arguments.guidance is not None else None
-        if sampler is None or sampler.shape[0] != len(part):
+    for number, (batch, title) in enumerate(_batches(seeds, arguments.batch), 1):
+        conditioning = _conditioning(checkpoint, arguments.label, batch)
+        unconditional = _conditioning(checkpoint, NO_CLASS, batch) if arguments.guidance is not None else None
+        if sampler is None or sampler.shape[0] != len(batch):
             sampler = Sampler(
                 checkpoint.model,
-                (len(part), *checkpoint.shape),
-                model_kwargs=told,
+                (len(batch), *checkpoint.shape),
+                model_kwargs=conditioning,
                 guidance_scale=arguments.guidance,
-                uncond_kwargs=untold,
+                uncond_kwargs=unconditional,
                 config=config,
                 device=device,
                 dtype=DTYPES[arguments.dtype],
                 memory_format=arguments.memory_format,
-                compile=arguments.compile and number == 1,  # not once more for the rest of a last batch
+                compile=arguments.compile and number == 1,  # a smaller last batch would compile again
                 speculate=speculate,
             )
-            speculate = sampler.windows or False  # measured once: the windows are part of what an image is
-        x_T = None if start is None else start(part)
-        shown = False if arguments.quiet else title
-        found = sampler(
-            seeds=part, x_T=x_T, model_kwargs=told, uncond_kwargs=untold, output="result", progress=shown
+            speculate = sampler.windows or False  # the images depend on the windows, so all batches share them
+        x_T = None if start is None else start(batch)
+        bar = False if arguments.quiet else title
+        result = sampler(
+            seeds=batch, x_T=x_T, model_kwargs=conditioning, uncond_kwargs=unconditional, output="result", progress=bar
         )  # fmt: skip
-        yield part, to_uint8(found.sample).cpu().numpy(), found.speculation
+        yield batch, to_uint8(result.sample).cpu().numpy(), result.speculation
 
 
 def _batches(seeds: Sequence[int], size: int) -> Iterator[tuple[Sequence[int], str]]:
-    """The seeds in batches, each with the title of its progress bar."""
+    """Yield the seeds in batches, each with the title of its progress bar."""
     batches = [seeds[start : start + size] for start in range(0, len(seeds), size)]
-    for number, part in enumerate(batches, 1):
-        yield part, f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"
+    for number, batch in enumerate(batches, 1):
+        yield batch, f"batch {number} of {len(batches)}" if len(batches) > 1 else "sampling"

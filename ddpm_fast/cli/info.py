@@ -1,4 +1,4 @@
-"""What this machine has, which path a walk would take on it, and why."""
+"""A report of this machine: versions, devices, and the path of execution with its reason."""
 
 import importlib.metadata
 import platform
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "pillow", "tqdm
 
 
 def describe() -> list[tuple[str, str]]:
-    """Rows of (what, answer)."""
+    """Return rows of (name, value)."""
     rows = [("ddpm_fast", ddpm_fast.__version__), ("python", platform.python_version())]
     rows += [(name, _version(name) or "not installed") for name in PACKAGES]
     rows += [(f"device {name}", text) for name, text in _devices()]
@@ -26,29 +26,30 @@ def describe() -> list[tuple[str, str]]:
 
 
 def path_taken(device: torch.device | None = None) -> str:
-    """Which implementation walks on `device` (None: the one that would be chosen), and why."""
+    """Return the implementation that runs on `device` and the reason. None means the default device."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        found = "the device is the CPU" if torch.cuda.is_available() else "torch finds no CUDA GPU"
-        return f"PyTorch on the CPU, because {found}"
+        reason = "the device is the CPU" if torch.cuda.is_available() else "torch finds no CUDA GPU"
+        return f"PyTorch on the CPU, because {reason}"
     if choose_backend(device) == "triton":
         return "Triton kernels; network and step in one CUDA graph, where the network allows it"
     return "PyTorch kernels, because triton is not installed; in a CUDA graph, where the network allows it"
 
 
 def triton_mismatch() -> str | None:
-    """One sentence if the installed Triton is not the one that the installed torch was built for."""
+    """Return a warning if the installed Triton is not the one that torch was built for, else None."""
     if not has_triton():
         return None
     installed = _version("triton")
     for requirement in importlib.metadata.requires("torch") or []:
-        wanted = re.match(r"triton\s*==\s*([\w.+]+)", requirement)
-        if wanted and installed and installed.partition("+")[0] != wanted[1]:
-            return f"torch {_version('torch')} was built for triton {wanted[1]}, installed is {installed}"
+        required = re.match(r"triton\s*==\s*([\w.+]+)", requirement)
+        if required and installed and installed.partition("+")[0] != required[1]:
+            return f"torch {_version('torch')} was built for triton {required[1]}, installed is {installed}"
     return None
 
 
 def _devices() -> Iterator[tuple[str, str]]:
+    """Yield the name and a description of every device."""
     yield "cpu", f"{torch.get_num_threads()} threads"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -56,6 +57,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 
 def _version(name: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -39,17 +39,17 @@ Draw samples and write them as a picture grid, a folder of pictures or an array.
 Image k depends on seed k alone: any batch size, any order and any split over machines gives the same images."""
 
 INTERPOLATE_HELP = """\
-Fuse two pictures: noise both to a level, mix them, and walk back. Every seed is another draw between the two: look at
-many.
+Fuse two pictures: noise both to a level, mix them, and sample from the mixture. Every seed is another draw between the
+two: look at many.
 
   ddpm-fast sample --seeds 0-9 --out moons                      pictures of the model's size
   ddpm-fast interpolate moons/000000.png moons/000001.png --level 300 --seeds 0-63 --out fused.png
 
-Low levels blend greyly, high ones forget the pictures: docs/walk.md shows which do what."""
+Low levels blend the pictures in grey, high levels forget them: docs/walk.md shows examples."""
 
 LIKELIHOOD_HELP = """\
-How likely the model finds pictures: the variational bound in bits per dimension (lower is likelier), from one draw of
-noise a timestep, by default seed k for picture k.
+Compute the likelihood of pictures: the variational bound in bits per dimension (lower is likelier), from one draw of
+noise a timestep, by default with seed k for picture k.
 
   ddpm-fast likelihood moons/000000.png                         one picture, 1000 network calls
   ddpm-fast likelihood moons.npz --steps 100 --out bits.json    many, and every term into a file"""
@@ -64,7 +64,7 @@ Train a small U-Net from nothing, or resume where an interrupted training stoppe
 
   torchrun --nproc-per-node 2 -m ddpm_fast train …      two processes share every batch
 
-Repeat the same command to resume: the result is the one of a training that was never interrupted."""
+Repeat the same command to resume. The result is the same as without the interruption."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, code: int) -> int:
+    """Print the error in one line on stderr and return the exit code."""
     text = " ".join(str(error).split()) or type(error).__name__
     print(f"ddpm-fast: {text}", file=sys.stderr)
     return code
@@ -101,17 +102,17 @@ def _parser() -> argparse.ArgumentParser:
     sample = _command(commands, "sample", "draw samples", SAMPLE_HELP, run.sample)
     sample.add_argument("--out", default="samples.png", help=".png, .npz or a folder (default: %(default)s)")
     _add_model(sample)
-    _add_walk(sample)
+    _add_sampling(sample)
 
     fuse = _command(commands, "interpolate", "fuse two pictures", INTERPOLATE_HELP, run.interpolate)
     fuse.add_argument("pictures", nargs=2, metavar="PICTURE", help="of the model's size")
     fuse.add_argument("--out", default="fused.png", help=".png, .npz or a folder (default: %(default)s)")
-    fuse.add_argument("--level", type=int, required=True, metavar="T", help="timestep that both are noised to")
+    fuse.add_argument("--level", type=int, required=True, metavar="T", help="timestep of the noise level")
     fuse.add_argument("--lam", type=float, default=0.5, help="0 is the first, 1 the second (default: %(default)s)")
     fuse.add_argument("--mixing", choices=MIXINGS, default="linear", help="default: %(default)s")
     fuse.add_argument("--shared-noise", action="store_true", help="the same noise for both")
     _add_model(fuse)
-    _add_walk(fuse)
+    _add_sampling(fuse)
 
     bits = _command(commands, "likelihood", "bits per dimension of pictures", LIKELIHOOD_HELP, run.likelihood)
     bits.add_argument("pictures", nargs="+", metavar="PICTURES", help="files, folders, or .npz with uint8 [N, H, W, C]")
@@ -144,44 +145,48 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    _command(commands, "info", "versions, devices, and the path that a walk would take", None, run.info)
+    _command(commands, "info", "versions, devices, and the path of execution", None, run.info)
     return parser
 
 
 def _widths(text: str) -> tuple[int, ...]:
+    """Parse channel numbers such as "32,64"."""
     return tuple(int(width) for width in text.split(","))
 
 
 def _windows(text: str) -> WindowPlan:
+    """Parse windows such as "16" or "0:4,100:16"."""
     allowed = f"windows are 16, or 0:4,100:16 from timestep 0 on, got {text}"
     try:
         pairs = [part.partition(":") for part in text.split(",")]
-        told = {int(t): int(w) for t, _, w in pairs} if ":" in text else int(text)
+        windows = {int(t): int(w) for t, _, w in pairs} if ":" in text else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(allowed) from None
     try:
-        return WindowPlan.of(told)
+        return WindowPlan.of(windows)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{allowed}: {error}") from None
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    """What model, on what."""
+    """Add the options of the model, the seeds and the device."""
     parser.add_argument("--model", default="moons", metavar="MODEL", help="sample --help says (default: the moons)")
-    parser.add_argument("--model-args", metavar="ARGS", help="what the model was made with: JSON, its file, or flags")
+    parser.add_argument(
+        "--model-args", metavar="ARGS", help="arguments that the model was made with: JSON, its file, or flags"
+    )
     parser.add_argument(
         "--label", metavar="CLASS", help="if the model has classes: 3; 0-9, which the seeds take in turn; none"
     )
     parser.add_argument("--seeds", help="one sample a seed: 7, 0-15 or 1,4,9-12 (default: 16 fresh ones)")
-    parser.add_argument("--steps", type=int, help="steps of the walk (default: all that the model was trained on)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: all that the model was trained on)")
     parser.add_argument("--batch", type=int, default=64, help="samples at a time (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=run.DTYPES, default="float32", help="of the network (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 
-def _add_walk(parser: argparse.ArgumentParser) -> None:
-    """Which walk, and how."""
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the sampler and its execution."""
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's, ddpm for the moons")
     parser.add_argument("--eta", type=float, help="noise of ddim, 0 … 1 (default: 0)")
     parser.add_argument(
@@ -193,11 +198,14 @@ def _add_walk(parser: argparse.ArgumentParser) -> None:
         help="several steps a network call, of the same law: 16; 0:4,100:16, from timestep 100 on 16; without WINDOWS "
         "they are measured, which takes as long as two or three samples",
     )  # fmt: skip
-    parser.add_argument("--memory-format", choices=MEMORY_FORMATS[1:], help="of the network; auto tries what is faster")
+    parser.add_argument(
+        "--memory-format", choices=MEMORY_FORMATS[1:], help="of the network; auto measures which is faster"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many samples")
 
 
 def _command(commands: Any, name: str, summary: str, text: str | None, function: Any) -> argparse.ArgumentParser:
+    """Add a command and return its parser."""
     parser = commands.add_parser(
         name, help=summary, description=text or summary, formatter_class=argparse.RawDescriptionHelpFormatter
     )

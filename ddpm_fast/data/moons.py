@@ -1,10 +1,10 @@
-"""Moon phases: an endless procedural data set of small grey images, and the ruler that measures them.
+"""Moon phases: an endless procedural data set of small grey images, and a fit that measures such images.
 
 A moon is a disc of radius R (pixels) at (x, y), lit from the left or from the right. On the line at
-height v above the centre the disc spans |u| <= h with h = sqrt(R^2 - v^2), and the sunlit part of a
+height v above the centre the disc spans |u| <= h with h = sqrt(R^2 - v^2). The sunlit part of a
 moon lit from the right is u > (1 - 2 f) h: the terminator is half an ellipse, and the lit share of
-the area is exactly f. Sky is -1, the lit part +1, the unlit part of the disc faintly visible at
-`EARTHSHINE`, so that the radius can be read off every phase.
+the area is exactly f. Sky is -1 and the lit part +1. The unlit part of the disc has the value
+`EARTHSHINE`, so that the radius can be measured in every phase.
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ DATA_STREAM = 1
 SIZE = 32
 EARTHSHINE = -0.6
 RADIUS_RANGE = (5.0, 11.0)
-MARGIN = 1.0  # pixels of sky that stay free around every disc
-SUB_ROWS = 8  # lines a pixel is cut into; along a line the coverage is exact
+MARGIN = 1.0  # pixels of sky around every disc
+SUB_ROWS = 8  # lines a pixel; along a line the coverage is exact
 
 
 @dataclass(frozen=True)
 class Moons:
-    """Parameters of N moons, each a float32 tensor of shape [N].
+    """The parameters of N moons, each a float32 tensor of shape [N].
 
     Attributes:
-        lit: lit fraction of the disc's area, in [0, 1].
-        side: +1 where the right limb is lit, -1 where the left one is.
-        x, y: centre in pixels from the image's upper left corner.
-        radius: in pixels.
+        lit: Lit fraction of the disc's area, in [0, 1].
+        side: +1 where the right limb is lit, -1 where the left limb is lit.
+        x, y: Centre in pixels from the image's upper left corner.
+        radius: Radius in pixels.
     """
 
     lit: Tensor
@@ -71,35 +71,39 @@ def render(moons: Moons) -> Tensor:
 
 
 def _coverage(start: Tensor, end: Tensor) -> Tensor:
-    """Share of every pixel that the intervals [start, end] of its lines cover: [N, lines] -> [N, SIZE, SIZE]."""
+    """Return the covered share of every pixel, given intervals [start, end] of its lines.
+
+    The shapes are [N, lines] -> [N, SIZE, SIZE].
+    """
     left = torch.arange(SIZE, dtype=start.dtype)
     overlap = torch.minimum(end[..., None], left + 1) - torch.maximum(start[..., None], left)
     return overlap.clamp(0, 1).unflatten(1, (SIZE, SUB_ROWS)).mean(2)
 
 
 def batch(count: int, seed: int, index: int = 0) -> Tensor:
-    """Images of batch `index` of the endless set `seed`: float32 [count, 1, 32, 32] in [-1, 1].
+    """Return the images of batch `index` of the endless set `seed`: float32 [count, 1, 32, 32] in [-1, 1].
 
-    A batch depends on (count, seed, index) alone, so a training that resumes sees what it would have seen.
+    A batch depends on (count, seed, index) alone, so a resumed training gets the same batches.
     """
     return render(draw_parameters(count, keyed_generator(DATA_STREAM, seed, index)))
 
 
 FIT_STEPS = 12
-PROBES = torch.diag(torch.tensor([0.05, 0.05, 0.05, 0.01]))  # finite differences of x, y, radius, lit
+PROBES = torch.diag(torch.tensor([0.05, 0.05, 0.05, 0.01]))  # step sizes of the finite differences in x, y, radius, lit
 LOWEST = torch.tensor([0.0, 0.0, RADIUS_RANGE[0] / 2, 0.0])
 HIGHEST = torch.tensor([SIZE, SIZE, SIZE / 2, 1.0])
 
 
 def measure(images: Tensor) -> tuple[Moons, Tensor]:
-    """Find the moon that is nearest to each image [N, 1, SIZE, SIZE], whatever drew it.
+    """Find the moon that is nearest to each image [N, 1, SIZE, SIZE].
 
-    A least squares fit of (x, y, radius, lit) to the pixels, once for either side. On 99 % of the data itself it
-    finds centre and radius to 0.01 pixels and the lit fraction to 0.001 (tests/data/test_moons.py). No moon is taken
-    to be smaller than `LOWEST` says, so that an empty sky does not pass for a tiny one.
+    The image may show anything. The fit minimises the squared error over (x, y, radius, lit), once for either side. On
+    99 % of the data itself the fit finds centre and radius to 0.01 pixels and the lit fraction to 0.001
+    (tests/data/test_moons.py). The radius is at least the one in `LOWEST`, so that an empty sky does not pass for a
+    tiny moon.
 
     Returns:
-        The moons, and the root mean square pixel difference [N] that remains: how far the image is from any moon.
+        The moons, and the remaining root mean square pixel difference [N], the distance of the image from any moon.
     """
     images = images.float().clamp(-1, 1)
     side = torch.ones(len(images))
@@ -111,7 +115,7 @@ def measure(images: Tensor) -> tuple[Moons, Tensor]:
 
 
 def _fit(images: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-    """Levenberg-Marquardt from the moments of the disc: values [4, N] and the distance that remains [N]."""
+    """Run Levenberg-Marquardt from the moments of the disc; return values [4, N] and the remaining distance [N]."""
     values = _moments(images)
     error = _distance(images, values, side)
     damping = torch.full_like(error, 1e-3)
@@ -133,16 +137,18 @@ def _fit(images: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moons(values: Tensor, side: Tensor) -> Moons:
+    """Return the moons of the values [4, N]."""
     x, y, radius, lit = values
     return Moons(lit=lit, side=side, x=x, y=y, radius=radius)
 
 
 def _distance(images: Tensor, values: Tensor, side: Tensor) -> Tensor:
+    """Return the root mean square pixel difference between images and moons: [N]."""
     return (images - render(_moons(values, side))).square().mean((1, 2, 3)).sqrt()
 
 
 def _moments(images: Tensor) -> Tensor:
-    """First guess: the disc is what is brighter than halfway between sky and earthshine; [4, N]."""
+    """Return a first guess [4, N]: the disc is all that is brighter than halfway between sky and earthshine."""
     disc = (images[:, 0] > (EARTHSHINE - 1) / 2).float()
     glow = ((images[:, 0] - EARTHSHINE) / (1 - EARTHSHINE)).clamp(0, 1)
     area = disc.sum((1, 2)).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Images as training data: a folder of pictures or of folders, an .npy or an .npz; with classes or without."""
+"""Images as training data: a folder of pictures or of folders, an .npy or an .npz, with classes or without."""
 
 import zlib
 from collections.abc import Sequence
@@ -16,19 +16,21 @@ ORDER_STREAM, FLIP_STREAM = 3, 4
 
 
 class Pictures:
-    """Batches of images, each image once an epoch; a batch depends on (batch size, seed, step) alone.
+    """A data set of images, in batches, with each image once an epoch.
+
+    A batch depends on (batch size, seed, step) alone.
 
     Args:
         pixels: uint8 [N, C, H, W], or float32 on [-1, 1].
-        name: of the data.
-        flip: mirror every other image, at random, left to right.
-        labels: int64 [N], 0 … len(classes) - 1: batches are then pairs, of images and labels.
-        classes: their names.
+        name: Name of the data.
+        flip: True mirrors each image left to right with probability 1/2.
+        labels: int64 [N], 0 … len(classes) - 1. Batches are then pairs of images and labels.
+        classes: Names of the classes.
 
     Attributes:
-        shape: (C, H, W).
-        classes: None without labels.
-        about: what tells these data from others: name, count, shape, flip, classes, a checksum.
+        shape: Shape of one image, (C, H, W).
+        classes: Names of the classes, or None without labels.
+        about: Identity of the data: name, count, shape, flip, classes, a checksum.
     """
 
     def __init__(
@@ -55,14 +57,14 @@ class Pictures:
         """Read images from disk.
 
         Args:
-            path: a folder of pictures of one size (the first decides size and channels); a folder of such folders,
-                each a class; an .npy or .npz with uint8 [N, H, W, C] or [N, H, W], or float [N, C, H, W] on [-1, 1],
-                and in an .npz perhaps labels: integers [N], in the array "labels", or in arr_1 as guided-diffusion
-                writes them.
-            flip: see `Pictures`.
+            path: A folder of pictures of one size (the first decides size and channels); a folder of such folders, each
+                a class; or an .npy or .npz with uint8 [N, H, W, C] or [N, H, W], or float [N, C, H, W] on [-1, 1]. An
+                .npz may hold labels, integers [N], in the array "labels", or in arr_1 as guided-diffusion writes them.
+            flip: True mirrors images at random, as in `Pictures`.
 
         Raises:
-            ValueError: names the file that is missing, unreadable, of another size, or with values outside the range.
+            ValueError: A file is missing, unreadable, of another size, or holds values outside the range; the message
+                names the file.
         """
         path = Path(path)
         if path.suffix.lower() in (".npy", ".npz"):
@@ -80,9 +82,12 @@ class Pictures:
         return len(self._pixels)
 
     def __call__(self, count: int, seed: int, step: int) -> Tensor | tuple[Tensor, Tensor]:
-        """Batch number `step`: float32 [count, C, H, W] on [-1, 1]; and labels, int64 [count], where there are some."""
-        places = range(step * count, (step + 1) * count)
-        rows = torch.stack([self._order(seed, place // len(self))[place % len(self)] for place in places])
+        """Return batch number `step`.
+
+        The images are float32 [count, C, H, W] on [-1, 1]. With labels the batch is a pair, with labels int64 [count].
+        """
+        positions = range(step * count, (step + 1) * count)
+        rows = torch.stack([self._order(seed, position // len(self))[position % len(self)] for position in positions])
         batch = self._pixels[rows]
         batch = batch.float() / 127.5 - 1 if batch.dtype == torch.uint8 else batch.clone()
         if self.flip:
@@ -91,6 +96,7 @@ class Pictures:
         return batch if self._labels is None else (batch, self._labels[rows])
 
     def _order(self, seed: int, epoch: int) -> Tensor:
+        """Return the order of the images in an epoch. The orders of this epoch and the one before are kept."""
         if (seed, epoch) not in self._orders:
             self._orders = {key: order for key, order in self._orders.items() if key == (seed, epoch - 1)}
             self._orders[seed, epoch] = torch.randperm(len(self), generator=keyed_generator(ORDER_STREAM, seed, epoch))
@@ -98,25 +104,25 @@ class Pictures:
 
 
 def _class_folders(path: Path) -> list[Path]:
-    """The folders in a folder that holds no pictures itself: its classes, in alphabetical order."""
+    """Return the class folders of a folder that holds no pictures itself, in alphabetical order."""
     if not path.is_dir() or images.pictures_in(path):
         return []
-    return sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
 
 
 def _folder(paths: Sequence[Path], first: Path) -> Tensor:
-    """The pictures of folders: uint8 [N, C, H, W], all of the size of the first."""
+    """Read the pictures of folders: uint8 [N, C, H, W], all of the size of the first."""
     pixels, _ = images.read(paths, images.shape_of(first))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Images, uint8 or float32 [N, C, H, W], and labels, int64 [N], where there are some."""
+    """Read images, uint8 or float32 [N, C, H, W], and labels, int64 [N], or None without labels."""
     try:
-        found = np.load(path, allow_pickle=False)
-        names = set(found.files) if path.suffix.lower() == ".npz" else set()
-        pixels = found["arr_0"] if names else found
-        labels = next((found[name] for name in ("labels", "arr_1") if name in names), None)
+        arrays = np.load(path, allow_pickle=False)
+        names = set(arrays.files) if path.suffix.lower() == ".npz" else set()
+        pixels = arrays["arr_0"] if names else arrays
+        labels = next((arrays[name] for name in ("labels", "arr_1") if name in names), None)
     except FileNotFoundError:
         raise ValueError(f"{path} is not there") from None
     except Exception as error:  # a file of another kind can fail in any way
@@ -124,22 +130,24 @@ def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
     return _checked_pixels(path, pixels), None if labels is None else _checked_labels(path, labels, len(pixels))
 
 
-def _checked_pixels(path: Path, found: NDArray) -> Tensor:
-    got = f"{found.dtype} {found.shape}"
-    if not found.size:
+def _checked_pixels(path: Path, pixels: NDArray) -> Tensor:
+    """Return the pixels of a file as [N, C, H, W]; raise ValueError unless shape, dtype and range fit."""
+    got = f"{pixels.dtype} {pixels.shape}"
+    if not pixels.size:
         raise ValueError(f"{path} holds no image, got {got}")
-    if found.dtype == np.uint8 and found.ndim in (3, 4):
-        found = found[..., None] if found.ndim == 3 else found
-        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(found, -1, 1)))
-    if np.issubdtype(found.dtype, np.floating) and found.ndim == 4:
-        low, high = float(found.min()), float(found.max())
+    if pixels.dtype == np.uint8 and pixels.ndim in (3, 4):
+        pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 1)))
+    if np.issubdtype(pixels.dtype, np.floating) and pixels.ndim == 4:
+        low, high = float(pixels.min()), float(pixels.max())
         if not -1 - 1e-6 <= low <= high <= 1 + 1e-6:
             raise ValueError(f"{path} must lie on [-1, 1], got values from {low:g} to {high:g}")
-        return torch.from_numpy(found.astype(np.float32))
+        return torch.from_numpy(pixels.astype(np.float32))
     raise ValueError(f"{path} must hold uint8 [N, H, W, C] or float [N, C, H, W], got {got}")
 
 
-def _checked_labels(path: Path, found: NDArray, count: int) -> Tensor:
-    if found.shape != (count,) or not np.issubdtype(found.dtype, np.integer) or found.min() < 0:
-        raise ValueError(f"{path}: labels must be integers [{count}] from 0 on, got {found.dtype} {found.shape}")
-    return torch.from_numpy(found.astype(np.int64))
+def _checked_labels(path: Path, labels: NDArray, count: int) -> Tensor:
+    """Return the labels of a file as int64 [count]; raise ValueError unless they are integers from 0 on."""
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise ValueError(f"{path}: labels must be integers [{count}] from 0 on, got {labels.dtype} {labels.shape}")
+    return torch.from_numpy(labels.astype(np.int64))

@@ -1,1 +1,1 @@
-"""Networks that ship with the package, and the checkpoint format that carries them."""
+"""The networks that ship with the package, and the format of checkpoints."""

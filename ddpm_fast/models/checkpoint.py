@@ -14,7 +14,7 @@ from torch import nn
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.files import whole_file, write_json
 from ddpm_fast.models.unet import UNet, UNetConfig
-from ddpm_fast.validate import known_names
+from ddpm_fast.validate import check_names
 
 FORMAT = "ddpm_fast.checkpoint.v1"
 CONFIG_FILE = "config.json"
@@ -26,17 +26,17 @@ EMBEDDED = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, truncated, or not one of ours."""
+    """A checkpoint that is missing, truncated, or of another format."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """How a class-conditional network is told a class.
+    """The class labels of a class-conditional network.
 
     Attributes:
-        keyword: its argument, int64 [B].
-        count: of classes, 0 … count - 1.
-        none: the number that says "no class"; None where the network was not taught one.
+        keyword: Name of the network's argument for the labels, int64 [B].
+        count: Number of classes, which are 0 … count - 1.
+        none: Label that means "no class". None if the network was not trained with one.
     """
 
     keyword: str
@@ -49,11 +49,11 @@ class Checkpoint:
     """A network with the diffusion that it was trained for.
 
     Attributes:
-        model: the network, in eval mode.
-        diffusion: what it was trained on: schedule, prediction type; the defaults of sampling from it.
-        shape: shape of one sample, (C, H, W).
-        about: anything else that config.json says (data set, training).
-        classes: of a class-conditional network.
+        model: The network, in eval mode.
+        diffusion: Schedule and prediction type of the training, and the defaults of sampling.
+        shape: Shape of one sample, (C, H, W).
+        about: All other entries of config.json (data set, training).
+        classes: Class labels of a class-conditional network, else None.
     """
 
     model: Any
@@ -70,7 +70,7 @@ def save_checkpoint(
     about: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write `model` to `folder`, its weights rounded to `dtype`; each file whole or not at all."""
+    """Write `model` to `folder`, its weights rounded to `dtype`. Each file is written whole or not at all."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}
@@ -80,10 +80,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: str | os.PathLike = "moons", device: str | torch.device = "cpu") -> Checkpoint:
-    """Load a checkpoint folder; or, where no folder has such a name, the model "moons" or "digits" of the package.
+    """Load a checkpoint folder, or the embedded model "moons" or "digits" if no folder has that name.
 
     Raises:
-        CheckpointError: in one sentence, what is missing or broken.
+        CheckpointError: The checkpoint is missing or broken; the message says how.
     """
     path = Path(folder)
     if not path.exists():
@@ -95,7 +95,7 @@ def load_checkpoint(folder: str | os.PathLike = "moons", device: str | torch.dev
     config = read_config(path)
     network, diffusion = config.pop("network"), config.pop("diffusion")
     try:
-        known_names("network field", network, UNetConfig.__dataclass_fields__)
+        check_names("network field", network, UNetConfig.__dataclass_fields__)
         unet_config = UNetConfig(**network)
         sampler_config = SamplerConfig.from_options(diffusion)
     except (TypeError, ValueError) as error:
@@ -111,7 +111,11 @@ def load_checkpoint(folder: str | os.PathLike = "moons", device: str | torch.dev
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all; raise OSError where there is no room."""
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: The file cannot be written, for example on a full disk.
+    """
     with whole_file(path) as part:
         try:
             save_file(tensors, part, metadata)
@@ -120,7 +124,11 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file, or say in one sentence why it cannot be read."""
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: The file is missing or unreadable.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
@@ -130,7 +138,12 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_weights_only(path: str | os.PathLike, kind: str, device: str | torch.device = "cpu") -> Any:
-    """Read a file of torch.save without running anything in it, or say in one sentence that it is no such `kind`."""
+    """Read a file of torch.save without running code from it.
+
+    Raises:
+        OSError: The file cannot be opened.
+        CheckpointError: The file cannot be read; the message says that it is no such `kind`.
+    """
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except OSError:
@@ -139,17 +152,25 @@ def read_weights_only(path: str | os.PathLike, kind: str, device: str | torch.de
         raise CheckpointError(f"{path} is no {kind}: torch.load cannot read it") from error
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], says: str) -> None:
-    """Put `weights` into `model`; where they do not fit, raise CheckpointError with what it `says` and the reason."""
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], message: str) -> None:
+    """Load `weights` into `model`.
+
+    Raises:
+        CheckpointError: The weights do not fit. The error says `message` and the reason.
+    """
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-        raise CheckpointError(f"{says}: {reason}") from error
+        raise CheckpointError(f"{message}: {reason}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the sections of config.json, or say in one sentence why it is none."""
+    """Read config.json and return all entries but the format.
+
+    Raises:
+        CheckpointError: The file is missing, is no JSON, or is no configuration of a checkpoint.
+    """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: not a checkpoint folder")

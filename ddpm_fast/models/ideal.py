@@ -1,4 +1,4 @@
-"""The best denoiser there is for a finite data set, in closed form: no training, exact, the oracle of the tests."""
+"""The best possible denoiser of a finite data set, in closed form: the oracle of the tests, without training."""
 
 from collections.abc import Sequence
 
@@ -10,18 +10,18 @@ from ddpm_fast.validate import one_of
 
 
 class IdealDenoiser(nn.Module):
-    """model(x, t) for data that are exactly the rows of `data`, drawn with equal probability.
+    """A network model(x, t) for data that are exactly the rows of `data`, drawn with equal probability.
 
-    The least squares estimate of the origin is the posterior mean
+    The least squares prediction of x_0 is the posterior mean
 
         E[x_0 | x_t] = sum_i w_i x_i,   w = softmax_i(-|x_t - sqrt(alpha_bar_t) x_i|^2 / (2 (1 - alpha_bar_t)))
 
-    since x_t given x_0 is Gaussian (Ho et al. 2020, eq. 4). Sampling with it returns rows of `data`.
+    since x_t given x_0 is Gaussian (Ho et al. 2020, eq. 4). Sampling with this network returns rows of `data`.
 
     Args:
-        data: [N, C, ...].
-        alphas_cumprod: [T], each below 1.
-        prediction_type: what to return: "epsilon", "sample" or "v_prediction".
+        data: The data set, [N, C, ...].
+        alphas_cumprod: alpha_bar of every timestep, [T], each below 1.
+        prediction_type: Meaning of the output: "epsilon", "sample" or "v_prediction".
     """
 
     data: Tensor
@@ -33,7 +33,7 @@ class IdealDenoiser(nn.Module):
         super().__init__()
         one_of("prediction_type", prediction_type, PREDICTION_TYPES)
         self.prediction_type = prediction_type
-        # float64: near t = 0 the exponents differ by millions, and what counts is their difference.
+        # float64, because only the differences of the exponents count, which are in the millions near t = 0.
         self.register_buffer("data", data.double())
         self.register_buffer("alphas_cumprod", torch.as_tensor(alphas_cumprod, dtype=torch.float64))
 
@@ -52,9 +52,9 @@ class IdealDenoiser(nn.Module):
         return output.to(x.dtype)
 
     def weights(self, x: Tensor, t: Tensor) -> Tensor:
-        """Posterior probability of every row of the data given x_t: float64 [B, N]."""
+        """Return the posterior probability of every row of the data given x_t: float64 [B, N]."""
         alpha_bar = self.alphas_cumprod[t][:, None]
         flat = self.data.flatten(1)
-        # |x - s x_i|^2 without |x|^2, which all rows share
+        # |x - s x_i|^2 without |x|^2, which is the same for all rows
         cross = alpha_bar.sqrt() * (x.double().flatten(1) @ flat.T)
         return ((cross - alpha_bar * flat.square().sum(1) / 2) / (1 - alpha_bar)).softmax(dim=1)

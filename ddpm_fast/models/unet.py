@@ -15,18 +15,18 @@ from ddpm_fast.validate import one_of, whole
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of a `UNet`.
+    """The sizes of a `UNet`.
 
     Attributes:
-        channels: channels of the image.
-        image_size: side of the (square) image in pixels, divisible by 2^(levels - 1).
-        widths: channels of each resolution level, finest first.
-        attention: for each level, whether its blocks attend over all positions.
-        embedding: width of the timestep embedding.
-        heads: attention heads.
-        groups: groups of every GroupNorm.
-        learned_variance: whether the output has twice the channels, the second half for the variance.
-        num_classes: of a class-conditional network, which knows one class more: `num_classes` itself says "no class".
+        channels: Number of image channels.
+        image_size: Side of the (square) image in pixels, divisible by 2^(levels - 1).
+        widths: Number of channels of each resolution level, finest first.
+        attention: One bool a level: True if the blocks of the level attend over all positions.
+        embedding: Width of the timestep embedding.
+        heads: Number of attention heads.
+        groups: Number of groups of every GroupNorm.
+        learned_variance: True if the output has twice the channels, the second half for the variance.
+        num_classes: Number of classes of a class-conditional network. The label `num_classes` means "no class".
     """
 
     channels: int = 1
@@ -66,7 +66,7 @@ class UNetConfig:
 
     @classmethod
     def for_images(cls, channels: int, image_size: int, **fields: Any) -> "UNetConfig":
-        """The network for images of a size: up to four levels, down to 4 x 4 pixels, the lower half with attention."""
+        """Return the sizes for images: up to four levels, down to 4 x 4 pixels, the lower half with attention."""
         levels = 1
         while levels < 4 and image_size % 2**levels == 0 and image_size // 2**levels >= 4:
             levels += 1
@@ -80,7 +80,7 @@ class UNetConfig:
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Sinusoidal embedding of timesteps [B] to float32 [B, width] (Vaswani et al. 2017, as used by Ho et al. 2020)."""
+    """Return the sinusoidal embedding of timesteps [B]: float32 [B, width] (Vaswani et al. 2017; Ho et al. 2020)."""
     half = width // 2
     frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     phase = t.float()[:, None] * frequency
@@ -88,7 +88,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions; the timestep scales and shifts between them."""
+    """A block of two 3x3 convolutions. The timestep scales and shifts between them."""
 
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B, in_channels, H, W] and [B, embedding] to [B, out_channels, H, W]."""
+        """Map x [B, in_channels, H, W] and embedding [B, embedding] to [B, out_channels, H, W]."""
         scale, shift = rearrange(self.time(embedding), "b (two c) -> two b c 1 1", two=2)
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(torch.addcmul(shift, self.norm2(hidden), 1 + scale)))
@@ -110,7 +110,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions of the image."""
+    """A layer of self-attention over all positions of the image."""
 
     def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] to the same shape."""
+        """Map x [B, channels, H, W] to the same shape."""
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (n h c) y x -> n b h (y x) c", n=3, h=self.heads)
         mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = rearrange(mixed, "b h (y x) c -> b (h c) y x", y=x.shape[2])
@@ -130,7 +130,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, where the level has it, attention."""
+    """A residual block, followed by attention on levels that have it."""
 
     def __init__(self, in_channels: int, out_channels: int, attend: bool, config: UNetConfig) -> None:
         super().__init__()
@@ -138,15 +138,15 @@ class Stage(nn.Module):
         self.attend = Attention(out_channels, config) if attend else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B, in_channels, H, W] and [B, embedding] to [B, out_channels, H, W]."""
+        """Map x [B, in_channels, H, W] and embedding [B, embedding] to [B, out_channels, H, W]."""
         return self.attend(self.block(x, embedding))
 
 
 class UNet(nn.Module):
-    """Noise-prediction network: model(x, t) with x [B, C, H, W] and t [B] (integers or floats) gives [B, C, H, W].
+    """A noise-prediction network: model(x, t) maps x [B, C, H, W] and t [B] (integers or floats) to [B, C, H, W].
 
-    With a learned variance it gives [B, 2C, H, W]. With classes it is model(x, t, class_labels), labels int64 [B] in
-    0 … num_classes, the last of which is "no class", as if none were given (Ho & Salimans 2022).
+    With a learned variance the output is [B, 2C, H, W]. With classes the call is model(x, t, class_labels), with labels
+    int64 [B] in 0 … num_classes. The last label means "no class" and is the default (Ho & Salimans 2022).
     """
 
     def __init__(self, config: UNetConfig | None = None) -> None:
@@ -180,7 +180,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave[-1].bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Predict the noise in x [B, C, H, W] at timesteps t [B]; H and W divisible by 2^(levels - 1)."""
+        """Predict the noise in x [B, C, H, W] at timesteps t [B]. H and W must be divisible by 2^(levels - 1)."""
         channels, unit = self.config.channels, 2 ** len(self.shrink)
         if x.dim() != 4 or x.shape[1] != channels or x.shape[2] % unit or x.shape[3] % unit:
             raise ValueError(

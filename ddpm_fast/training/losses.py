@@ -1,4 +1,4 @@
-"""What a network is trained to make small: squared errors of any prediction, the variational bound, both together."""
+"""The losses of training: squared errors of any prediction, the variational bound, or both together."""
 
 import math
 
@@ -11,24 +11,24 @@ from ddpm_fast.table import build_table, posterior_variance
 from ddpm_fast.validate import one_of, within
 
 LOSSES = ("mse", "vlb", "hybrid")
-HYBRID_WEIGHT = 1e-3  # of the bound beside the squared error (Nichol & Dhariwal 2021, section 3.1)
+HYBRID_WEIGHT = 1e-3  # weight of the bound (Nichol & Dhariwal 2021, section 3.1)
 
 
 class Loss:
     """The loss of a batch, each sample at its own timestep.
 
     Args:
-        diffusion: the schedule, what the network predicts, and its variance.
-        kind: "mse", the squared error of what prediction_type says (epsilon: Ho et al. 2020, eq. 14); "vlb", the
-            variational bound in bits per dimension, one of its T terms for each sample, times T; "hybrid", the squared
-            error and 0.001 of the bound, which then teaches the variance alone (Nichol & Dhariwal 2021, eq. 16): it
-            needs a learned one.
-        min_snr_gamma: weigh the squared error of x_0 by min(SNR, gamma), SNR = alpha_bar / (1 - alpha_bar), whatever is
-            predicted (Hang et al. 2023, with gamma = 5). None: no weight.
-        device: of the batches.
+        diffusion: Schedule, prediction type and variance of the network.
+        kind: "mse" is the squared error of the prediction (epsilon: Ho et al. 2020, eq. 14). "vlb" is the variational
+            bound in bits per dimension: one of its T terms for each sample, times T. "hybrid" is the squared error plus
+            0.001 of the bound, which then trains the variance alone (Nichol & Dhariwal 2021, eq. 16); it needs a
+            learned variance.
+        min_snr_gamma: Gamma of the weight min(SNR, gamma) of the squared error of x_0, for any prediction, with SNR =
+            alpha_bar / (1 - alpha_bar) (Hang et al. 2023, with gamma = 5). None means no weight.
+        device: Device of the batches.
 
     Raises:
-        ValueError: "hybrid" without a learned variance; a learned variance with "mse", which would not learn it.
+        ValueError: "hybrid" without a learned variance, or "mse" with a learned variance, which it would not train.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Loss:
         alpha_bar = torch.from_numpy(chain.alphas_cumprod())
         before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         beta_tilde = torch.from_numpy(posterior_variance(alpha_bar.numpy(), before.numpy()))
-        beta_tilde[0] = beta_tilde[min(1, self.steps - 1)]  # the decoder's would be zero
+        beta_tilde[0] = beta_tilde[min(1, self.steps - 1)]  # the decoder's beta_tilde would be zero
         beta = 1 - alpha_bar / before
         fixed = beta if diffusion.variance_type.startswith("fixed_large") else beta_tilde
         low = beta_tilde.log() if diffusion.variance_type == "learned_range" else -torch.ones_like(beta)
@@ -73,11 +73,11 @@ class Loss:
         self._columns = {name: column.float().to(device) for name, column in columns.items()}
 
     def __call__(self, output: Tensor, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The loss of every sample: float32 [B].
+        """Return the loss of every sample: float32 [B].
 
         Args:
-            output: the network's for (x_t, t): [B, C, ...], or [B, 2C, ...] with a learned variance.
-            x_0, x_t, noise: float32 [B, C, ...], x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.
+            output: Output of the network at (x_t, t): [B, C, ...], or [B, 2C, ...] with a learned variance.
+            x_0, x_t, noise: float32 [B, C, ...], with x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.
             t: int64 [B].
         """
         channels = x_0.shape[1]
@@ -91,7 +91,7 @@ class Loss:
         return error
 
     def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network is to say: epsilon, x_0 or v = sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x_0."""
+        """Return the target of the network: epsilon, x_0 or v = sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x_0."""
         if self.diffusion.prediction_type == "epsilon":
             return noise
         if self.diffusion.prediction_type == "sample":
@@ -99,19 +99,20 @@ class Loss:
         return self._at("signal", t, x_0) * noise - self._at("deviation", t, x_0) * x_0
 
     def _bits(self, prediction: Tensor, v: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """L_{t-1} of every sample in bits per dimension, its origin not clipped: the decoder's term where t = 0."""
-        origin = self._at("a", t, x_t) * x_t + self._at("b", t, x_t) * prediction
+        """Return L_{t-1} of every sample in bits per dimension, or the decoder's term at t = 0. x0 is not clipped."""
+        x0 = self._at("a", t, x_t) * x_t + self._at("b", t, x_t) * prediction
         if self.learned:
             share = (v + 1) / 2
             log_variance = share * self._at("log_max", t, x_t) + (1 - share) * self._at("log_min", t, x_t)
         else:
             log_variance = self._at("log_fixed", t, x_t).expand_as(x_t)
         c_x0, log_true = self._at("c_x0", t, x_t), self._at("log_beta_tilde", t, x_t)
-        kl = gaussian_kl(c_x0 * (x_0 - origin), log_true, log_variance)
-        mean = c_x0 * origin + self._at("c_x", t, x_t) * x_t
+        kl = gaussian_kl(c_x0 * (x_0 - x0), log_true, log_variance)
+        mean = c_x0 * x0 + self._at("c_x", t, x_t) * x_t
         decoder = -log_decoder(x_0, mean, log_variance)
         first = (t == 0).view(-1, *(1,) * (x_t.dim() - 1))
         return torch.where(first, decoder, kl).flatten(1).mean(1) / math.log(2)
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Return the column at timesteps t, shaped to broadcast with `like`."""
         return self._columns[name][t].view(-1, *(1,) * (like.dim() - 1))

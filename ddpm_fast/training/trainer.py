@@ -1,4 +1,4 @@
-"""Training a network for any prediction and loss: Ho et al. 2020, algorithm 1, with an average of the weights (EMA)."""
+"""Training for any prediction and loss: Ho et al. 2020, algorithm 1, with an average of the weights (EMA)."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ from ddpm_fast.validate import one_of, whole, within
 logger = logging.getLogger("ddpm_fast")
 
 NOISE_STREAM = 2
-FAR_FROM_NOISE = 0.1  # of sqrt(alpha_bar_T); of the schedules here at most 0.04
+FAR_FROM_NOISE = 0.1  # largest sqrt(alpha_bar_T) without a warning; the schedules here reach at most 0.04
 STATE_FILE = "state.safetensors"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.png"
@@ -52,23 +52,23 @@ Batch = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train.
+    """The options of training.
 
     Attributes:
-        steps: optimiser steps in all.
-        batch_size: images a step.
-        learning_rate: its peak; linear warm-up over `warmup` steps, then a cosine down to zero at `steps`.
-        warmup: steps.
-        ema_decay: the average of the weights forgets at this rate; it starts as a plain mean: min(decay, (1+i)/(10+i)).
-        seed: of weights, data, timesteps and noise.
-        save_every: steps between two saves of everything that a resumption needs.
-        mixed_precision: run the network under autocast in "bf16" or in "fp16", the latter with a scaled loss (a step
-            whose gradient overflows is left out, and the scale halved); or "no".
-        loss: "mse", "vlb" or "hybrid", and
-        min_snr_gamma: see `ddpm_fast.training.losses.Loss`.
-        clip_gradient: largest norm of the gradient of all parameters.
-        label_dropout: of a class-conditional network, the share of images that are shown to it as of no class, so that
-            it can be guided (Ho & Salimans 2022); in [0, 1].
+        steps: Number of optimiser steps in all.
+        batch_size: Number of images a step.
+        learning_rate: Peak learning rate, reached after a linear warm-up. A cosine then falls to zero at `steps`.
+        warmup: Number of warm-up steps.
+        ema_decay: Decay of the average of the weights, which starts as a plain mean: min(decay, (1+i)/(10+i)).
+        seed: Seed of weights, data, timesteps and noise.
+        save_every: Number of steps between two saves. A save holds all that a resumption needs.
+        mixed_precision: "bf16" or "fp16" runs the network under autocast, "no" runs it in float32. "fp16" scales the
+            loss; a step whose gradient overflows is left out, and the scale halved.
+        loss: "mse", "vlb" or "hybrid", as in `ddpm_fast.training.losses.Loss`.
+        min_snr_gamma: Gamma of the SNR weight, as in `ddpm_fast.training.losses.Loss`.
+        clip_gradient: Largest norm of the gradient of all parameters.
+        label_dropout: Share of images whose class label becomes "no class", in [0, 1], so that a class-conditional
+            network can be guided (Ho & Salimans 2022).
     """
 
     steps: int = 10_000
@@ -97,7 +97,7 @@ class TrainingConfig:
         one_of("mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of optimiser step `step` (0-based)."""
+        """Return the learning rate of optimiser step `step` (0-based)."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
@@ -105,22 +105,22 @@ class TrainingConfig:
 
 
 class Trainer:
-    """Trains a `UNet` on batches from `data(batch_size, seed, step)` and keeps everything in `folder`.
+    """A trainer that fits a `UNet` to batches from `data(batch_size, seed, step)` and keeps everything in `folder`.
 
-    Data are a function such as `ddpm_fast.data.moons.batch`, or `ddpm_fast.data.pictures.Pictures`. For a network
+    The data are a function such as `ddpm_fast.data.moons.batch`, or `ddpm_fast.data.pictures.Pictures`. For a network
     with classes, a batch is a pair: images and labels, int64 [batch_size].
 
-    Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted run
-    that resumes follows the very trajectory of one that was not interrupted. `folder` then holds a
-    checkpoint of the averaged weights, `state.safetensors` for resuming, and `metrics.jsonl`; with `samples`, so many
-    that the engine drew with the averaged weights at the last save (DDIM, 50 steps, seeds 0, 1, …): `samples.png`.
+    Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted and resumed
+    run follows exactly the trajectory of an uninterrupted run. `folder` holds a checkpoint of the averaged weights,
+    `state.safetensors` for resuming, and `metrics.jsonl`. If `samples` is not 0, every save also draws that many
+    samples with the averaged weights (DDIM, 50 steps, seeds 0, 1, …) into `samples.png`.
 
-    Where torch.distributed is initialised, each process takes its share of every batch (DistributedDataParallel), and
-    the first one writes; the trajectory is that of one process, up to the order of sums.
+    If torch.distributed is initialised, each process takes its share of every batch (DistributedDataParallel), and the
+    first process writes. The trajectory is then the same as with one process, up to the order of sums.
 
     Raises:
-        CheckpointError: `folder` holds a run with another configuration, or a broken one.
-        ValueError: loss, variance and network do not fit together; a batch that cannot be shared equally.
+        CheckpointError: `folder` holds a run with another configuration, or a broken run.
+        ValueError: Loss, variance and network do not fit together, or a batch cannot be shared equally.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ class Trainer:
                 "the schedule ends at sqrt(alpha_bar_T) = %.2f: x_T is no pure noise, which sampling begins with",
                 report["signal"],
             )
-        spread = dist.is_available() and dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         if self.config.batch_size % self.world:
             raise ValueError(f"batch_size must be a multiple of {self.world} processes, got {self.config.batch_size}")
         check_writable(self.folder, folder=True)
@@ -177,12 +177,12 @@ class Trainer:
             self._refuse_another_run(read_config(self.folder), self.folder / CONFIG_FILE)
 
     def run(self, progress: bool = True) -> None:
-        """Train to the configured number of steps. An interruption costs the steps since the last save, no more."""
+        """Train to the configured number of steps. An interruption loses only the steps since the last save."""
         if self.rank == 0:
             self._drop_metrics_after(self.step)
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not progress or self.rank > 0)
         losses: list[float] = []
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             while self.step < self.config.steps:
                 losses.append(self._train_step())
@@ -190,9 +190,9 @@ class Trainer:
                 if self.step % self.config.save_every == 0 or self.step == self.config.steps:
                     bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
                     if self.rank == 0:
-                        self._log(sum(losses) / len(losses), (time.perf_counter() - began) / len(losses))
+                        self._log(sum(losses) / len(losses), (time.perf_counter() - start) / len(losses))
                         self.save()
-                    losses, began = [], time.perf_counter()
+                    losses, start = [], time.perf_counter()
         finally:
             bar.close()
 
@@ -211,7 +211,7 @@ class Trainer:
             self._draw()
 
     def _draw(self) -> None:
-        """Let the engine draw what the network has learnt so far; of its classes, one after the other."""
+        """Draw samples with the averaged weights, of all classes in turn, and write `samples.png`."""
         seeds, steps = range(self.samples), min(50, self.diffusion.num_train_timesteps)
         shape = (len(seeds), self.network.channels, self.network.image_size, self.network.image_size)
         options = {"config": self.diffusion, "sampler": "ddim", "num_inference_steps": steps, "device": self.device}
@@ -223,23 +223,24 @@ class Trainer:
         )
 
     def _train_step(self) -> float:
+        """Take one optimiser step and return its loss."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
-        x0, labels = self._batch()
+        x_0, labels = self._batch()
         generator = keyed_generator(NOISE_STREAM, config.seed, self.step)
-        t = torch.randint(len(self.alpha_bar), (len(x0),), generator=generator).to(self.device)
-        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        t = torch.randint(len(self.alpha_bar), (len(x_0),), generator=generator).to(self.device)
+        noise = torch.randn(x_0.shape, generator=generator).to(self.device)
         condition, count = [], self.network.num_classes
         if labels is not None and count is not None:
-            dropped = torch.rand(len(x0), generator=generator) < config.label_dropout
+            dropped = torch.rand(len(x_0), generator=generator) < config.label_dropout
             condition = [labels.masked_fill(dropped, count).to(self.device)]
-        x0, t, noise, *condition = (whole[self.rank :: self.world] for whole in (x0, t, noise, *condition))
+        x_0, t, noise, *condition = (tensor[self.rank :: self.world] for tensor in (x_0, t, noise, *condition))
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
-        x_t = alpha_bar.sqrt().float() * x0 + (1 - alpha_bar).sqrt().float() * noise
+        x_t = alpha_bar.sqrt().float() * x_0 + (1 - alpha_bar).sqrt().float() * noise
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             prediction = self._network(x_t, t, *condition)
-        loss = self.loss(prediction, x0, x_t, noise, t).mean()
+        loss = self.loss(prediction, x_0, x_t, noise, t).mean()
         value = self._mean(loss)
         self._check_finite("loss", value)
         self.optimizer.zero_grad(set_to_none=True)
@@ -257,28 +258,29 @@ class Trainer:
         return value
 
     def _batch(self) -> tuple[Tensor, Tensor | None]:
-        """Images on the device, and labels where the network takes them."""
+        """Return images on the device, and labels if the network takes labels."""
         batch = self.data(self.config.batch_size, self.config.seed, self.step)
-        x0, labels = batch if isinstance(batch, tuple) else (batch, None)
+        x_0, labels = batch if isinstance(batch, tuple) else (batch, None)
         count = self.network.num_classes
         if (labels is None) != (count is None):
             have, takes = "none" if labels is None else "labels", "none" if count is None else f"{count} classes"
             raise ValueError(f"data and network do not fit: the data have {have}, the network takes {takes}")
         if labels is not None and count is not None and not 0 <= labels.min() <= labels.max() < count:
             raise ValueError(f"labels must lie in 0 … {count - 1}, got {labels.min()} … {labels.max()}")
-        return x0.to(self.device), labels
+        return x_0.to(self.device), labels
 
     def _mean(self, loss: Tensor) -> float:
-        """Over all processes: they go on or stop together."""
+        """Return the mean loss of all processes, so that all continue or stop together."""
         total = loss.detach().clone()
         if self.world > 1:
             dist.all_reduce(total)
         return total.item() / self.world
 
-    def _check_finite(self, what: str, value: float) -> None:
+    def _check_finite(self, quantity: str, value: float) -> None:
+        """Raise FloatingPointError unless the value is finite."""
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"the {what} became {value} at step {self.step}; {self.folder} keeps the last save"
+                f"the {quantity} became {value} at step {self.step}; {self.folder} keeps the last save"
             )
 
     @property
@@ -286,17 +288,21 @@ class Trainer:
         return {"training": asdict(self.config), "data": self._data_about()}
 
     def _data_about(self) -> dict[str, Any]:
+        """Return the identity of the data: its `about`, or the name of its module."""
         return getattr(self.data, "about", None) or {"name": self.data.__module__.rpartition(".")[2]}
 
     def _identity(self) -> dict[str, Any]:
+        """Return everything that two runs in one folder must have in common."""
         return {"network": self.network.to_dict(), "diffusion": self.diffusion.to_dict(), **self._about}
 
     def _log(self, loss: float, seconds: float) -> None:
+        """Append a row to `metrics.jsonl`."""
         row = {"step": self.step, "loss": loss, "learning_rate": self.config.learning_rate_at(self.step - 1)}
         with open(self.folder / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "seconds_per_step": round(seconds, 4)}) + "\n")
 
     def _drop_metrics_after(self, step: int) -> None:
+        """Remove rows of `metrics.jsonl` that a killed run wrote after its last save."""
         path = self.folder / METRICS_FILE
         if path.exists():
             rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -307,12 +313,14 @@ class Trainer:
             with whole_file(path) as part:
                 part.write_text("".join(kept), encoding="utf-8")
 
-    def _refuse_another_run(self, theirs: dict[str, Any], path: Path) -> None:
-        ours = json.loads(json.dumps(self._identity()))
-        if theirs != ours:
-            raise CheckpointError(f"{path} belongs to another run: {_first_difference(theirs, ours)}")
+    def _refuse_another_run(self, saved: dict[str, Any], path: Path) -> None:
+        """Raise CheckpointError unless the saved run has this configuration."""
+        expected = json.loads(json.dumps(self._identity()))
+        if saved != expected:
+            raise CheckpointError(f"{path} belongs to another run: {_first_difference(saved, expected)}")
 
     def _resume(self) -> None:
+        """Load the state of the last save."""
         path = self.folder / STATE_FILE
         tensors = read_safetensors(path)
         with safe_open(path, "pt") as file:
@@ -334,11 +342,12 @@ class Trainer:
         self.step = int(metadata["step"])
 
 
-def _first_difference(theirs: dict, ours: dict, at: str = "") -> str:
-    for key in sorted(theirs.keys() | ours.keys()):
-        a, b = theirs.get(key), ours.get(key)
+def _first_difference(saved: dict, expected: dict, prefix: str = "") -> str:
+    """Return a description of the first entry that differs."""
+    for key in sorted(saved.keys() | expected.keys()):
+        a, b = saved.get(key), expected.get(key)
         if isinstance(a, dict) and isinstance(b, dict) and a != b:
-            return _first_difference(a, b, f"{at}{key}.")
+            return _first_difference(a, b, f"{prefix}{key}.")
         if a != b:
-            return f"{at}{key} is {a!r} there and {b!r} here"
+            return f"{prefix}{key} is {a!r} there and {b!r} here"
     return "no difference"

@@ -18,7 +18,7 @@ def imported(code):
 @pytest.mark.parametrize(
     "code",
     [
-        "import ddpm_fast, ddpm_fast.sample, ddpm_fast.cli, ddpm_fast.adapters.checkpoints",
+        "import ddpm_fast, ddpm_fast.sample, ddpm_fast.cli, ddpm_fast.adapters.load",
         "import ddpm_fast, torch\ntry: ddpm_fast.accelerate(torch.nn.Linear(1, 1))\nexcept TypeError: pass",
         "from ddpm_fast.adapters import guided_diffusion",
         "import ddpm_fast\nfrom tests.adapters import guided_standin\n"
@@ -45,7 +45,7 @@ def test_a_library_that_is_not_there_is_named(tmp_path):
     (folder / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     code = (
         f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
-        f"from ddpm_fast.adapters.checkpoints import load_model\nload_model({str(folder)!r})"
+        f"from ddpm_fast.adapters.load import load_model\nload_model({str(folder)!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

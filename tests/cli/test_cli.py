@@ -1,4 +1,4 @@
-"""The command line: what it writes, what it says, how it fails."""
+"""Tests of the command line: its files, its output, its errors."""
 
 import json
 import os
@@ -32,7 +32,7 @@ DIFFUSION = SamplerConfig(num_train_timesteps=20)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A checkpoint of a small random network."""
+    """Return a checkpoint of a small random network."""
     torch.manual_seed(0)
     network = UNet(TINY)
     for parameter in network.parameters():
@@ -44,7 +44,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The inputs of every call of the network."""
+    """Return a list that collects the inputs of every network call."""
     seen = []
     forward = UNet.forward
 
@@ -61,7 +61,7 @@ def sample(model, out, *arguments):
 
 
 def draw(model, tmp_path, *arguments):
-    """Bytes [N, H, W, C] and metadata of what the command line draws."""
+    """Return the bytes [N, H, W, C] and the metadata that the command line writes."""
     out = tmp_path / "drawn.npz"
     assert sample(model, out, *arguments) == 0
     with np.load(out) as arrays:
@@ -69,11 +69,11 @@ def draw(model, tmp_path, *arguments):
 
 
 def redraw(model, about):
-    """The same from the metadata alone, in one batch."""
-    found = load_checkpoint(model)
+    """Draw the same samples from the metadata alone, in one batch."""
+    checkpoint = load_checkpoint(model)
     sampler = Sampler(
-        found.model,
-        (len(about["seeds"]), *found.shape),
+        checkpoint.model,
+        (len(about["seeds"]), *checkpoint.shape),
         config=SamplerConfig(**about["config"]),
         dtype=getattr(torch, about["dtype"]),
         device="cpu",
@@ -82,13 +82,13 @@ def redraw(model, about):
 
 
 def assert_close(a, b):
-    """Bytes are equal up to one: a float that rounds the other way."""
+    """Assert that bytes are equal up to one, since floats may round differently."""
     assert a.shape == b.shape
     assert abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
 def one_line(capsys):
-    """What came on stderr, after making sure that it is one line, no traceback, and nothing else was said."""
+    """Return the line on stderr; assert that there is one line, no traceback, and nothing on stdout."""
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("ddpm-fast: ")
@@ -156,7 +156,7 @@ def test_images_do_not_depend_on_the_batch(model, tmp_path, calls):
         pytest.param("--temperature 0", {"temperature": 0}, 20, id="no-noise"),
     ],
 )
-def test_walks(model, tmp_path, calls, arguments, config, steps):
+def test_the_options_of_sampling(model, tmp_path, calls, arguments, config, steps):
     x, about = draw(model, tmp_path, "--seeds", "0-1", *arguments.split())
     assert len(calls) == steps
     assert about["config"] == {**DIFFUSION.to_dict(), **config}
@@ -171,7 +171,7 @@ def run(command, model, *arguments):
 
 @pytest.fixture
 def pictures(model, tmp_path):
-    """A folder of two."""
+    """Return a folder of two pictures."""
     folder = tmp_path / "pictures"
     assert sample(model, folder, "--seeds", "0,1") == 0
     return folder
@@ -188,28 +188,28 @@ def test_interpolate(model, pictures, tmp_path):
         "pictures": ["000000.png", "000001.png"], "level": 9, "lam": 0.5, "mixing": "linear", "shared_noise": False,
     }  # fmt: skip
     assert about["config"]["timesteps"] == list(range(9, -1, -1))
-    found = load_checkpoint(model)
+    checkpoint = load_checkpoint(model)
     a, b = (torch.from_numpy(np.array(Image.open(end))[None, None]).float() / 127.5 - 1 for end in ends)
-    shape = (5, *found.shape)
-    options = {"seeds": range(5), "config": found.diffusion, "progress": False}
-    x = interpolate(found.model, a.expand(shape), b.expand(shape), 9, 0.5, **options)
+    shape = (5, *checkpoint.shape)
+    options = {"seeds": range(5), "config": checkpoint.diffusion, "progress": False}
+    x = interpolate(checkpoint.model, a.expand(shape), b.expand(shape), 9, 0.5, **options)
     assert_close(fused, to_uint8(x).numpy())
 
 
 def test_likelihood(model, pictures, tmp_path, capsys):
     assert run("likelihood", model, pictures, "--out", tmp_path / "bits.json", "--quiet") == 0
     said = capsys.readouterr().out
-    found = json.loads((tmp_path / "bits.json").read_text())
-    assert [row["picture"] for row in found["pictures"]] == ["000000.png", "000001.png"]
-    for row in found["pictures"]:
-        assert len(row["terms"]) == len(found["timesteps"]) == 20
+    report = json.loads((tmp_path / "bits.json").read_text())
+    assert [row["picture"] for row in report["pictures"]] == ["000000.png", "000001.png"]
+    for row in report["pictures"]:
+        assert len(row["terms"]) == len(report["timesteps"]) == 20
         assert row["total"] == pytest.approx(row["prior"] + sum(row["terms"]))
-    mean = np.mean([row["total"] for row in found["pictures"]])
+    mean = np.mean([row["total"] for row in report["pictures"]])
     assert f"2 pictures: at most {mean:.4f} bits per dimension" in said
     checkpoint = load_checkpoint(model)
     x_0, _ = commands._read([str(pictures)], checkpoint.shape)
     exact = bits_per_dimension(checkpoint.model, x_0, config=checkpoint.diffusion, seeds=[0, 1], progress=False)
-    np.testing.assert_allclose([row["total"] for row in found["pictures"]], exact.total, rtol=1e-6)
+    np.testing.assert_allclose([row["total"] for row in report["pictures"]], exact.total, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_an_npz_of_pictures(model, tmp_path, capsys):
 
 
 def test_how_the_network_runs(model, tmp_path, monkeypatch):
-    """Compiled for the first batch's size alone; the samples stay the same."""
+    """Check that only the first batch size is compiled, and that the samples stay the same."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda called, dynamic: compiled.append(called) or called)
     plain, _ = draw(model, tmp_path, "--seeds", "0-4", "--steps", "5")
@@ -499,7 +499,7 @@ def test_info(capsys):
 
 
 def environment():
-    """For a process that finds this tree, wherever it runs, and one thread enough."""
+    """Return the environment of a process that imports this tree from any folder, with one thread."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
@@ -534,7 +534,7 @@ def test_python_m_says_what_is_wrong_in_one_line(tmp_path):
 
 SAYS_WHEN_IT_SAMPLES = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
 from ddpm_fast import cli
 from ddpm_fast.models.unet import UNet
 forward = UNet.forward

@@ -1,4 +1,4 @@
-"""What `info` reports, and the check of Triton against torch."""
+"""Tests of the report of `info`, and of the check of Triton against torch."""
 
 import importlib.metadata
 import platform

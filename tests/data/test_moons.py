@@ -1,4 +1,4 @@
-"""The moons: their areas against brute force, their law, their reproducibility, and the ruler."""
+"""Tests of the moons: their areas against brute force, their law, their reproducibility, and the fit."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from scipy import stats
 
 from ddpm_fast.data.moons import EARTHSHINE, MARGIN, RADIUS_RANGE, SIZE, Moons, batch, draw_parameters, measure, render
 
-FINE = 32  # samples of the brute-force picture along a side of a pixel
+FINE = 32  # brute-force samples along a side of a pixel
 
 PHASES = {
     "new": (0.0, 1, 16.0, 16.0, 10.0),
@@ -32,7 +32,7 @@ def one_moon(*values):
 
 
 def brute_force(lit, side, x, y, radius):
-    """Covered share of every pixel, by counting points: disc and lit part, float64 [SIZE, SIZE]."""
+    """Return the covered share of every pixel by counting points: disc and lit part, float64 [SIZE, SIZE]."""
     axis = (np.arange(SIZE * FINE) + 0.5) / FINE
     u, v = axis[None, :] - x, axis[:, None] - y
     disc = u**2 + v**2 <= radius**2
@@ -50,10 +50,10 @@ def test_pictures_against_brute_force(values):
     assert got.shape == (1, 1, SIZE, SIZE)
     assert got.dtype == torch.float32
     got = got[0, 0].double().numpy()
-    np.testing.assert_allclose(got, want, atol=0.1)  # where the limb touches a line of pixels; elsewhere far less
+    np.testing.assert_allclose(got, want, atol=0.1)  # the limb may touch a line of pixels; far less elsewhere
     assert abs(got - want).mean() < 1e-3
     lit_area = ((got + 1).sum() - (EARTHSHINE + 1) * math.pi * radius**2) / (1 - EARTHSHINE)
-    assert lit_area == pytest.approx(bright.sum(), abs=0.2)  # pixels; the disc has 78 and more
+    assert lit_area == pytest.approx(bright.sum(), abs=0.2)  # in pixels; the disc has at least 78
     assert lit_area / (math.pi * radius**2) == pytest.approx(lit, abs=1e-3)
 
 
@@ -122,23 +122,23 @@ def test_parameters_follow_the_global_generator_without_one_of_their_own():
 
 def test_measure_reads_the_parameters_back():
     moon = some_moons(150)
-    found, distance = measure(render(moon))
-    assert torch.equal(found.side, moon.side)
+    fitted, distance = measure(render(moon))
+    assert torch.equal(fitted.side, moon.side)
     assert distance.max() < 0.005
     for name, tolerance in {"x": 0.01, "y": 0.01, "radius": 0.01, "lit": 0.001}.items():
-        error = (getattr(found, name) - getattr(moon, name)).abs()
+        error = (getattr(fitted, name) - getattr(moon, name)).abs()
         assert error.quantile(0.99) < tolerance, name
-        assert error.max() < 2 * tolerance, name  # next to new and full moon
+        assert error.max() < 2 * tolerance, name  # needed next to new and full moon
 
 
 def test_measure_bears_noise():
     moon = some_moons(60, seed=1)
     noise = 0.05 * torch.randn(60, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
-    found, distance = measure(render(moon) + noise)
-    assert (found.x - moon.x).abs().max() < 0.15
-    assert (found.radius - moon.radius).abs().max() < 0.15
-    assert (found.lit - moon.lit).abs().max() < 0.02
-    assert ((distance > 0.02) & (distance < 0.05)).all()  # of the noise, what is not clipped away
+    fitted, distance = measure(render(moon) + noise)
+    assert (fitted.x - moon.x).abs().max() < 0.15
+    assert (fitted.radius - moon.radius).abs().max() < 0.15
+    assert (fitted.lit - moon.lit).abs().max() < 0.02
+    assert ((distance > 0.02) & (distance < 0.05)).all()  # the noise is partly clipped away
 
 
 def test_measure_tells_moons_from_other_pictures():

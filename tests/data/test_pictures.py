@@ -1,4 +1,4 @@
-"""Pictures as training data: what is read, in which order, and what is refused by name."""
+"""Tests of pictures as training data: files, order, and error messages that name the file."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven pictures, and a file that is none."""
+    """Return a folder of seven pictures and one other file."""
     made = tmp_path / "pictures"
     made.mkdir()
     for number, pixels in enumerate(PIXELS):
@@ -120,11 +120,12 @@ def test_the_command_trains_on_pictures(folder, tmp_path, capsys):
     run = tmp_path / "run"
     options = ["--data", str(folder), "--flip", "--loss", "hybrid", "--predict", "v_prediction"]
     assert command(run, *options, "--schedule", "squaredcos_cap_v2") == 0
-    found = load_checkpoint(run)
-    assert found.shape == (3, 8, 8)
-    assert found.model.config.learned_variance
-    assert (found.diffusion.prediction_type, found.diffusion.variance_type) == ("v_prediction", "learned_range")
-    assert found.about["data"]["count"] == 7
+    checkpoint = load_checkpoint(run)
+    assert checkpoint.shape == (3, 8, 8)
+    assert checkpoint.model.config.learned_variance
+    assert checkpoint.diffusion.prediction_type == "v_prediction"
+    assert checkpoint.diffusion.variance_type == "learned_range"
+    assert checkpoint.about["data"]["count"] == 7
     assert (
         cli.main(
             ["sample", "--model", str(run), "--steps", "2", "--seeds", "0", "--out", str(tmp_path / "a.png"), "--quiet"]

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, and one sentence for everything that may be wrong with one."""
+"""Tests of checkpoints: the round trip, and one sentence for every possible defect."""
 
 import dataclasses
 import json
@@ -41,15 +41,15 @@ def test_round_trip(tmp_path, dtype):
     assert sorted(os.listdir(tmp_path / "a" / "b")) == ["config.json", "model.safetensors"]
     with safe_open(tmp_path / "a" / "b" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118
-    found = load_checkpoint(tmp_path / "a" / "b")
-    assert (found.diffusion, found.about, found.shape) == (DIFFUSION, about, (1, 8, 8))
-    assert found.model.config == TINY
-    assert not found.model.training
+    checkpoint = load_checkpoint(tmp_path / "a" / "b")
+    assert (checkpoint.diffusion, checkpoint.about, checkpoint.shape) == (DIFFUSION, about, (1, 8, 8))
+    assert checkpoint.model.config == TINY
+    assert not checkpoint.model.training
     want = model.state_dict()
-    for name, value in found.model.state_dict().items():
+    for name, value in checkpoint.model.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, want[name].to(dtype).float()), name
-    assert not any(parameter.requires_grad for parameter in found.model.parameters())
+    assert not any(parameter.requires_grad for parameter in checkpoint.model.parameters())
 
 
 def test_float16_is_the_default(folder):
@@ -82,11 +82,11 @@ def test_the_diffusion_comes_back(tmp_path, config):
 
 
 def test_embedded():
-    found = load_checkpoint()
-    assert found.shape == (1, 32, 32)
-    assert found.diffusion == SamplerConfig()
-    assert all(parameter.isfinite().all() for parameter in found.model.parameters())
-    assert found.model(torch.randn(1, 1, 32, 32), torch.tensor([500])).any()  # trained: it starts at zero
+    checkpoint = load_checkpoint()
+    assert checkpoint.shape == (1, 32, 32)
+    assert checkpoint.diffusion == SamplerConfig()
+    assert all(parameter.isfinite().all() for parameter in checkpoint.model.parameters())
+    assert checkpoint.model(torch.randn(1, 1, 32, 32), torch.tensor([500])).any()  # an untrained network returns zero
     size = sum(path.stat().st_size for path in EMBEDDED["moons"].iterdir())
     assert size < 4e6
 
@@ -107,7 +107,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(folder, monkeypatch):
 
 
 def edit(**sections):
-    """A way to break a checkpoint: change fields of config.json; None removes a section."""
+    """Return a function that changes fields of config.json. None removes a section."""
 
     def change(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -204,7 +204,7 @@ def test_no_folder(tmp_path, make):
 
 
 def test_a_pickle_is_refused(folder):
-    """Weights are data: a pickle in place of the safetensors file is refused, not loaded."""
+    """Check that a pickle in place of the safetensors file is refused and not loaded."""
     torch.save(random_unet().state_dict(), folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load_checkpoint(folder)

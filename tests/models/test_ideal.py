@@ -1,4 +1,4 @@
-"""The ideal denoiser against sums in 50 digits, its own score, and a walk that returns the data."""
+"""Tests of the ideal denoiser: against sums in 50 digits, its own score, and sampling that returns the data."""
 
 import mpmath
 import numpy as np
@@ -19,7 +19,7 @@ def randn(seed, *shape):
 
 
 def noisy(data, t, seed=1):
-    """x_t of every row of the data."""
+    """Return x_t of every row of the data."""
     return ALPHA_BARS[t].sqrt() * data + (1 - ALPHA_BARS[t]).sqrt() * randn(seed, *data.shape)
 
 
@@ -33,7 +33,7 @@ def at(t, x):
 
 
 def brute_force(data, x, alpha_bar):
-    """Posterior weights and mean for one x, term by term in 50 digits."""
+    """Return the posterior weights and mean for one x, term by term in 50 digits."""
     with mpmath.workdps(50):
         alpha_bar = mpmath.mpf(float(alpha_bar))
         rows = [[mpmath.mpf(value) for value in row.tolist()] for row in data.flatten(1)]
@@ -55,24 +55,24 @@ def brute_force(data, x, alpha_bar):
 def test_against_50_digits(data, t):
     model = IdealDenoiser(data, ALPHA_BARS, "sample")
     x = noisy(data, t)
-    weights, origin = model.weights(x, at(t, x)), model(x, at(t, x))
+    weights, x0 = model.weights(x, at(t, x)), model(x, at(t, x))
     for i in range(len(x)):
-        exact_weights, exact_origin = brute_force(data, x[i], ALPHA_BARS[t])
-        # exponents up to 1e5 at t = 0, rounded at 1e-16 of that; what is not 0 or 1 there is off by 1e-11 of itself
+        exact_weights, exact_x0 = brute_force(data, x[i], ALPHA_BARS[t])
+        # At t = 0 exponents reach 1e5 and round at 1e-16 of that: weights between 0 and 1 are off by 1e-11.
         np.testing.assert_allclose(weights[i].numpy(), exact_weights, rtol=1e-10, atol=1e-14)
-        np.testing.assert_allclose(origin[i].flatten().numpy(), exact_origin, rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(x0[i].flatten().numpy(), exact_x0, rtol=1e-10, atol=1e-14)
 
 
 def test_between_two_rows_at_t_0():
-    """Where the exponents are largest and the answer is no vertex: halfway between two rows, and a little beside."""
+    """Check points halfway between two rows and near it, where the exponents are largest and no weight is 0 or 1."""
     data = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [0.0, 1.0]], dtype=torch.float64)
     model = IdealDenoiser(data, ALPHA_BARS, "sample")
     for shift in (0.0, 1e-6, 1e-5, -1e-4):
         x = torch.tensor([[shift, -1.0]], dtype=torch.float64)
-        weights, origin = brute_force(data, x[0], ALPHA_BARS[0])
+        weights, x0 = brute_force(data, x[0], ALPHA_BARS[0])
         assert 0.01 < weights[0] < 0.99
         np.testing.assert_allclose(model.weights(x, at(0, x))[0].numpy(), weights, rtol=1e-10, atol=1e-14)
-        np.testing.assert_allclose(model(x, at(0, x))[0].numpy(), origin, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(model(x, at(0, x))[0].numpy(), x0, rtol=1e-9, atol=1e-11)
 
 
 def test_weights_are_probabilities(data):
@@ -95,7 +95,7 @@ def test_t_0_is_almost_the_data(data):
 def test_pure_noise_is_almost_the_mean(data):
     model = IdealDenoiser(data, ALPHA_BARS, "sample")
     x = noisy(data, 999)
-    # signal sqrt(alpha_bar) = 6e-3 times distances of about 2: weights within a few percent of each other
+    # The signal is sqrt(alpha_bar) = 6e-3 times distances of about 2: the weights differ by a few percent.
     torch.testing.assert_close(model(x, at(999, x)), data.mean(0).expand_as(x), rtol=0, atol=0.05)
 
 
@@ -103,18 +103,18 @@ def test_pure_noise_is_almost_the_mean(data):
 def test_predictions_mean_the_same_origin(data, t):
     chain = Diffusion(torch.from_numpy(CONFIG.betas()))
     x = noisy(data, t)
-    origins = [
+    predictions = [
         chain.predict_x_0(x, t, IdealDenoiser(data, ALPHA_BARS, prediction)(x, at(t, x)), prediction)
         for prediction in ("sample", "epsilon", "v_prediction")
     ]
     # epsilon is divided by sqrt(alpha_bar) = 6e-3 at t = 999
-    torch.testing.assert_close(origins[1], origins[0], rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(origins[2], origins[0], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(predictions[1], predictions[0], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(predictions[2], predictions[0], rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("t", [10, 300, 800])
 def test_epsilon_is_the_score(data, t):
-    """epsilon = -sqrt(1 - alpha_bar) grad log q(x_t), q(x_t) a mixture of Gaussians, by autograd."""
+    """Check epsilon = -sqrt(1 - alpha_bar) grad log q(x_t) by autograd, with q(x_t) a mixture of Gaussians."""
     x = noisy(data, t).requires_grad_()
     alpha_bar = ALPHA_BARS[t]
     distances = (x[:, None] - alpha_bar.sqrt() * data).flatten(2).square().sum(2)
@@ -138,8 +138,8 @@ def test_any_rank(shape):
     output = IdealDenoiser(data, ALPHA_BARS, "sample")(x, at(200, x))
     assert output.shape == x.shape
     for i in range(2):
-        _, origin = brute_force(data, x[i], ALPHA_BARS[200])
-        np.testing.assert_allclose(output[i].flatten().numpy(), origin, rtol=1e-11, atol=1e-13)
+        _, x0 = brute_force(data, x[i], ALPHA_BARS[200])
+        np.testing.assert_allclose(output[i].flatten().numpy(), x0, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("prediction", PREDICTION_TYPES)
@@ -149,7 +149,7 @@ def test_dtype_of_x_comes_back(data, dtype, prediction):
     x = noisy(data, 300).to(dtype)
     output = model(x, at(300, x))
     assert output.dtype == dtype
-    # computed in float64, rounded once
+    # The model computes in float64 and rounds once.
     assert torch.equal(output, model(x.double(), at(300, x)).to(dtype))
 
 
@@ -186,9 +186,9 @@ def test_sampling_returns_rows_of_the_data():
     n = 900
     x = chain.sample(model, randn(0, n, 2), randn(1, 100, n, 2))[-1]
     distance, nearest = torch.cdist(x, data).min(1)
-    # The last step returns E[x_0 | x_0 + noise of deviation 0.01]: a row, unless the walk ends between two.
+    # The last step returns E[x_0 | x_0 + noise of deviation 0.01]: a row, unless the run ends between two rows.
     assert distance.max() < 1e-6
-    # a third each: standard deviation 14, five of them
+    # Each row has a third: standard deviation 14, five of which are allowed.
     assert (nearest.bincount(minlength=3) - n / 3).abs().max() < 71
 
 

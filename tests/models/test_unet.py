@@ -1,4 +1,4 @@
-"""The U-Net: what its config accepts, what it computes, what it weighs."""
+"""Tests of the U-Net: its config, its output, its number of parameters."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ TINY = UNetConfig(widths=(8, 16), attention=(False, True), embedding=16, image_s
 
 
 def random_unet(config=TINY):
-    """A network none of whose parameters is zero, as some are at the start of training."""
+    """Return a network without zero parameters, unlike a network at the start of training."""
     torch.manual_seed(0)
     model = UNet(config)
     for parameter in model.parameters():
@@ -106,7 +106,7 @@ def test_every_input_matters():
     y = model(x, t)
     assert not torch.allclose(model(x, t + 1), y)
     far = x.clone()
-    far[:, :, 0, 0] += 1  # attention carries it into the opposite corner
+    far[:, :, 0, 0] += 1  # attention carries the change into the opposite corner
     assert not torch.equal(model(far, t)[:, :, -1, -1], y[:, :, -1, -1])
 
 
@@ -117,7 +117,7 @@ def test_samples_do_not_mix():
 
 
 def test_attention_formula():
-    """x + out(softmax(q k^T / sqrt(d)) v), each head on its own channels (Vaswani et al. 2017, eq. 1)."""
+    """Check x + out(softmax(q k^T / sqrt(d)) v), each head on its own channels (Vaswani et al. 2017, eq. 1)."""
     torch.manual_seed(0)
     module = Attention(8, TINY).double()
     for parameter in module.parameters():

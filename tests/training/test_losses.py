@@ -1,4 +1,4 @@
-"""What is learnt: each loss from its definition, what its gradient moves, and networks that learn by it."""
+"""Tests of the losses: definitions, gradients, and networks that learn."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ T = 50
 
 
 def drawn(count=6, seed=0):
-    """x_0 of 256 values, x_t, noise and t, the first and the last timestep among them."""
+    """Return x_0 of 256 values, x_t, noise, t and alpha_bar. The first and the last timestep are among the t."""
     generator = torch.Generator().manual_seed(seed)
     x_0 = torch.randint(256, (count, 2, 3, 5), generator=generator) / 127.5 - 1
     x_0[0, 0, 0] = torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.5])
@@ -32,11 +32,11 @@ def drawn(count=6, seed=0):
     return x_0, alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise, noise, t, alpha_bar
 
 
-def outputs_for(origin, x_t, alpha_bar):
-    """What networks of each prediction say who mean the same origin."""
-    epsilon = (x_t - alpha_bar.sqrt() * origin) / (1 - alpha_bar).sqrt()
-    v = alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * origin
-    return {"epsilon": epsilon, "sample": origin, "v_prediction": v}
+def outputs_for(x0, x_t, alpha_bar):
+    """Return the outputs, one for each prediction type, that stand for the same x0."""
+    epsilon = (x_t - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+    v = alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * x0
+    return {"epsilon": epsilon, "sample": x0, "v_prediction": v}
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -49,23 +49,23 @@ def test_the_squared_error_is_of_what_is_predicted(prediction_type):
 
 
 @pytest.mark.parametrize("gamma", [0.5, 5.0])
-def test_min_snr_weighs_the_origin_alike_in_every_prediction(gamma):
+def test_min_snr_weighs_x_0_alike_in_every_prediction(gamma):
     x_0, x_t, noise, t, alpha_bar = drawn()
-    origin = 0.9 * x_0 + 0.05
+    x0 = 0.9 * x_0 + 0.05
     losses = []
-    for name, output in outputs_for(origin, x_t, alpha_bar).items():
+    for name, output in outputs_for(x0, x_t, alpha_bar).items():
         config = SamplerConfig(num_train_timesteps=T, prediction_type=name)
         losses.append(Loss(config, min_snr_gamma=gamma)(output, x_0, x_t, noise, t))
     weight = (alpha_bar / (1 - alpha_bar)).clamp(max=gamma).flatten()
-    expected = weight * (origin - x_0).square().flatten(1).mean(1)
-    for found in losses:
-        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-6)
+    expected = weight * (x0 - x_0).square().flatten(1).mean(1)
+    for loss in losses:
+        torch.testing.assert_close(loss, expected, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range", "learned"])
 def test_the_bound_is_that_of_the_likelihood(prediction_type, variance_type):
-    """T times a term, in the training's batch of mixed timesteps, is the term of the images' likelihood."""
+    """Check that the loss is T times the likelihood's term, for a batch of mixed timesteps."""
     learned = variance_type.startswith("learned")
     model = Wavy(2, 4 if learned else 2)
     options = {"prediction_type": prediction_type, "variance_type": variance_type, "clip_sample": False}
@@ -73,9 +73,9 @@ def test_the_bound_is_that_of_the_likelihood(prediction_type, variance_type):
     x_0, _, noise, t, _ = drawn()
     expected = bits_per_dimension(model, x_0, config=config, seeds=0, progress=False)
     x_t = torch.cat([noised(x_0[i : i + 1], int(t[i]), config, [i]) for i in range(len(x_0))])
-    found = Loss(config, "vlb")(model(x_t, t), x_0, x_t, noise, t)
+    bound = Loss(config, "vlb")(model(x_t, t), x_0, x_t, noise, t)
     terms = [expected.terms[i, T - 1 - int(t[i])] for i in range(len(x_0))]
-    np.testing.assert_allclose(found.numpy(), T * np.array(terms), rtol=2e-3)
+    np.testing.assert_allclose(bound.numpy(), T * np.array(terms), rtol=2e-3)
 
 
 def test_hybrid_teaches_the_mean_by_the_error_and_the_variance_by_the_bound():
@@ -95,7 +95,10 @@ def test_hybrid_teaches_the_mean_by_the_error_and_the_variance_by_the_bound():
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
 def test_gradients_are_finite_and_are_slopes(variance_type):
-    """At t = 0 and at the ends of the scale, too, where the decoder's bins are open; against differences in float64."""
+    """Compare gradients with differences in float64, also at t = 0 and at the ends of the scale.
+
+    The decoder's bins are open at the ends.
+    """
     config = SamplerConfig(num_train_timesteps=T, variance_type=variance_type)
     x_0, x_t, noise, t, _ = drawn()
     loss = Loss(config, "vlb")
@@ -138,7 +141,7 @@ WAYS = [
 
 @pytest.mark.parametrize(("prediction_type", "kind", "variance_type"), WAYS)
 def test_networks_learn_by_every_loss(prediction_type, kind, variance_type, tmp_path):
-    """Less loss at the end than at the beginning; what was trained loads, samples, and resumes bit for bit."""
+    """Check that the loss falls, and that the trained network loads, samples, and resumes bit for bit."""
     learned = variance_type == "learned_range"
     network = TINY.__class__(**{**TINY.to_dict(), "learned_variance": learned})
     diffusion = SamplerConfig(num_train_timesteps=T, prediction_type=prediction_type, variance_type=variance_type)
@@ -154,8 +157,8 @@ def test_networks_learn_by_every_loss(prediction_type, kind, variance_type, tmp_
     Trainer(tmp_path / "a", config, network, diffusion, small_moons).run(progress=False)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.8 * losses[0]
-    found = load_checkpoint(tmp_path / "a")
-    x = sample(found.model, (2, *found.shape), seeds=0, config=found.diffusion, progress=False)
+    checkpoint = load_checkpoint(tmp_path / "a")
+    x = sample(checkpoint.model, (2, *checkpoint.shape), seeds=0, config=checkpoint.diffusion, progress=False)
     assert torch.isfinite(x).all()
 
     def interrupted(count, seed, step):
@@ -163,7 +166,7 @@ def test_networks_learn_by_every_loss(prediction_type, kind, variance_type, tmp_
             raise KeyboardInterrupt
         return small_moons(count, seed, step)
 
-    interrupted.__module__ = small_moons.__module__  # the name of the data
+    interrupted.__module__ = small_moons.__module__  # the checkpoint records the module as the name of the data
     with pytest.raises(KeyboardInterrupt):
         Trainer(tmp_path / "b", config, network, diffusion, interrupted).run(progress=False)
     Trainer(tmp_path / "b", config, network, diffusion, small_moons).run(progress=False)

@@ -1,4 +1,4 @@
-"""Training under autocast: it learns in every precision, and in float16 overflow costs a step, not the run."""
+"""Tests of training under autocast: every precision learns, and in float16 an overflow costs a step, not the run."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ def test_the_loss_falls_and_the_network_runs_in_its_precision(tmp_path, precisio
 
 
 def test_precisions_agree(tmp_path):
-    """The first steps of one run, in each precision."""
+    """Compare the first steps of one run in each precision."""
     losses = {}
     for precision in MIXED_PRECISIONS:
         trainer(tmp_path / precision, dataclasses.replace(CONFIG, mixed_precision=precision)).run(progress=False)
@@ -72,7 +72,7 @@ def test_overflow_without_end_stops_the_run(tmp_path):
     run = trainer(tmp_path, dataclasses.replace(FP16, steps=40, save_every=4))
     overflow_at(run, range(6, 40))
     with pytest.raises(FloatingPointError, match=r"the gradient became (inf|nan) at step 22; .* keeps the last save"):
-        run.run(progress=False)  # 2 ** 16, halved sixteen times
+        run.run(progress=False)  # the scale 2 ** 16 is halved sixteen times
     load_checkpoint(tmp_path)
     for name, value in load_file(tmp_path / "state.safetensors").items():
         assert bool(value.isfinite().all()), name

@@ -1,4 +1,4 @@
-"""Training: it learns, it survives any interruption bit for bit, and it says what is wrong."""
+"""Tests of training: it learns, resumes after any interruption bit for bit, and reports wrong arguments."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ SAVES = (4, 8, 11)
 
 
 def small_moons(count, seed, step):
-    """Moons of 8 x 8 pixels."""
+    """Return moons of 8 x 8 pixels."""
     return torch.nn.functional.avg_pool2d(moons.batch(count, seed, step), 4)
 
 
@@ -45,7 +45,7 @@ def trainer(folder, config=CONFIG, network=TINY, diffusion=DIFFUSION, data=small
 
 
 def interrupt_at(step, error=KeyboardInterrupt):
-    """`small_moons`, until it is asked for the batch of `step`."""
+    """Return `small_moons` with an interruption at the batch of `step`."""
 
     def data(count, seed, now):
         if now == step:
@@ -63,13 +63,13 @@ def uninterrupted(tmp_path_factory):
 
 
 def metrics(folder):
-    """Rows of metrics.jsonl, without what differs from run to run."""
+    """Return the rows of metrics.jsonl without the entries that differ from run to run."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "seconds_per_step"} for row in rows]
 
 
 def assert_same_run(folder, other):
-    """Weights, averages and moments are equal bit for bit, and so are checkpoint and metrics."""
+    """Assert that weights, averages, moments, checkpoint and metrics are equal bit for bit."""
     a, b = load_file(folder / "state.safetensors"), load_file(other / "state.safetensors")
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
@@ -82,7 +82,7 @@ def test_the_loss_falls(tmp_path):
     config = TrainingConfig(steps=60, batch_size=8, learning_rate=1e-2, warmup=10, save_every=12)
     trainer(tmp_path, config).run(progress=False)
     losses = [row["loss"] for row in metrics(tmp_path)]
-    assert losses[0] < 1.1  # a network that says zero has 1
+    assert losses[0] < 1.1  # a network that returns zero has the loss 1
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -93,12 +93,12 @@ def test_a_run_leaves_a_checkpoint_a_state_and_metrics(uninterrupted):
     assert [row["step"] for row in rows] == list(SAVES)
     assert all(row.keys() == {"step", "loss", "learning_rate", "seconds_per_step"} for row in rows)
     assert [row["learning_rate"] for row in rows] == [CONFIG.learning_rate_at(step - 1) for step in SAVES]
-    found = load_checkpoint(uninterrupted)
-    assert (found.diffusion, found.model.config) == (DIFFUSION, TINY)
-    assert found.about["training"]["steps"] == 11
-    assert found.about["data"] == {"name": "test_trainer"}
+    checkpoint = load_checkpoint(uninterrupted)
+    assert (checkpoint.diffusion, checkpoint.model.config) == (DIFFUSION, TINY)
+    assert checkpoint.about["training"]["steps"] == 11
+    assert checkpoint.about["data"] == {"name": "test_trainer"}
     state = load_file(uninterrupted / "state.safetensors")
-    for name, value in found.model.state_dict().items():
+    for name, value in checkpoint.model.state_dict().items():
         assert torch.equal(value, state[f"ema.{name}"].half().float()), name
 
 
@@ -116,13 +116,13 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, uninterrupted, steps):
         assert run.step == step
     run = trainer(tmp_path)
     assert run.step == max([save for save in (0, *SAVES) if save <= steps[-1]])
-    torch.manual_seed(99)  # nothing may depend on the global generator
+    torch.manual_seed(99)  # the run must not depend on the global generator
     run.run(progress=False)
     assert_same_run(tmp_path, uninterrupted)
 
 
 def test_interrupted_while_saving(tmp_path, uninterrupted, monkeypatch):
-    for number in range(4):  # checkpoint, state, checkpoint, state
+    for number in range(4):  # two saves, each of checkpoint and state
         calls = []
 
         def save(tensors, path, metadata=None, number=number, calls=calls):
@@ -161,7 +161,7 @@ calls, really = [], checkpoint.save_file
 
 def save(tensors, path, metadata):
     calls.append(path)
-    if len(calls) == 1:  # the checkpoint; then the state
+    if len(calls) == 1:  # the checkpoint is written before the state
         return really(tensors, path, metadata)
     path.write_bytes(b"half")
     kill()
@@ -190,11 +190,12 @@ def test_samples_are_drawn_on_the_way_and_change_nothing(tmp_path, uninterrupted
     assert_same_run(tmp_path, uninterrupted)
     about = images.read_metadata(tmp_path / "samples.png")
     assert (about["step"], about["seeds"]) == (11, [0, 1, 2, 3, 4])
-    found = load_checkpoint(tmp_path)
-    shape = (5, *found.shape)
+    checkpoint = load_checkpoint(tmp_path)
+    shape = (5, *checkpoint.shape)
     x = sample(
-        found.model, shape, seeds=0, config=found.diffusion, sampler="ddim", num_inference_steps=50, progress=False
-    )
+        checkpoint.model, shape, seeds=0, progress=False,
+        config=checkpoint.diffusion, sampler="ddim", num_inference_steps=50,
+    )  # fmt: skip
     with Image.open(tmp_path / "samples.png") as picture:
         drawn = np.asarray(picture).astype(int)
     assert abs(drawn - images.grid(to_uint8(x).numpy())[..., 0]).max() <= 2  # the checkpoint's weights are rounded
@@ -206,7 +207,7 @@ def test_pictures_cannot_be_drawn_of_two_channels(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_save(tmp_path, uninterrupted):
-    """For real: the kernel refuses to let files grow."""
+    """Fill the disk for real: the kernel refuses to let files grow."""
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, data=interrupt_at(5)).run(progress=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -249,12 +250,15 @@ others = [torch.empty_like(weights) for _ in range(2)]
 distributed.all_gather(others, weights)
 assert torch.equal(*others)
 distributed.barrier()
-os._exit(0)  # nothing is left to do, and gloo's threads can abort an interpreter that ends
+os._exit(0)  # gloo's threads can abort an interpreter that ends
 """
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """With gloo; up to the order in which gradients are added up. Interrupted and resumed: bit for bit."""
+    """Compare two gloo processes with one, up to the order of sums.
+
+    An interrupted and resumed pair is equal to an uninterrupted pair bit for bit.
+    """
     script = tmp_path / "spread.py"
     script.write_text(SPREAD.format(tests=str(Path(__file__).parents[2])))
 
@@ -339,7 +343,7 @@ def test_a_half_written_row_of_metrics(tmp_path, uninterrupted):
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, data=interrupt_at(6)).run(progress=False)
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 8, "lo')  # a process killed between two writes
+        file.write('{"step": 8, "lo')  # as a process killed during a write leaves it
     trainer(tmp_path).run(progress=False)
     assert_same_run(tmp_path, uninterrupted)
 
@@ -380,7 +384,7 @@ def test_the_checkpoint_is_loadable_at_any_time(tmp_path):
 
 
 def test_the_average_of_the_weights(tmp_path):
-    """ema <- d ema + (1 - d) weights with d = min(decay, (1 + i) / (10 + i)) after step i."""
+    """Check ema <- d ema + (1 - d) weights with d = min(decay, (1 + i) / (10 + i)) after step i."""
     weights, averages = [], []
 
     def data(count, seed, step):
@@ -399,7 +403,10 @@ def test_the_average_of_the_weights(tmp_path):
 
 
 def test_the_network_sees_q_of_x_t_and_learns_the_noise(tmp_path):
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise; a network that says 0 has the loss noise^2."""
+    """Check x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.
+
+    The loss of a network that returns 0 must be noise^2.
+    """
     x0 = torch.full((64, 1, 8, 8), 0.5)
     config = TrainingConfig(steps=1, batch_size=64, save_every=1, mixed_precision="no")
     run = trainer(tmp_path, config, data=lambda count, seed, step: x0)
@@ -509,9 +516,10 @@ def test_command_trains_and_resumes(tmp_path, monkeypatch, capsys):
 
 def test_command_trains_the_moon_model(tmp_path):
     assert cli.main(["train", "--out", str(tmp_path), "--steps", "1", "--batch", "1", "--quiet"]) == 0
-    found = load_checkpoint(tmp_path)
-    assert (found.shape, found.model.config, found.diffusion) == ((1, 32, 32), UNetConfig(), SamplerConfig())
-    assert found.about["data"] == {"name": "moons"}
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.shape == (1, 32, 32)
+    assert (checkpoint.model.config, checkpoint.diffusion) == (UNetConfig(), SamplerConfig())
+    assert checkpoint.about["data"] == {"name": "moons"}
 
 
 @pytest.mark.parametrize(

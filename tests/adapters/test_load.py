@@ -1,4 +1,4 @@
-"""Models on disk of other libraries: the walk of their configuration, and what the command line makes of them."""
+"""Tests of models on disk of other libraries: their configuration, and their samples from the command line."""
 
 import json
 import sys
@@ -15,19 +15,19 @@ from denoising_diffusion_pytorch import GaussianDiffusion, LearnedGaussianDiffus
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, PNDMScheduler, UNet2DModel
 
 from ddpm_fast import cli, images
-from ddpm_fast.adapters.checkpoints import SelfConditioned, _of_lucidrains, load_model, parse_arguments
+from ddpm_fast.adapters.load import SelfConditioned, _of_lucidrains, load_model, parse_arguments
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.models.checkpoint import Classes
 from ddpm_fast.sample import Sampler
 from tests.adapters import diffusers_models, guided_standin, lucidrains_models
 from tests.adapters.test_lucidrains import saved
 
-# Tables in float64 where the libraries' are float32.
+# Our tables are float64, the libraries' are float32.
 NEAR = 2e-4
 
 
-def walked(checkpoint, batch=2, **kwargs):
-    """A walk with the noise of torch.Generator().manual_seed(0)."""
+def draw(checkpoint, batch=2, **kwargs):
+    """Return samples with the noise of torch.Generator().manual_seed(0)."""
     sampler = Sampler(checkpoint.model, (batch, *checkpoint.shape), config=checkpoint.diffusion, **kwargs)
     return sampler(generator=torch.Generator().manual_seed(0), progress=False)
 
@@ -57,20 +57,20 @@ SCHEDULERS = {
 def test_a_ddpm_pipelines_folder(name, tmp_path):
     pipeline = quiet(DDPMPipeline(diffusers_models.unet(), SCHEDULERS[name]))
     pipeline.save_pretrained(tmp_path / "model")
-    found = load_model(tmp_path / "model", {"num_inference_steps": 10})
-    assert found.shape == (3, 8, 8)
-    assert not found.model.training
+    checkpoint = load_model(tmp_path / "model", {"num_inference_steps": 10})
+    assert checkpoint.shape == (3, 8, 8)
+    assert not checkpoint.model.training
     theirs = pipeline(2, torch.Generator().manual_seed(0), 10, output_type="pt").images
-    assert torch.allclose((walked(found) / 2 + 0.5).clamp(0, 1), theirs, atol=NEAR)
+    assert torch.allclose((draw(checkpoint) / 2 + 0.5).clamp(0, 1), theirs, atol=NEAR)
 
 
 def test_a_ddim_pipelines_folder(tmp_path):
     pipeline = quiet(DDIMPipeline(diffusers_models.unet(), DDIMScheduler(steps_offset=1, set_alpha_to_one=False)))
     pipeline.save_pretrained(tmp_path / "model")
     assert load_model(tmp_path / "model").diffusion.num_inference_steps == 50
-    found = load_model(tmp_path / "model", {"num_inference_steps": 10})
+    checkpoint = load_model(tmp_path / "model", {"num_inference_steps": 10})
     theirs = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=10, output_type="pt").images
-    assert torch.allclose((walked(found) / 2 + 0.5).clamp(0, 1), theirs, atol=NEAR)
+    assert torch.allclose((draw(checkpoint) / 2 + 0.5).clamp(0, 1), theirs, atol=NEAR)
 
 
 def test_a_unets_folder(tmp_path):
@@ -78,10 +78,10 @@ def test_a_unets_folder(tmp_path):
         sample_size=(8, 12), in_channels=1, out_channels=1, num_class_embeds=5, **diffusers_models.CONFIG
     )
     unet.save_pretrained(tmp_path / "unet")
-    found = load_model(tmp_path / "unet", {"beta_schedule": "squaredcos_cap_v2"})
-    assert found.shape == (1, 8, 12)
-    assert found.diffusion == SamplerConfig(beta_schedule="squaredcos_cap_v2")
-    assert found.classes == Classes("class_labels", 5)
+    checkpoint = load_model(tmp_path / "unet", {"beta_schedule": "squaredcos_cap_v2"})
+    assert checkpoint.shape == (1, 8, 12)
+    assert checkpoint.diffusion == SamplerConfig(beta_schedule="squaredcos_cap_v2")
+    assert checkpoint.classes == Classes("class_labels", 5)
     out = tmp_path / "out.npz"
     arguments = ["sample", "--quiet", "--device", "cpu", "--model", str(tmp_path / "unet"), "--out", str(out)]
     assert cli.main([*arguments, "--steps", "3", "--seeds", "0-2", "--label", "4"]) == 0
@@ -141,17 +141,17 @@ def test_a_trainers_file(objective, self_condition, ddim, tmp_path):
     torch.manual_seed(1)
     theirs = GaussianDiffusion(Unet(**unet), **diffusion)
     path, averaged = saved(Trainer, theirs, tmp_path)
-    found = load_model(path, {"unet": unet, "diffusion": diffusion})
-    assert found.shape == (3, 8, 8)
+    checkpoint = load_model(path, {"unet": unet, "diffusion": diffusion})
+    assert checkpoint.shape == (3, 8, 8)
     torch.manual_seed(0)
     expected = averaged.sample(2)
-    if ddim:  # the library's generator is the global one: the same draws
-        assert found.diffusion.sampler == "ddim"
-    assert torch.allclose((walked(found) + 1) / 2, expected, atol=NEAR)
+    if ddim:  # the library draws from the global generator
+        assert checkpoint.diffusion.sampler == "ddim"
+    assert torch.allclose((draw(checkpoint) + 1) / 2, expected, atol=NEAR)
 
 
 def test_ddim_visits_the_librarys_timesteps():
-    """26 of 250, among others: there float32 and float64 round to neighbours."""
+    """Check 26 of 250 steps, where float32 and float64 round differently."""
     theirs = lucidrains_models.diffusion(timesteps=250, sampling_timesteps=26)
     seen = []
     theirs.model.register_forward_pre_hook(lambda module, args: seen.append(int(args[1][0])))
@@ -165,12 +165,10 @@ def test_a_trainers_file_with_learned_variance(tmp_path):
     path, averaged = saved(Trainer, theirs, tmp_path)
     torch.manual_seed(0)
     expected = averaged.sample(2)
-    assert torch.allclose(
-        (walked(load_model(path, {"unet": unet, "diffusion": diffusion})) + 1) / 2, expected, atol=NEAR
-    )
+    assert torch.allclose((draw(load_model(path, {"unet": unet, "diffusion": diffusion})) + 1) / 2, expected, atol=NEAR)
 
 
-def test_self_conditioning_begins_anew_in_every_walk():
+def test_self_conditioning_begins_anew_in_every_run():
     class Remembering(torch.nn.Module):
         def forward(self, x, t, last):
             seen.append(last.abs().max().item())
@@ -196,7 +194,7 @@ def test_a_trainers_file_wants_its_arguments(tmp_path):
         load_model(path, {"unet": {"dims": 16}, "diffusion": {"image_size": 8}})
 
 
-# guided-diffusion: its functions by their names, on the stand-in's processes
+# guided-diffusion: functions of its names, with the stand-in's processes
 
 
 SCRIPT_UTIL = """
@@ -236,7 +234,10 @@ SCRIPT_UTIL = """
 
 @pytest.fixture
 def guided(tmp_path, monkeypatch):
-    """A checkout with stand-ins, and a function that makes a checkpoint in it: its path, network and diffusion."""
+    """Return a function that makes a guided-diffusion checkpoint: its path, network and diffusion.
+
+    The library is a checkout of stand-ins.
+    """
     package = tmp_path / "checkout" / "guided_diffusion"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -271,21 +272,21 @@ def guided(tmp_path, monkeypatch):
 def test_a_guided_checkpoint(guided, flags):
     sampling = {name: flags[name] for name in ("use_ddim", "clip_denoised") if name in flags}
     path, network, diffusion = guided(**{name: value for name, value in flags.items() if name not in sampling})
-    found = load_model(path, {"image_size": 4, **flags})
-    assert found.shape == (3, 4, 4)
-    assert found.classes is None
-    shape = (guided_standin.SHAPE[0], *found.shape)
+    checkpoint = load_model(path, {"image_size": 4, **flags})
+    assert checkpoint.shape == (3, 4, 4)
+    assert checkpoint.classes is None
+    shape = (guided_standin.SHAPE[0], *checkpoint.shape)
     z = Recorded(shape)
-    walk = diffusion.ddim_sample_loop if sampling.get("use_ddim") else diffusion.p_sample_loop
-    expected = walk(network, shape, z.x_T, clip_denoised=sampling.get("clip_denoised", True), device="cpu")
-    sampler = Sampler(found.model, shape, config=found.diffusion)
-    # The library draws at the last step, too; it comes last, and is not used.
+    loop = diffusion.ddim_sample_loop if sampling.get("use_ddim") else diffusion.p_sample_loop
+    expected = loop(network, shape, z.x_T, clip_denoised=sampling.get("clip_denoised", True), device="cpu")
+    sampler = Sampler(checkpoint.model, shape, config=checkpoint.diffusion)
+    # The library also draws noise at the last step, without using it.
     ours = sampler(generator=z.generator(), x_T=z.x_T, progress=False)
     assert torch.allclose(ours, expected, atol=NEAR)
 
 
 class Recorded:
-    """x_T and the state of the global generator behind it, so that both sides draw the same."""
+    """The x_T of a run and the state of the global generator behind it, so that both sides draw the same noise."""
 
     def __init__(self, shape):
         self.x_T = torch.randn(shape, generator=torch.Generator().manual_seed(5))
@@ -330,7 +331,7 @@ def test_without_a_checkout(tmp_path):
         load_model(tmp_path / "a.pt", {"image_size": 64})
 
 
-# one's own
+# factories
 
 
 FACTORIES = """
@@ -375,9 +376,9 @@ def own(tmp_path, monkeypatch):
 
 
 def test_factories(own, tmp_path):
-    found = load_model(own("Models.tanh"), {"gain": 0.25})
-    assert found.diffusion.num_train_timesteps == 5
-    assert torch.equal(found.model(torch.ones(1), None), torch.tanh(torch.tensor([0.25])))
+    checkpoint = load_model(own("Models.tanh"), {"gain": 0.25})
+    assert checkpoint.diffusion.num_train_timesteps == 5
+    assert torch.equal(checkpoint.model(torch.ones(1), None), torch.tanh(torch.tensor([0.25])))
     assert load_model(own("plain")).diffusion == SamplerConfig()
     assert load_model(own("diffusers")).diffusion.noise_free == "t_zero"
     assert load_model(own("lucidrains")).diffusion.num_train_timesteps == 25

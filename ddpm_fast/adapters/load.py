@@ -1,7 +1,7 @@
-"""Models on disk, of this package or of another library: what `ddpm-fast sample --model` takes.
+"""Loading of models from disk, of this package or of another library, for `ddpm-fast sample --model`.
 
-Weights are read as safetensors or with weights_only=True: nothing in a file is run. `module:factory` runs code, the
-caller's own.
+Weights are read as safetensors or with weights_only=True, so that no code in a file runs. `module:factory` runs the
+caller's own code.
 """
 
 import importlib
@@ -25,9 +25,9 @@ from ddpm_fast.models.checkpoint import (
     load_weights,
     read_weights_only,
 )
-from ddpm_fast.table import origin_estimate
+from ddpm_fast.table import x0_coefficients
 from ddpm_fast.times import Retimed, scaled_times
-from ddpm_fast.validate import known_names
+from ddpm_fast.validate import check_names
 
 Arguments = Mapping[str, Any]
 
@@ -43,64 +43,66 @@ _FROM_SCHEDULERS = (
 def load_model(
     source: str | Path, arguments: Arguments | None = None, device: str | torch.device = "cpu"
 ) -> Checkpoint:
-    """Load a model with what it was trained for.
+    """Load a model with the diffusion that it was trained for.
 
     Args:
-        source: "moons" or "digits", the embedded models; a checkpoint folder of this package; a diffusers folder, of a
+        source: "moons" or "digits", the embedded models; a checkpoint folder of this package; a diffusers folder of a
             DDPMPipeline, a DDIMPipeline or a UNet2DModel; a lucidrains Trainer's `model-N.pt`; a guided- or
-            improved-diffusion checkpoint; or "module:factory", a function that returns one of these models, or
-            (model, shape) or (model, shape, config), shape (C, H, W) and config a `SamplerConfig` or its fields.
-        arguments: of a diffusers folder: changes to the configuration, fields of `SamplerConfig`. Of a Trainer's file:
-            {"unet": {…}, "diffusion": {…}}, what Unet and GaussianDiffusion were made with. Of a guided-diffusion
-            file: its MODEL_FLAGS and DIFFUSION_FLAGS, and use_ddim and clip_denoised. Of a factory: its keywords.
-        device: where the network goes.
+            improved-diffusion checkpoint; or "module:factory". Such a function returns one of these models, or (model,
+            shape) or (model, shape, config), with shape (C, H, W) and config a `SamplerConfig` or its fields.
+        arguments: Arguments of the model. For a diffusers folder: changes to the configuration, fields of
+            `SamplerConfig`. For a Trainer's file: {"unet": {…}, "diffusion": {…}}, the arguments of Unet and
+            GaussianDiffusion. For a guided-diffusion file: its MODEL_FLAGS and DIFFUSION_FLAGS, and use_ddim and
+            clip_denoised. For a factory: its keywords.
+        device: Device of the network.
 
     Raises:
-        ValueError, TypeError: in one sentence, what is missing, broken, or not supported.
+        ValueError, TypeError: The model is missing, broken or not supported; the message says which.
     """
     device = checked_device(device)
     given = dict(arguments or {})
     text, path = str(source), Path(source)
     if not path.exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
-        return _placed(_from_factory(text, given), device)
+        return _to_device(_from_factory(text, given), device)
     if path.is_file():
-        return _placed(_from_weights(path, given), device)
+        return _to_device(_from_weights(path, given), device)
     kind = _diffusers_class(path)
     if kind is None:
         if given:
             raise ValueError(f"a checkpoint folder says itself what it holds: no arguments, got {min(given)}")
         return load_checkpoint(path, device)
-    return _placed(_from_diffusers(path, kind, given), device)
+    return _to_device(_from_diffusers(path, kind, given), device)
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-    """The model's arguments: a JSON object, the path of a file with one, or flags as guided-diffusion takes them.
+    """Parse the model's arguments: a JSON object, the path of a file with one, or flags as guided-diffusion takes them.
 
     Raises:
-        ValueError: none of them.
+        ValueError: The text is none of these.
     """
     if text.lstrip().startswith("-"):
         words = shlex.split(text)
         if len(words) % 2 or not all(re.fullmatch(r"--[A-Za-z]\w*", name) for name in words[::2]):
             raise ValueError(f"flags look like --image_size 64 --learn_sigma True, got {text!r}")
         return {name[2:]: _value(value) for name, value in zip(words[::2], words[1::2], strict=True)}
-    where = "the model's arguments"
+    source = "the model's arguments"
     if not text.lstrip().startswith("{"):
-        where = text
+        source = text
         try:
             text = Path(text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the model's arguments are JSON, flags or a file: cannot read {where}") from error
+            raise ValueError(f"the model's arguments are JSON, flags or a file: cannot read {source}") from error
     try:
-        found = json.loads(text)
+        arguments = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: must be a JSON object, got {type(found).__name__}")
-    return found
+        raise ValueError(f"{source}: not valid JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{source}: must be a JSON object, got {type(arguments).__name__}")
+    return arguments
 
 
 def _value(word: str) -> Any:
+    """Return the bool, int or float that a word stands for, or the word itself."""
     plain = {"True": True, "False": False, "true": True, "false": False}
     if word in plain:
         return plain[word]
@@ -108,6 +110,7 @@ def _value(word: str) -> Any:
 
 
 def _is(kind: type, word: str) -> bool:
+    """Return True if `kind` can parse the word."""
     try:
         kind(word)
     except ValueError:
@@ -115,20 +118,20 @@ def _is(kind: type, word: str) -> bool:
     return True
 
 
-def _placed(found: Checkpoint, device: torch.device) -> Checkpoint:
-    """On its device, in eval mode; raise unless the samples are images."""
-    if len(found.shape) != 3:
-        raise ValueError(f"only images (C, H, W) are written to files, got samples of shape {found.shape}")
-    if isinstance(found.model, nn.Module):
-        found.model.eval().requires_grad_(False).to(device)
-    return found
+def _to_device(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
+    """Move the network to its device, in eval mode; raise ValueError unless the samples are images."""
+    if len(checkpoint.shape) != 3:
+        raise ValueError(f"only images (C, H, W) are written to files, got samples of shape {checkpoint.shape}")
+    if isinstance(checkpoint.model, nn.Module):
+        checkpoint.model.eval().requires_grad_(False).to(device)
+    return checkpoint
 
 
 # diffusers
 
 
 def _diffusers_class(folder: Path) -> str | None:
-    """The class that a diffusers folder names; None for another folder."""
+    """Return the class that a diffusers folder names, or None for another folder."""
     for name in ("model_index.json", "config.json"):
         try:
             config = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -140,6 +143,7 @@ def _diffusers_class(folder: Path) -> str | None:
 
 
 def _from_diffusers(folder: Path, kind: str, arguments: Arguments) -> Checkpoint:
+    """Load a diffusers folder of the class `kind`."""
     if kind not in ("DDPMPipeline", "DDIMPipeline", "UNet2DModel"):
         raise ValueError(
             f"{folder} holds a {kind}; the command line draws from a DDPMPipeline, DDIMPipeline or UNet2DModel: of "
@@ -150,12 +154,13 @@ def _from_diffusers(folder: Path, kind: str, arguments: Arguments) -> Checkpoint
         loaded = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded as a {kind}: {str(error).splitlines()[0]}") from error
-    found = _of_unet(loaded, SamplerConfig()) if kind == "UNet2DModel" else _of_pipeline(loaded)
-    config = SamplerConfig.from_options(arguments, found.diffusion)
-    return Checkpoint(found.model, config, found.shape, found.about, found.classes)
+    checkpoint = _of_unet(loaded, SamplerConfig()) if kind == "UNet2DModel" else _of_pipeline(loaded)
+    config = SamplerConfig.from_options(arguments, checkpoint.diffusion)
+    return Checkpoint(checkpoint.model, config, checkpoint.shape, checkpoint.about, checkpoint.classes)
 
 
 def _of_pipeline(pipeline: Any) -> Checkpoint:
+    """Return the checkpoint of a DDPMPipeline or a DDIMPipeline."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
     scheduler = pipeline.scheduler
@@ -165,7 +170,7 @@ def _of_pipeline(pipeline: Any) -> Checkpoint:
     schedule = scheduler.config.beta_schedule
     if scheduler.config.trained_betas is not None or schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
         fields["trained_betas"] = scheduler.betas.tolist()
-        fields["rescale_betas_zero_snr"] = False  # done in there
+        fields["rescale_betas_zero_snr"] = False  # the betas are already rescaled
     else:
         fields["beta_schedule"] = schedule
     if isinstance(scheduler, DDIMScheduler):
@@ -176,6 +181,7 @@ def _of_pipeline(pipeline: Any) -> Checkpoint:
 
 
 def _of_unet(unet: Any, config: SamplerConfig) -> Checkpoint:
+    """Return the checkpoint of a UNet2DModel."""
     size = unet.config.sample_size
     if size is None:
         raise ValueError("the UNet2DModel does not say how large its images are: sample_size is missing in its config")
@@ -189,6 +195,7 @@ def _of_unet(unet: Any, config: SamplerConfig) -> Checkpoint:
 
 
 def _from_weights(path: Path, arguments: Arguments) -> Checkpoint:
+    """Load a file of weights of denoising-diffusion-pytorch, guided-diffusion or improved-diffusion."""
     if not arguments:
         raise ValueError(
             f"{path} holds weights alone: pass the arguments that the model was made with, "
@@ -200,10 +207,11 @@ def _from_weights(path: Path, arguments: Arguments) -> Checkpoint:
 
 
 def _from_trainer(path: Path, arguments: Arguments) -> Checkpoint:
+    """Load a file of the Trainer of denoising-diffusion-pytorch."""
     library = _library("denoising_diffusion_pytorch", "denoising-diffusion-pytorch")
     from ddpm_fast.adapters.lucidrains import load_trainer_checkpoint
 
-    known_names("section", arguments, ("unet", "diffusion"))
+    check_names("section", arguments, ("unet", "diffusion"))
     unet = library.Unet(**arguments.get("unet", {}))
     learned = bool(arguments.get("unet", {}).get("learned_variance"))
     kind = library.LearnedGaussianDiffusion if learned else library.GaussianDiffusion
@@ -211,6 +219,7 @@ def _from_trainer(path: Path, arguments: Arguments) -> Checkpoint:
 
 
 def _of_lucidrains(diffusion: Any) -> Checkpoint:
+    """Return the checkpoint of a GaussianDiffusion of denoising-diffusion-pytorch."""
     from denoising_diffusion_pytorch import GaussianDiffusion, LearnedGaussianDiffusion
 
     from ddpm_fast.adapters.lucidrains import ddim_times
@@ -237,11 +246,12 @@ def _of_lucidrains(diffusion: Any) -> Checkpoint:
 
 
 class SelfConditioned(nn.Module):
-    """A network that is shown its own last origin estimate (Chen et al. 2022), in any walk whose timesteps fall.
+    """A wrapper that passes a network its own last x0 prediction (Chen et al. 2022), in any run whose timesteps fall.
 
     Args:
-        model: called as model(x, t, last), last the clipped x0 of the step before; zeros in the first.
-        config: schedule and prediction type of its training.
+        model: The network, called as model(x, t, last). `last` is the clipped x0 prediction of the step before, and
+            zeros in the first step.
+        config: Schedule and prediction type of its training.
     """
 
     a: Tensor
@@ -252,17 +262,17 @@ class SelfConditioned(nn.Module):
     def __init__(self, model: nn.Module, config: SamplerConfig) -> None:
         super().__init__()
         self.model = model
-        for name, column in zip("ab", origin_estimate(config.prediction_type, config.alphas_cumprod()), strict=True):
+        for name, column in zip("ab", x0_coefficients(config.prediction_type, config.alphas_cumprod()), strict=True):
             self.register_buffer(name, torch.from_numpy(column).float(), persistent=False)
         self.register_buffer("last", torch.zeros(0), persistent=False)
         self.register_buffer("t", torch.zeros(0, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """What the network says; all that is remembered stays on the device, so that a CUDA graph can hold it."""
+        """Return the network's output. The state stays on the device, so that a CUDA graph can hold it."""
         if self.last.shape != x.shape:
             self.last, self.t = torch.zeros_like(x), torch.full_like(t, -1)
         column = (-1,) + (1,) * (x.dim() - 1)
-        falling = (t < self.t).view(column)  # else a new walk has begun
+        falling = (t < self.t).view(column)  # otherwise a new run has begun
         output = self.model(x, t, torch.where(falling, self.last, 0))
         self.last.copy_((self.a[t].view(column) * x + self.b[t].view(column) * output).clamp(-1, 1))
         self.t.copy_(t)
@@ -270,11 +280,12 @@ class SelfConditioned(nn.Module):
 
 
 def _from_guided(path: Path, arguments: Arguments) -> Checkpoint:
+    """Load weights of guided-diffusion or improved-diffusion into the network that their library makes."""
     from ddpm_fast.adapters.guided_diffusion import space_timesteps
 
     library = _guided_library()
     defaults = library.model_and_diffusion_defaults()
-    known_names("flag", arguments, (*defaults, "use_ddim", "clip_denoised"))
+    check_names("flag", arguments, (*defaults, "use_ddim", "clip_denoised"))
     flags = {**defaults, **{name: value for name, value in arguments.items() if name in defaults}}
     respacing = str(flags.pop("timestep_respacing"))
     flags = {name: str(value) if isinstance(defaults[name], str) else value for name, value in flags.items()}
@@ -304,6 +315,7 @@ def _from_guided(path: Path, arguments: Arguments) -> Checkpoint:
 
 
 def _guided_library() -> Any:
+    """Return the module `script_util` of guided-diffusion or improved-diffusion."""
     for package in ("guided_diffusion", "improved_diffusion"):
         try:
             return importlib.import_module(f"{package}.script_util")
@@ -320,6 +332,7 @@ def _guided_library() -> Any:
 
 
 def _from_factory(text: str, arguments: Arguments) -> Checkpoint:
+    """Call "module:factory" and return its model as a checkpoint."""
     module, _, name = text.partition(":")
     try:
         factory: Any = importlib.import_module(module)
@@ -351,6 +364,7 @@ def _from_factory(text: str, arguments: Arguments) -> Checkpoint:
 
 
 def _library(package: str, distribution: str) -> Any:
+    """Import a library; raise ValueError if it cannot be imported."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
