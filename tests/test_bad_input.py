@@ -203,7 +203,7 @@ def test_nan_stops_the_run_soon_and_its_step_is_named(bad):
         sample(model, SHAPE, seeds=0, clip_sample=False)
     assert (
         len(calls) == CHECK_EVERY + 3
-    )  # the check after the first CHECK_EVERY steps, and a second run to find the step
+    )  # one check, and a second run that finds the step
 
 
 def test_changed_conditioning_must_fit():

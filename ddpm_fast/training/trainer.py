@@ -214,10 +214,12 @@ class Trainer:
         """Draw samples with the averaged weights, of all classes in turn, and write `samples.png`."""
         seeds, steps = range(self.samples), min(50, self.diffusion.num_train_timesteps)
         shape = (len(seeds), self.network.channels, self.network.image_size, self.network.image_size)
-        options = {"config": self.diffusion, "sampler": "ddim", "num_inference_steps": steps, "device": self.device}
-        if self.network.num_classes is not None:
-            options["model_kwargs"] = {"class_labels": torch.arange(self.samples) % self.network.num_classes}
-        x = sample(self.ema, shape, seeds=seeds, progress=False, **options)
+        classes = self.network.num_classes
+        labels = None if classes is None else {"class_labels": torch.arange(self.samples) % classes}
+        x = sample(
+            self.ema, shape, seeds=seeds, model_kwargs=labels, config=self.diffusion, sampler="ddim",
+            num_inference_steps=steps, device=self.device, progress=False,
+        )  # fmt: skip
         images.save(
             self.folder / SAMPLES_FILE, to_uint8(x).cpu().numpy(), seeds, {"step": self.step, "model": self.folder.name}
         )
