@@ -18,12 +18,12 @@ from ddpm_fast.engine.device import Model
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.noise import GeneratorNoise, Noise, PhiloxNoise
 from ddpm_fast.engine.progress import Show
+from ddpm_fast.engine.report import Speculation
 from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.options import RunOptions, SamplerOptions, listed, split_options
 from ddpm_fast.seeding import Seeds, resolve_seeds
 from ddpm_fast.speculation.choose import Speculate, build_loop
 from ddpm_fast.speculation.loop import check_run
-from ddpm_fast.speculation.report import Speculation
 from ddpm_fast.table import Clipping, StepTable, build_table
 from ddpm_fast.validate import check_callable, checked_known, checked_shape, checked_start, kept_steps
 

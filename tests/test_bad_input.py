@@ -201,9 +201,7 @@ def test_nan_stops_the_run_soon_and_its_step_is_named(bad):
 
     with pytest.raises(FloatingPointError, match=r"step 2 of 1000 \(timestep 997\), for sample 1 of the batch"):
         sample(model, SHAPE, seeds=0, clip_sample=False)
-    assert (
-        len(calls) == CHECK_EVERY + 3
-    )  # one check, and a second run that finds the step
+    assert len(calls) == CHECK_EVERY + 3  # one check, and a second run that finds the step
 
 
 def test_changed_conditioning_must_fit():

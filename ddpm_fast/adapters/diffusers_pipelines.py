@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ddpm_fast.adapters.diffusers_schedulers import FastDDIMScheduler, FastDDPMScheduler
 from ddpm_fast.adapters.diffusers_tables import clipping_of, table_of
-from ddpm_fast.adapters.runner import Options, Runner, adopt
+from ddpm_fast.adapters.runner import Accelerated, Options, Runner, adopt
 from ddpm_fast.engine.call import Call
 from ddpm_fast.seeding import Seeds
-from ddpm_fast.speculation.report import Speculation
 from ddpm_fast.validate import one_of, whole
 
 logger = logging.getLogger("ddpm_fast")
@@ -39,26 +38,15 @@ def is_supported(scheduler: Any) -> bool:
     return supported
 
 
-class _FastPipeline:
+class _FastPipeline(Accelerated):
     """A base of the fast pipelines: the runner and one sampling loop for all of them."""
 
     _stock: ClassVar[type]
-    _runner: Runner
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         pipeline = super().__new__(cls)  # not in __init__, whose signature tells diffusers the components
         pipeline._runner = Runner(Options())
         return pipeline
-
-    @property
-    def last_seeds(self) -> list[int] | None:
-        """The seeds of the last call's images, one each; None where a generator or a global seed made the noise."""
-        return self._runner.last_seeds
-
-    @property
-    def last_speculation(self) -> Speculation | None:
-        """The report of the last call, if it speculated."""
-        return self._runner.last_speculation
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the folder that the pipeline of diffusers writes; both load the folder."""

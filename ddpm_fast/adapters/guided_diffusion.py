@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.adapters.runner import Options, Runner, adopt
+from ddpm_fast.adapters.runner import Accelerated, Options, Runner, adopt
 from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.device import resolve_device
 from ddpm_fast.engine.noise import GeneratorNoise
 from ddpm_fast.schedules import Array
-from ddpm_fast.speculation.report import Speculation
 from ddpm_fast.table import Clipping, StepTable
 from ddpm_fast.validate import one_of, whole, within
 
@@ -296,23 +295,11 @@ class _Guidance:
         return torch.exp(share * high + (1 - share) * low) * gradient
 
 
-class _FastDiffusion:
+class _FastDiffusion(Accelerated):
     """A base in front of the object's class; `_loop_method` makes its sampling loops."""
-
-    _runner: Runner
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, (type(self).__bases__[1],), self.__dict__
-
-    @property
-    def last_seeds(self) -> list[int] | None:
-        """The seeds of the last run's samples, one for each; None where a global seed made the noise."""
-        return self._runner.last_seeds
-
-    @property
-    def last_speculation(self) -> Speculation | None:
-        """The report of the last run, if it speculated."""
-        return self._runner.last_speculation
 
     def _run(self, given: _LoopArguments, every: bool) -> Iterator[dict[str, Tensor]]:
         """Run the sampler. Yields the last state, or with `every` the state and the x0 prediction after every step."""

@@ -15,11 +15,10 @@ from denoising_diffusion_pytorch import GaussianDiffusion, GaussianDiffusion1D, 
 from torch import Tensor
 
 from ddpm_fast.adapters import unsupported
-from ddpm_fast.adapters.runner import Options, Runner, adopt
+from ddpm_fast.adapters.runner import Accelerated, Options, Runner, adopt
 from ddpm_fast.engine.call import Call
 from ddpm_fast.models.checkpoint import read_weights_only
 from ddpm_fast.schedules import Array
-from ddpm_fast.speculation.report import Speculation
 from ddpm_fast.table import Clipping, StepTable
 from ddpm_fast.timesteps import Timesteps
 from ddpm_fast.validate import whole
@@ -129,14 +128,12 @@ class _SelfConditioned:
         return self.model(x, t, **kwargs) if last is None else self.model(x, t, x_self_cond=last, **kwargs)
 
 
-class _FastDiffusion:
+class _FastDiffusion(Accelerated):
     """A base of the fast diffusions in one and two dimensions: the tables and one sampling loop."""
 
     _keyword: ClassVar[bool] = False  # x_self_cond is passed by name, and only where there is one
     _rederived: ClassVar[bool] = True  # DDIM's direction comes from the clipped x0 prediction
     _learned: ClassVar[bool] = False
-
-    _runner: Runner
 
     if TYPE_CHECKING:  # all other attributes are the library's
 
@@ -144,16 +141,6 @@ class _FastDiffusion:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, type(self).__bases__, self.__dict__
-
-    @property
-    def last_seeds(self) -> list[int] | None:
-        """The seeds of the last call's samples, one for each; None where a global seed made the noise."""
-        return self._runner.last_seeds
-
-    @property
-    def last_speculation(self) -> Speculation | None:
-        """The report of the last call, if it speculated."""
-        return self._runner.last_speculation
 
     def _column(self, name: str, t: Timesteps) -> Array:
         column: Array = getattr(self, name).double().cpu().numpy()[t]

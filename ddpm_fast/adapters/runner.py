@@ -11,15 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ddpm_fast.engine.base import SamplingLoop
 from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.execution import DEFAULT, Execution
 from ddpm_fast.engine.graph import GraphPool
 from ddpm_fast.engine.loop import Correction
 from ddpm_fast.engine.noise import GeneratorNoise, Noise, PhiloxNoise, global_generator
+from ddpm_fast.engine.report import Speculation
 from ddpm_fast.seeding import Seeds, resolve_seeds
-from ddpm_fast.speculation.choose import SamplingLoop, Speculate, build_loop, check_speculate
+from ddpm_fast.speculation.choose import Speculate, build_loop, check_speculate
 from ddpm_fast.speculation.loop import check_run
-from ddpm_fast.speculation.report import Speculation
 from ddpm_fast.table import Clipping, StepTable
 from ddpm_fast.validate import one_of
 
@@ -221,6 +222,22 @@ class Runner:
             seeds = int(torch.randint(2**48, ()))  # follows torch.manual_seed, whatever the seed
         self.last_seeds = resolve_seeds(seeds, loop.shape[0])
         return PhiloxNoise(self.last_seeds, loop.shape, loop.table, loop.device, loop.backend)
+
+
+class Accelerated:
+    """A base of accelerated objects: what their last run did."""
+
+    _runner: Runner
+
+    @property
+    def last_seeds(self) -> list[int] | None:
+        """The seeds of the last call, one for each sample; None where a generator or a global seed made the noise."""
+        return self._runner.last_seeds
+
+    @property
+    def last_speculation(self) -> Speculation | None:
+        """The report of the last call, if it speculated."""
+        return self._runner.last_speculation
 
 
 def _drawn_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int]:

@@ -1,6 +1,5 @@
 """The sampling loop: buffers, table and graph are built once, then run many times."""
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -10,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_fast.engine.base import KnownImage, SamplingLoop
 from ddpm_fast.engine.call import Call
-from ddpm_fast.engine.execution import DEFAULT, Execution, tf32
-from ddpm_fast.engine.graph import CaptureError, GraphPool, StepGraph, can_capture
+from ddpm_fast.engine.execution import DEFAULT, Execution
+from ddpm_fast.engine.graph import CaptureError, GraphPool, StepGraph
 from ddpm_fast.engine.network import Network
 from ddpm_fast.engine.noise import Noise
 from ddpm_fast.engine.progress import ProgressBar, Show
-from ddpm_fast.kernels.dispatch import choose_backend, on_device
 from ddpm_fast.kernels.step import implementation, rows_on_host
 from ddpm_fast.kernels.threshold import threshold_bound
 from ddpm_fast.table import Clipping, StepTable
@@ -27,7 +26,6 @@ logger = logging.getLogger("ddpm_fast")
 CHECK_EVERY = 16  # steps between two checks for NaN on a CPU
 HOIST_AFTER = 1000  # steps after which optimize="auto" hoists: they took longer than tracing the network takes
 
-KnownImage = tuple[Tensor, Tensor]
 Correction = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -45,32 +43,16 @@ class _Form(NamedTuple):
     known: bool
 
 
-class Loop:
-    """A sampling loop over the rows of a table, with a network and any noise.
+class Loop(SamplingLoop):
+    """A sampling loop that takes one step at a time, or replays a few.
 
     Args:
-        call: The model and what it is called with.
-        table: The rows of the run.
-        clipping: What happens to the x0 prediction.
+        call, table, clipping, inference_mode, execution: See `SamplingLoop`.
         correction: A function that is called as `correction(step, x, output)` before every step; its result is added to
             x after the step. A loop with a correction is never recorded.
         keep_x0: Whether the x0 prediction is always written to `x0`.
-        inference_mode: Whether the loop runs under torch.inference_mode, which spares the host work. A network or a
-            correction that takes gradients inside, or keeps tensors to train on later, cannot run so.
-        execution: How the loop is executed.
         pool: Memory for the graphs, shared with loops that never run at the same time.
-
-    Attributes:
-        x: The state, float32 [B, C, ...]. It is a buffer: copy it.
-        x0: The x0 prediction of the last step, where it is written; zeros before the first step.
-        mode: "auto", "graph" or "eager": how steps are executed from now on.
-
-    Raises:
-        ValueError: Graphs are asked for, but the device cannot record them.
     """
-
-    speculation = None  # a plain loop drafts nothing
-    seeds_only = False
 
     @torch.inference_mode(False)  # a buffer made in inference mode could not be written outside of that mode
     def __init__(
@@ -85,19 +67,14 @@ class Loop:
         execution: Execution = DEFAULT,
         pool: GraphPool | None = None,
     ) -> None:
-        self.call, self.table, self.clipping, self.execution = call, table, clipping, execution
-        self.device, self.shape = call.device, call.shape
-        if execution.execution == "graph" and not can_capture(self.device):
-            raise ValueError(f"execution='graph' needs a CUDA device, got {self.device}")
+        super().__init__(call, table, clipping, inference_mode, execution)
         self.network = Network(call, table.doubled)
         self.correction, self.keep_x0 = correction, keep_x0
-        self.mode = execution.execution if correction is None else "eager"
-        self.backend = choose_backend(self.device, execution.backend)
+        if correction is not None:
+            self.mode = "eager"
         self.steps_per_replay = execution.steps_per_replay
-        self.x = torch.zeros(self.shape, device=self.device)
-        # The PyTorch step builds the x0 prediction anyway.
-        self.x0: Tensor | None = torch.zeros_like(self.x) if keep_x0 or self.backend == "torch" else None
-        self._no_gradients = torch.inference_mode if inference_mode else torch.no_grad
+        if keep_x0 or self.backend == "torch":  # the PyTorch step builds the x0 prediction anyway
+            self.x0 = torch.zeros_like(self.x)
         self._base = torch.zeros(self.shape[0], dtype=torch.int32, device=self.device)
         self._seeds = torch.zeros(self.shape[0], dtype=torch.int64, device=self.device)
         self._z: Tensor | None = None
@@ -115,30 +92,15 @@ class Loop:
             with self._settings():
                 self._prepare()
 
-    @property
-    def guided(self) -> bool:
-        """Whether the model is guided."""
-        return self.call.guided
-
     def update_kwargs(self, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> None:
-        """Replace the values of the model's keywords.
-
-        Raises:
-            ValueError: The keywords do not fit the ones that the loop was built with.
-        """
+        """Replace the values of the model's keywords; see `SamplingLoop`."""
         self.network.update(self.call.with_kwargs(model_kwargs, uncond_kwargs))
 
     def set_state(self, x: Tensor) -> None:
-        """Replace the state between two steps: the next step starts from x, [B, C, ...]."""
+        """Replace the state between two steps; see `SamplingLoop`."""
         with torch.no_grad():
             self.x.copy_(x)
             self._write_input(x)
-
-    def run(self, noise: Noise, x_T: Tensor | None = None, *, progress: Show = None) -> Tensor:
-        """Run to the end and return a copy of x: float32 [B, C, ...]."""
-        for _ in self.steps(noise, x_T, progress=progress):
-            pass
-        return self.x.clone()
 
     def free(self) -> None:
         """Drop the recorded graphs."""
@@ -154,21 +116,7 @@ class Loop:
         every_step: bool = False,
         progress: Show = None,
     ) -> Iterator[int]:
-        """Run the sampler. Yields the number of finished steps; the state is in `x`. The iterator may be abandoned.
-
-        Args:
-            noise: Source of x_T and of the steps' noise.
-            x_T: Start of the run, [B, C, ...], instead of noise.
-            known: An image and its mask, 1 where the image holds (`kernels.step`). A known image needs noise from
-                seeds.
-            previews: Whether the x0 prediction of the last step is written to `x0`.
-            every_step: Whether to yield after every step, not only from time to time.
-            progress: The progress bar (`ProgressBar`).
-
-        Raises:
-            FloatingPointError: The model returned NaN, or an infinity that no clipping bounds; says at which step.
-            RuntimeError: A graph is demanded and the network cannot be captured.
-        """
+        """Run the sampler; see `SamplingLoop`."""
         total = len(self.table)
         graph, stride, form = self._begin(noise, x_T, known, previews or self.keep_x0, every_step)
         chunk = 1 if every_step else max(stride, CHECK_EVERY // stride * stride)
@@ -223,23 +171,12 @@ class Loop:
         if form.noise == "tensor" and self._z is None and self._records():
             self._z = torch.zeros_like(self.x)
 
-    @contextlib.contextmanager
-    def _settings(self) -> Iterator[None]:
-        """Set the device, gradients and TF32 for the network and the steps."""
-        allowed = self.execution.tf32 if self.device.type == "cuda" else None
-        with on_device(self.device), self._no_gradients(), tf32(allowed):
-            yield
-
     def _prepare(self) -> None:
         """Prepare the network; graphs of its calls as they were no longer hold."""
         row = 0 if self.backend == "torch" and not self._records() else None
         self.network.prepare(self.table.timestep.tolist(), self.execution, row)
         self._prepared = True
         self._graphs.clear()
-
-    def _records(self) -> bool:
-        """Return whether steps are to be recorded in graphs."""
-        return self.mode != "eager" and can_capture(self.device)
 
     def _start(self, noise: Noise, x_T: Tensor | None) -> None:
         """Fill every buffer with what the first step expects."""
@@ -371,8 +308,4 @@ class Loop:
         return "the model returned NaN or infinity at some step, but not when the run was repeated"
 
     def _not_finite_error(self, number: int) -> str:
-        samples = (~torch.isfinite(self.x).flatten(1).all(1)).nonzero().flatten().tolist()
-        return (
-            f"the model returned NaN or infinity at step {number} of {len(self.table)} "
-            f"(timestep {self.table.timestep[number]}), for sample {', '.join(map(str, samples[:5]))} of the batch"
-        )
+        return self._not_finite(f"at step {number} of {len(self.table)} (timestep {self.table.timestep[number]})")

@@ -2,23 +2,22 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
+from ddpm_fast.engine.base import SamplingLoop
 from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.execution import DEFAULT, Execution
 from ddpm_fast.engine.graph import GraphPool
-from ddpm_fast.engine.loop import Correction, KnownImage, Loop
-from ddpm_fast.engine.noise import Noise, PhiloxNoise
-from ddpm_fast.engine.progress import Show
+from ddpm_fast.engine.loop import Correction, Loop
+from ddpm_fast.engine.noise import PhiloxNoise
 from ddpm_fast.speculation.loop import SpeculativeLoop, check_table
-from ddpm_fast.speculation.report import Speculation
 from ddpm_fast.speculation.windows import MIN_SPEEDUP, WIDTHS, GuessErrors, WindowPlan, choose_windows
 from ddpm_fast.table import Clipping, StepTable
 
@@ -31,62 +30,6 @@ STILL_FALLS = 0.95  # falls to this share or below with every doubling
 PILOT = 16  # window of the run that measures the quality of guesses
 # The chosen plan of every network, by all that the measurement depended on.
 _PLANS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], WindowPlan]] = weakref.WeakKeyDictionary()
-
-
-class SamplingLoop(Protocol):
-    """A sampling loop, plain (`Loop`) or speculative (`SpeculativeLoop`).
-
-    Attributes:
-        call: The model and what it is called with.
-        table: The rows of the run.
-        device, shape, backend: Device and shape of the batch; "triton" or "torch" kernels.
-        x: The state, float32 [B, C, ...]. It is a buffer: copy it.
-        seeds_only: Whether the noise must come from seeds.
-    """
-
-    call: Call
-    table: StepTable
-    device: torch.device
-    shape: tuple[int, ...]
-    backend: str
-    x: Tensor
-    seeds_only: bool
-
-    @property
-    def x0(self) -> Tensor | None:
-        """The x0 prediction of the last step, where it is written."""
-
-    @property
-    def speculation(self) -> Speculation | None:
-        """The report of the last run, if the loop drafts steps."""
-
-    @property
-    def guided(self) -> bool:
-        """Whether the model is guided."""
-
-    def steps(
-        self,
-        noise: Noise,
-        x_T: Tensor | None = None,
-        *,
-        known: KnownImage | None = None,
-        previews: bool = False,
-        every_step: bool = False,
-        progress: Show = None,
-    ) -> Iterator[int]:
-        """Run the sampler. Yields the number of finished steps."""
-
-    def run(self, noise: Noise, x_T: Tensor | None = None, *, progress: Show = None) -> Tensor:
-        """Run to the end and return a copy of x."""
-
-    def set_state(self, x: Tensor) -> None:
-        """Replace the state between two steps."""
-
-    def update_kwargs(self, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> None:
-        """Replace the values of the model's keywords."""
-
-    def free(self) -> None:
-        """Drop the recorded graphs."""
 
 
 def check_speculate(speculate: Any) -> None:

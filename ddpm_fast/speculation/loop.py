@@ -1,6 +1,5 @@
 """Speculative sampling: a run in few sequential network calls, of the same law (kernels/speculate.py)."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_fast.engine.base import KnownImage, SamplingLoop
 from ddpm_fast.engine.call import Call
-from ddpm_fast.engine.execution import DEFAULT, Execution, tf32
-from ddpm_fast.engine.graph import CaptureError, GraphPool, StepGraph, can_capture
+from ddpm_fast.engine.execution import DEFAULT, Execution
+from ddpm_fast.engine.graph import CaptureError, GraphPool, StepGraph
 from ddpm_fast.engine.network import Network
 from ddpm_fast.engine.noise import Noise
 from ddpm_fast.engine.progress import ProgressBar, Show
+from ddpm_fast.engine.report import Speculation
 from ddpm_fast.engine.timer import seconds
-from ddpm_fast.kernels.dispatch import choose_backend, on_device
 from ddpm_fast.kernels.normal import normal
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.kernels.speculate import Outcome, Progress, Window, implementation, log_uniforms
 from ddpm_fast.kernels.threshold import threshold_bound
-from ddpm_fast.speculation.report import Speculation
 from ddpm_fast.speculation.windows import WindowPlan
 from ddpm_fast.table import Clipping, StepTable
 from ddpm_fast.validate import line_of
@@ -32,31 +31,24 @@ MOST_NORMALS = 1 << 25  # that are made before a run on the PyTorch path: 128 MB
 ROUNDS_PER_CHECK = 4  # rounds, at most, between two readings of the positions on a GPU: a reading drains its queue
 
 
-class SpeculativeLoop:
+class SpeculativeLoop(SamplingLoop):
     """A sampling loop that takes several steps in one network call, with noise from seeds.
 
     Args:
-        call: The model and what it is called with.
+        call, clipping, inference_mode: See `SamplingLoop`.
         table: The rows of the run, without learned variances.
-        clipping: What happens to the x0 prediction.
         plan: The windows of the rounds.
-        inference_mode: Whether the loop runs under torch.inference_mode (`Loop`).
         execution: How the loop is executed; `steps_per_replay` has no meaning here.
 
     Attributes:
-        x: The states, float32 [B, C, ...]. It is a buffer: copy it.
-        speculation: The report of the last run.
         watch: A function that is called with the x0 predictions that each round committed; for one sample, without
             graphs.
-        mode: "auto", "graph" or "eager": how rounds are executed from now on.
 
     Raises:
-        ValueError: The table has learned variances or uses a noise id twice; or graphs are asked for, but the device
-            cannot record them.
+        ValueError: The table has learned variances or uses a noise id twice.
     """
 
     seeds_only = True
-    x0: Tensor | None = None  # the steps of a batch are not taken together: there is no x0 prediction after each step
 
     @torch.inference_mode(False)  # a buffer made in inference mode could not be written outside of that mode
     def __init__(
@@ -70,15 +62,9 @@ class SpeculativeLoop:
         execution: Execution = DEFAULT,
     ) -> None:
         check_table(table)
-        self.call, self.table, self.clipping, self.plan, self.execution = call, table, clipping, plan, execution
-        self.device, self.shape = call.device, call.shape
-        if execution.execution == "graph" and not can_capture(self.device):
-            raise ValueError(f"execution='graph' needs a CUDA device, got {self.device}")
-        self.mode = execution.execution
-        self.backend = choose_backend(self.device, execution.backend)
-        self.speculation: Speculation | None = None
+        super().__init__(call, table, clipping, inference_mode, execution)
+        self.plan = plan
         self.watch: Callable[[Tensor], Any] | None = None
-        self._no_gradients = torch.inference_mode if inference_mode else torch.no_grad
         windows = plan.rows(table.timestep)
         self._window_of_row = np.minimum(windows, np.arange(len(table), 0, -1))
         self._rounds_left = [0] * (len(table) + 1)  # from each row on, where every draft is accepted
@@ -91,7 +77,6 @@ class SpeculativeLoop:
         self._draft, self._verify, self._decide, self._commit = implementation(self.backend)
 
         (batch, *sizes), room, steps, device = self.shape, self._widths[-1], len(table), self.device
-        self.x = torch.zeros(self.shape, device=device)
         self._drafts, self._noise, self._guess = (torch.zeros(batch, room, *sizes, device=device) for _ in range(3))
         self._dots = torch.zeros(batch, room, self._parts(), 2, dtype=self._dtype_of_sums(), device=device)
         self._begin = torch.tensor([0, 0, 1, 0, Outcome.DONE], dtype=torch.int32, device=device)
@@ -107,17 +92,8 @@ class SpeculativeLoop:
             for width in self._widths:
                 self.network(width)
 
-    @property
-    def guided(self) -> bool:
-        """Whether the model is guided."""
-        return self.call.guided
-
     def update_kwargs(self, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> None:
-        """Replace the values of the model's keywords.
-
-        Raises:
-            ValueError: The keywords do not fit the ones that the loop was built with.
-        """
+        """Replace the values of the model's keywords; see `SamplingLoop`."""
         call = self.call.with_kwargs(model_kwargs, uncond_kwargs)
         self.network(self._widths[-1])  # at least one network, which checks the keywords
         for width, network in self._networks.items():
@@ -127,12 +103,6 @@ class SpeculativeLoop:
     def set_state(self, x: Tensor) -> None:
         """Raise ValueError: the samples of a batch are at different steps."""
         check_run(watched=True)
-
-    def run(self, noise: Noise, x_T: Tensor | None = None, *, progress: Show = None) -> Tensor:
-        """Run to the end and return a copy of x: float32 [B, C, ...]."""
-        for _ in self.steps(noise, x_T, progress=progress):
-            pass
-        return self.x.clone()
 
     def free(self) -> None:
         """Drop the recorded graphs."""
@@ -159,7 +129,7 @@ class SpeculativeLoop:
         noise: Noise,
         x_T: Tensor | None = None,
         *,
-        known: Any = None,
+        known: KnownImage | None = None,
         previews: bool = False,
         every_step: bool = False,
         progress: Show = None,
@@ -237,10 +207,6 @@ class SpeculativeLoop:
             needed = max([needed, *self._window_of_row[row:reach].tolist()])
         return next(width for width in self._widths if width >= needed)
 
-    def _records(self) -> bool:
-        """Return whether rounds are to be recorded in graphs."""
-        return self.mode != "eager" and can_capture(self.device)
-
     def _advance(self, width: int) -> None:
         """Do one round: replay its graph, or run it eagerly."""
         if self._records() and width not in self._graphs:
@@ -316,19 +282,9 @@ class SpeculativeLoop:
     def _dtype_of_sums(self) -> torch.dtype:
         return torch.float64 if self.backend == "torch" else torch.float32
 
-    @contextlib.contextmanager
-    def _settings(self) -> Iterator[None]:
-        """Set the device, gradients and TF32 for the network and the rounds."""
-        allowed = self.execution.tf32 if self.device.type == "cuda" else None
-        with on_device(self.device), self._no_gradients(), tf32(allowed):
-            yield
-
     def _not_finite_error(self, low: int, high: int) -> str:
-        samples = (~torch.isfinite(self.x).flatten(1).all(1)).nonzero().flatten().tolist()
-        return (
-            f"the model returned NaN or infinity in steps {low} to {high} of {len(self.table)} (timestep "
-            f"{self.table.timestep[low]} and below), for sample {', '.join(map(str, samples[:5]))} of the batch"
-        )
+        below = f"(timestep {self.table.timestep[low]} and below)"
+        return self._not_finite(f"in steps {low} to {high} of {len(self.table)} {below}")
 
 
 def check_run(*, from_seeds: bool = True, known: bool = False, watched: bool = False) -> None:

@@ -226,7 +226,7 @@ class TestReplacedParameters:
                 made.append(pool)
                 self.replay = body
 
-        monkeypatch.setattr(ddpm_fast.engine.loop, "can_capture", lambda device: True)
+        monkeypatch.setattr("ddpm_fast.engine.base.can_capture", lambda device: True)
         monkeypatch.setattr(ddpm_fast.engine.loop, "StepGraph", Recorded)
         model = Net()
         sampler = Sampler(model, SHAPE, **OPTIONS)
@@ -264,7 +264,7 @@ class Full:
 class TestOutOfMemory:
     @pytest.fixture(autouse=True)
     def full(self, monkeypatch):
-        monkeypatch.setattr(ddpm_fast.engine.loop, "can_capture", lambda device: True)
+        monkeypatch.setattr("ddpm_fast.engine.base.can_capture", lambda device: True)
         monkeypatch.setattr(ddpm_fast.engine.loop, "StepGraph", Full)
 
     @pytest.mark.parametrize(

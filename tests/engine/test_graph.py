@@ -38,7 +38,7 @@ class Refused:
 
 @pytest.fixture
 def recording(monkeypatch):
-    monkeypatch.setattr(ddpm_fast.engine.loop, "can_capture", lambda device: True)
+    monkeypatch.setattr("ddpm_fast.engine.base.can_capture", lambda device: True)
     monkeypatch.setattr(ddpm_fast.engine.loop, "StepGraph", Replayed)
     Replayed.made = Replayed.replays = 0
 

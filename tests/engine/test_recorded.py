@@ -17,7 +17,7 @@ OPTIONS = {"num_inference_steps": 10, "backend": "torch"}
 
 @pytest.fixture(autouse=True)
 def recording(monkeypatch):
-    monkeypatch.setattr(ddpm_fast.engine.loop, "can_capture", lambda device: True)
+    monkeypatch.setattr("ddpm_fast.engine.base.can_capture", lambda device: True)
     monkeypatch.setattr(ddpm_fast.engine.loop, "StepGraph", RecordedGraph)
     # As with Triton's kernels: the step makes its own noise, so that several steps fit in one recording.
     monkeypatch.setattr(PhiloxNoise, "in_kernel", property(lambda self: True, lambda self, value: None), raising=False)

@@ -370,7 +370,7 @@ def test_windows():
 
 @pytest.fixture
 def recording(monkeypatch):
-    monkeypatch.setattr(speculation, "can_capture", lambda device: True)
+    monkeypatch.setattr("ddpm_fast.engine.base.can_capture", lambda device: True)
     monkeypatch.setattr(speculation, "StepGraph", Replayed)
     Replayed.made = Replayed.replays = 0
 
