@@ -101,7 +101,7 @@ class _Fused:
 
 
 class FastDDPMScheduler(_Fused, DDPMScheduler):
-    """DDPMScheduler with a fused `step`; same configuration, same files."""
+    """A DDPMScheduler with a fused `step`; same configuration, same files."""
 
     def step(
         self,
@@ -124,7 +124,7 @@ class FastDDPMScheduler(_Fused, DDPMScheduler):
 
 
 class FastDDIMScheduler(_Fused, DDIMScheduler):
-    """DDIMScheduler with a fused `step`; same configuration, same files."""
+    """A DDIMScheduler with a fused `step`; same configuration, same files."""
 
     def step(
         self,

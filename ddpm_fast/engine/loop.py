@@ -30,7 +30,7 @@ Correction = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class _Form(NamedTuple):
-    """What the steps of a run read and write besides x: every recorded graph has one form.
+    """A form of step: what the steps of a run read and write besides x. Every recorded graph has one form.
 
     Attributes:
         noise: "none", "philox" (the kernel makes the noise) or "tensor".

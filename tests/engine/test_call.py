@@ -6,6 +6,7 @@ from torch import nn
 
 from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.network import Network
+from ddpm_fast.sample import Sampler
 
 SHAPE = (3, 2, 4)
 
@@ -99,3 +100,18 @@ def test_the_dtype_is_the_models_own():
     assert Call.of(nn.Linear(4, 4), SHAPE, dtype=torch.bfloat16).dtype is torch.bfloat16
     with pytest.raises(ValueError, match="convert the model"):
         Call.of(nn.Linear(4, 4), SHAPE, dtype=torch.float64)
+
+
+def test_a_speculative_sampler_builds_no_network_that_it_never_calls(monkeypatch):
+    built = []
+    build = Network.__init__
+
+    def counted(self, call, doubled=False):
+        built.append(call.batch)
+        build(self, call, doubled)
+
+    monkeypatch.setattr(Network, "__init__", counted)
+    sampler = Sampler(model, SHAPE, num_inference_steps=20, speculate={0: 2, 500: 4}, device="cpu")
+    assert built == []
+    sampler(seeds=0, progress=False)
+    assert set(built) <= {2 * 3, 4 * 3}
