@@ -311,7 +311,6 @@ def resampled(config: SamplerConfig, resamplings: int, jump_length: int) -> Step
         log_max=plain.log_max[rows],
         known_scale=np.sqrt(reached),
         known_sigma=np.sqrt(1 - reached),
-        input_scale=plain.input_scale[rows],
         draws=sigma != 0,
     )
 

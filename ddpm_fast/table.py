@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.kernels.step import COLUMNS
+from ddpm_fast.kernels.rows import COLUMNS
 from ddpm_fast.schedules import Array
 from ddpm_fast.timesteps import Timesteps
 
@@ -38,7 +38,6 @@ class StepTable:
         log_min, log_max: Bounds between which the network's v in [-1, 1] interpolates, with learned variances.
         known_scale, known_sigma: sqrt(alpha_bar_s) and sqrt(1 - alpha_bar_s), which noise a known image to the level of
             the timestep that the step goes to.
-        input_scale: what the network's input is multiplied by; 1 in all samplers here.
         draws: True where a plain loop draws noise, used or not, bool. Needed to follow torch generators.
         learned: True if the second half of the output's channels sets the variance.
         doubled: True if the network's output has twice the channels of x.
@@ -56,7 +55,6 @@ class StepTable:
     log_max: Array
     known_scale: Array
     known_sigma: Array
-    input_scale: Array
     draws: Array
     learned: bool
     doubled: bool
@@ -79,7 +77,7 @@ class StepTable:
             draws, learned, doubled: Attributes of the table, as above.
         """
         zero, one = np.zeros(len(timestep)), np.ones(len(timestep))
-        idle = dict.fromkeys(COLUMNS, zero) | {"log_min": -one, "log_max": one, "input_scale": one}
+        idle = dict.fromkeys(COLUMNS, zero) | {"log_min": -one, "log_max": one}
         filled = idle | {name: np.asarray(column, np.float64) for name, column in columns.items()}
         ids = np.asarray(timestep, np.int64)
         return cls(ids, ids % 2**31, **filled, draws=np.asarray(draws, bool), learned=learned, doubled=doubled)
@@ -88,7 +86,7 @@ class StepTable:
         return len(self.timestep)
 
     def coefficients(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the columns of `kernels.step.COLUMNS`: [steps, 11]."""
+        """Return the columns of `kernels.rows.COLUMNS`: [steps, 10]."""
         columns = np.stack([getattr(self, name) for name in COLUMNS], axis=1)
         return torch.from_numpy(columns).to(device, dtype)
 
@@ -151,7 +149,6 @@ def build_table(config: SamplerConfig) -> StepTable:
         log_max=log_max,
         known_scale=np.sqrt(alpha_bar_s),
         known_sigma=np.sqrt(1 - alpha_bar_s),
-        input_scale=np.ones_like(alpha_bar),
         draws=sigma != 0,
         learned=learned,
         doubled=config.variance_type in ("learned", "learned_range"),

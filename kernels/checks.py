@@ -1,4 +1,4 @@
-"""What the host wrappers check before a launch, in one sentence each."""
+"""Checks of a launch: each error says in one sentence what is wrong."""
 
 from collections.abc import Mapping
 

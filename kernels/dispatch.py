@@ -1,10 +1,11 @@
-"""Which implementation runs: Triton on a GPU, PyTorch everywhere else."""
+"""The choice of the implementation: Triton on a GPU, PyTorch everywhere else."""
 
 import contextlib
 import functools
 import importlib.util
 import logging
 import os
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
     """Return "triton" or "torch" for tensors on `device`; `backend` forces one of them.
 
     Raises:
-        ValueError: an unknown backend, or Triton asked for where it cannot run.
+        ValueError: The backend is unknown, or Triton cannot run here.
     """
     if backend is None:
         if device.type == "cuda" and has_triton():
@@ -34,29 +35,29 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
     return backend
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Make `device` the current one: Triton launches there, wherever the tensors are."""
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make `device` the current device: Triton launches there, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton can be imported; it is not imported to find out."""
+    """Return whether Triton can be imported, without importing Triton."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    """Return whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def ptx() -> bool:
-    """Whether kernels may hold NVIDIA's assembly: not in the interpreter, and not on AMD."""
+    """Return whether kernels may hold NVIDIA's assembly: not in the interpreter, and not on AMD."""
     return not interpreting() and torch.version.hip is None
 
 
 def warps() -> int:
-    """Warps in 64 threads: AMD's data centre GPUs have warps of 64."""
+    """Return the number of warps in 64 threads: AMD's data centre GPUs have warps of 64."""
     return 2 if torch.version.hip is None else 1
 
 

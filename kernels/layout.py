@@ -1,4 +1,4 @@
-"""Where the elements of a tensor [B, C, ...] lie in memory, as three strides."""
+"""Layouts: where the elements of a tensor [B, C, ...] lie in memory, as three strides."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Element (sample, channel, pixel) is at sample · batch + channel · channel_stride + pixel · pixel_stride.
+    """A layout of three strides: element (i, c, p) lies at i · batch + c · channel + p · pixel.
 
     Attributes:
-        batch, channel, pixel: strides in elements.
-        channels, pixels: of one sample; pixels is the product of all dimensions after the channels.
+        batch, channel, pixel: Strides in elements.
+        channels, pixels: Sizes of one sample; pixels is the product of all dimensions after the channels.
     """
 
     batch: int
@@ -27,7 +27,7 @@ class Layout:
         return (self.pixel == 1 or self.pixels == 1) and (self.channel == self.pixels or self.channels == 1)
 
     def overlaps_itself(self, batch: int) -> bool:
-        """Whether two elements of the tensor, of `batch` samples, may share memory."""
+        """Return whether two elements of the tensor, of `batch` samples, may share memory."""
         extents = ((self.batch, batch), (self.channel, self.channels), (self.pixel, self.pixels))
         reached = 1
         for stride, size in sorted(extent for extent in extents if extent[1] > 1):
@@ -38,7 +38,7 @@ class Layout:
 
 
 def layout_of(tensor: Tensor) -> Layout | None:
-    """The layout of `tensor`, or None if its pixels do not lie at one stride (a crop of an image, say)."""
+    """Return the layout of `tensor`, or None if its pixels do not lie at one stride (a crop of an image, say)."""
     shape, strides = tensor.shape, tensor.stride()
     pixels, pixel_stride = 1, 1
     for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
@@ -53,7 +53,7 @@ def layout_of(tensor: Tensor) -> Layout | None:
 
 
 def with_layout(tensor: Tensor) -> tuple[Tensor, Layout]:
-    """`tensor`, or a contiguous copy where it has no layout, and the layout."""
+    """Return `tensor`, or a contiguous copy where the tensor has no layout, and the layout."""
     layout = layout_of(tensor)
     if layout is None:
         tensor = tensor.contiguous(memory_format=torch.contiguous_format)

@@ -22,15 +22,15 @@ def normal(
     """Draw z ~ N(0, I) for M samples: float32 [M, *shape]; `philox.py` is the specification.
 
     Args:
-        seeds: int64 [M], the 64 bits of each sample's seed.
-        noise_ids: int32 or int64 [M].
-        stream: a `philox.Stream`.
-        shape: of one sample; () for a single number.
-        visit: int in [0, 2^31), or int32 or int64 [M].
+        seeds: The 64 bits of each sample's seed, int64 [M].
+        noise_ids: Noise ids, int32 or int64 [M].
+        stream: A `philox.Stream`.
+        shape: Shape of one sample; () for a single number.
+        visit: Fourth word of the counter: an int in [0, 2^31), or int32 or int64 [M].
         backend: "triton" or "torch"; None chooses by device.
 
     Raises:
-        ValueError: a tensor of the wrong shape, dtype or device; nothing to draw.
+        ValueError: A tensor has the wrong shape, dtype or device, or there is nothing to draw.
     """
     check_seeds(seeds, len(noise_ids), seeds.device)
     check_tensor("noise_ids", noise_ids, (len(noise_ids),), (torch.int32, torch.int64), seeds.device)
@@ -58,6 +58,6 @@ def normal_torch(
     visit: Tensor | int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The PyTorch twin of `normal`; float64 on request."""
+    """Draw on PyTorch: the twin of `normal`, in float64 on request."""
     flat = philox.normals(seeds, noise_ids, stream, math.prod(shape), visit, dtype)
     return flat.view(len(seeds), *shape)

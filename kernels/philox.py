@@ -28,10 +28,10 @@ from torch import Tensor
 
 
 class Stream(enum.IntEnum):
-    """Third word of the counter: what the noise is for."""
+    """Streams, the third word of the counter: what the noise is for."""
 
-    X_T = 0  # the start of a walk; noise id 0
-    STEP = 1  # the steps of a walk
+    X_T = 0  # the start of a run; noise id 0
+    STEP = 1  # the steps of a run
     FORWARD = 2  # q_sample
     INPAINT = 3  # the known image, noised to the level of the step
     FORWARD_STEP = 4  # q_step
@@ -45,12 +45,12 @@ _BLOCK = 1 << 14  # counters worked on at once, so that their words stay in the 
 
 
 def quarter(n: int) -> int:
-    """Q: counters that a sample of n elements needs, ceil(n / 4) rounded up to a multiple of 16."""
+    """Return Q, the counters that a sample of n elements needs: ceil(n / 4) rounded up to a multiple of 16."""
     return -(-n // 64) * 16
 
 
 def philox_4x32(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox-4x32 on int64 tensors (or ints) that hold 32-bit words; all broadcast together."""
+    """Apply ten rounds of Philox-4x32 to int64 tensors (or ints) that hold 32-bit words; all broadcast together."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -67,7 +67,7 @@ def _mix(product: Tensor | int, word: Tensor | int, key: Tensor | int) -> Tensor
 
 
 def key_of(seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """The two words of every seed's key: int64 [M, 1] each."""
+    """Return the two words of every seed's key: int64 [M, 1] each."""
     return (seeds & _MASK)[:, None], (seeds >> 32 & _MASK)[:, None]
 
 
@@ -79,14 +79,15 @@ def uniform(word: Tensor) -> Tensor:
 def normals(
     seeds: Tensor, noise_ids: Tensor, stream: int, n: int, visit: Tensor | int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard normals of M samples: [M, n], in `dtype` (float32 or float64; the uniforms are float32 in both).
+    """Return standard normals of M samples, [M, n], in `dtype` (float32 or float64; the uniforms are float32 in both).
 
     Args:
-        seeds: int64 [M], the seeds' 64 bits.
-        noise_ids: integers [M].
-        stream: a `Stream`.
-        n: elements a sample.
-        visit: how often each sample has drawn at its noise id before: an int, or integers [M].
+        seeds: The seeds' 64 bits, int64 [M].
+        noise_ids: Noise ids, integers [M].
+        stream: A `Stream`.
+        n: Elements of one sample.
+        visit: How often each sample has drawn at its noise id before: an int, or integers [M].
+        dtype: Dtype of the result.
     """
     q = quarter(n)
     z = torch.empty(len(seeds), 4, q, dtype=dtype, device=seeds.device)

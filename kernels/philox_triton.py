@@ -1,9 +1,10 @@
-"""Philox-4x32-10 and Box-Muller on the device; `philox.py` says what it computes and holds the PyTorch twin.
+"""Philox-4x32-10 and Box-Muller on the device; `philox.py` is the specification and holds the PyTorch twin.
 
-Each function comes in two forms, chosen at compile time. PTX: NVIDIA's approximations of log2, sqrt, sin and cos, each
-one instruction, and the 64-bit product, which LLVM else splits in two. Portable (PTX = False): for AMD and for Triton's
-interpreter. The approximations' documented errors move a normal by less than 6e-4 where the radius is below 0.04 (one
-draw in 1,250) and by less than 1.2e-5 elsewhere (tests/kernels/test_approximations.py); the portable form's by 4e-6.
+Each function comes in two forms, chosen at compile time. The form PTX uses NVIDIA's approximations of log2, sqrt, sin
+and cos, each one instruction, and the 64-bit product, which LLVM would split in two. The portable form (PTX = False)
+serves AMD and Triton's interpreter. By their documented errors, NVIDIA's approximations move a normal by less than 6e-4
+where the radius is below 0.04 (one draw in 1,250) and by less than 1.2e-5 elsewhere
+(tests/kernels/test_approximations.py). The portable form moves a normal by at most 4e-6.
 """
 
 import triton
@@ -15,17 +16,18 @@ TURN = tl.constexpr(6.283185307179586)
 
 @triton.jit
 def tie(j, loaded):
-    """`j`, but in the layout in which `loaded` (float32, of the same shape) was loaded.
+    """Return `j` in the layout in which `loaded` (float32, of the same shape) was loaded.
 
-    Left alone, Triton computes the noise one element a thread and carries it to the four elements a thread of the
-    loads through shared memory. A bit pattern with its last bit set is never 0: LLVM knows, Triton's passes do not.
+    Without this function, Triton computes one element of the noise in a thread and carries the noise through shared
+    memory to the loads, which have four elements in a thread. A bit pattern with its last bit set is never 0: LLVM
+    knows this, Triton's passes do not.
     """
     return tl.where((loaded.to(tl.int32, bitcast=True) | 1) == 0, 0, j)
 
 
 @triton.jit
 def multiply_wide(a, m: tl.constexpr, PTX: tl.constexpr):
-    """The high and the low word of a m, as uint32."""
+    """Return the high and the low word of a m, as uint32."""
     if PTX:
         low, high = tl.inline_asm_elementwise(
             "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$0, $1}, p; }",
@@ -43,11 +45,11 @@ def multiply_wide(a, m: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def philox_4x32(seed, j, noise_id, stream, visit, PTX: tl.constexpr):
-    """Four words (uint32) for each of the counters `j`: ten rounds of Philox-4x32."""
+    """Return four words (uint32) for each of the counters `j`: ten rounds of Philox-4x32."""
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     c0 = j.to(tl.uint32)
-    c1 = k0 * 0 + noise_id  # whatever these are, numbers compiled in included, they become words
+    c1 = k0 * 0 + noise_id  # a number that is compiled in becomes a word, too
     c2 = k0 * 0 + stream
     c3 = k0 * 0 + visit
     for _ in tl.static_range(10):
@@ -64,15 +66,15 @@ def philox_4x32(seed, j, noise_id, stream, visit, PTX: tl.constexpr):
 
 @triton.jit
 def uniform(word):
-    # w 2^-32 + 2^-33: the product is exact, so it makes no difference whether the compiler fuses the two
+    # w 2^-32 + 2^-33: the product is exact, so that a fused multiply-add gives the same number
     return word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
 
 
 @triton.jit
 def radius(word, PTX: tl.constexpr):
-    """sqrt(-log2 u) for the uniform of `word`."""
+    """Return sqrt(-log2 u) for the uniform of `word`."""
     if PTX:
-        # lg2.approx may come out a hair above 0 near u = 1: the absolute value keeps the root real.
+        # lg2.approx may be slightly above 0 near u = 1: the absolute value keeps the root real.
         return tl.inline_asm_elementwise(
             "{ .reg .f32 t; lg2.approx.ftz.f32 t, $1; abs.f32 t, t; sqrt.approx.ftz.f32 $0, t; }",
             "=f,f",
@@ -87,7 +89,7 @@ def radius(word, PTX: tl.constexpr):
 
 @triton.jit
 def direction(word, PTX: tl.constexpr):
-    """cos and sin of 2 pi u for the uniform of `word`."""
+    """Return cos and sin of 2 pi u for the uniform of `word`."""
     if PTX:
         angle = word.to(tl.float32) * (TURN * 2.0**-32) + TURN * 2.0**-33
         cosine = tl.inline_asm_elementwise(
@@ -97,7 +99,7 @@ def direction(word, PTX: tl.constexpr):
             "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        # Quarter turns come off exactly; the rest, within pi/4, goes to the polynomials of Cephes' sinf and cosf.
+        # Quarter turns are subtracted exactly; the rest, within pi/4, goes to the polynomials of Cephes' sinf and cosf.
         u = uniform(word)
         quarters = tl.floor(u * 4 + 0.5)
         x = (u - quarters * 0.25) * TURN
@@ -116,7 +118,7 @@ def direction(word, PTX: tl.constexpr):
 
 @triton.jit
 def polar4(seed, j, noise_id, stream, visit, scale, PTX: tl.constexpr):
-    """scale z for the four lanes of the counters `j`, as radii and directions: lane k is radii[k] directions[k].
+    """Return scale z for the four lanes of the counters `j`, as radii and directions: lane k is radii[k] directions[k].
 
     Left as two factors, so that the last product becomes part of a multiply-add where the noise is added.
     """

@@ -1,4 +1,4 @@
-"""The walk to noise: in closed form from x_0, and one step at a time (Ho et al. 2020, eq. 4 and eq. 2)."""
+"""The forward process: in closed form from x_0, and one step at a time (Ho et al. 2020, eq. 4 and eq. 2)."""
 
 import torch
 from torch import Tensor
@@ -22,18 +22,18 @@ def q_sample(
     """Return x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) z, each sample at its own timestep.
 
     Args:
-        x0: float32 [B, ...], contiguous.
-        t: int32 or int64 [B], each in [0, T): not checked, so that nothing waits for the device.
-        alphas_cumprod: float64 [T].
-        seeds: int64 [B]: noise from `philox.Stream.FORWARD` with noise id t. Or
-        z: float32, the shape of x0.
-        visit: fourth word of the noise's counter, in [0, 2^31).
-        x_t: where to write; may be x0 itself. None makes a new tensor.
+        x0: The data, float32 [B, ...], contiguous.
+        t: Timesteps, int32 or int64 [B], each in [0, T). They are not checked, so that the host does not wait.
+        alphas_cumprod: alpha_bar, float64 [T].
+        seeds: Seeds of the samples, int64 [B]. The noise comes from `philox.Stream.FORWARD` with noise id t.
+        z: Noise, float32, the shape of x0, instead of seeds.
+        visit: Fourth word of the noise's counter, in [0, 2^31).
+        x_t: Where to write; may be x0 itself. None makes a new tensor.
         backend: "triton" or "torch"; None chooses by device.
 
     Raises:
-        ValueError: a tensor of the wrong shape, dtype, device or layout; x_t over a part of another tensor; not exactly
-            one of seeds and z.
+        ValueError: A tensor has the wrong shape, dtype, device or layout; x_t overlaps a part of another tensor; or
+            there are both seeds and z, or neither.
     """
     _check({"x0": x0, "z": z, "x_t": x_t}, t, {"alphas_cumprod": alphas_cumprod}, seeds, visit)
     return _launch(x0, t, alphas_cumprod, philox.Stream.FORWARD, seeds, z, visit, x_t, backend)
@@ -52,9 +52,9 @@ def q_step(
 ) -> Tensor:
     """Return x_t = sqrt(alpha_t) x_{t-1} + sqrt(1 - alpha_t) z, alpha_t = 1 - beta_t, from x = x_{t-1}.
 
-    t = 0 takes x_0 of the data to x_0 of the walk. Arguments and errors are those of `q_sample`, but `alphas` for
-    `alphas_cumprod`, and the noise is from `philox.Stream.FORWARD_STEP`: independent of that of `q_sample`, and from
-    step to step.
+    t = 0 takes x_0 of the data to x_0 of the process. Arguments and errors are those of `q_sample`, with `alphas` in
+    place of `alphas_cumprod`. The noise comes from `philox.Stream.FORWARD_STEP`: it is independent of the noise of
+    `q_sample`, and from step to step.
     """
     _check({"x": x, "z": z, "x_t": x_t}, t, {"alphas": alphas}, seeds, visit)
     return _launch(x, t, alphas, philox.Stream.FORWARD_STEP, seeds, z, visit, x_t, backend)
@@ -71,7 +71,7 @@ def q_sample_torch(
     visit: int = 0,
     x_t: Tensor,
 ) -> Tensor:
-    """The PyTorch twin of both, `stream` given; computes in the dtype of x, float64 included."""
+    """Compute x_t on PyTorch: the twin of both, for a given stream, in the dtype of x, float64 included."""
     alpha = alphas[t].view(-1, *(1,) * (x.dim() - 1))
     if seeds is not None:
         z = philox.normals(seeds, t, stream, x[0].numel(), visit, x.dtype).view_as(x)
@@ -82,7 +82,7 @@ def q_sample_torch(
 def _check(
     states: dict[str, Tensor | None], t: Tensor, alphas: dict[str, Tensor], seeds: Tensor | None, visit: int
 ) -> None:
-    """The states are x, z and x_t, by the names that the caller knows."""
+    """Check the arguments; the states x, z and x_t come under the names that the caller uses."""
     source, x = next(iter(states.items()))
     assert x is not None  # for the type checker: only z and x_t may be missing
     shape, device = tuple(x.shape), x.device

@@ -1,8 +1,9 @@
-"""Every form of every kernel that is compiled ahead of time: what the host wrappers launch, option by option.
+"""The forms of the kernels that are compiled ahead of time: what the host wrappers launch, option by option.
 
 Triton compiles a kernel anew for each combination of pointer types, of constexprs, of absent tensors (None), of
 integers that are 1, and of sizes and addresses divisible by 16. The list holds one launch for each option of each
-kernel and the combinations that the engine launches. Importing this module does not import Triton.
+kernel, and one launch for each combination that the sampling loop launches. Importing this module does not import
+Triton.
 """
 
 import dataclasses
@@ -12,21 +13,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MODULES = dict.fromkeys(("draft", "verify", "decide", "commit"), "speculate")  # ops that share a file
+MODULES = dict.fromkeys(("draft", "verify", "decide", "commit"), "speculate")  # operations that share a file
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")  # of a launch, not of a kernel
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """One launch of a kernel, described without tensors.
+    """A launch of a kernel, described without tensors.
 
     Attributes:
-        name: unique.
-        op: the kernel is `<op>_kernel` of `<op>_triton.py`, or of the file in `MODULES`; its BLOCK is that module's.
-        arguments: by the kernel's parameter names. A tensor is its Triton type, such as "*bf16", at an address
-            divisible by 16, and None where it is absent; numbers and constexprs are their values. An entry of
-            `OPTIONS` is one of the launch.
-        budget: the most machine instructions an element that are accepted on sm_90 (benchmarks/machine_code/run.py).
+        name: A unique name.
+        op: The operation. Its kernel is `<op>_kernel` of `<op>_triton.py`, or of the file in `MODULES`; BLOCK is that
+            module's BLOCK.
+        arguments: The arguments by the kernel's parameter names. A tensor is given as its Triton type, such as "*bf16",
+            at an address divisible by 16; an absent tensor is None. Numbers and constexprs are given as their values. A
+            name in `OPTIONS` is an option of the launch.
+        budget: The largest accepted number of machine instructions for one element on sm_90 (benchmarks/machine_code).
     """
 
     name: str
@@ -35,14 +37,14 @@ class Specialisation:
     budget: float
 
     def kernel(self) -> Any:
-        """The jitted function; imports Triton."""
+        """Return the jitted function; imports Triton."""
         return getattr(self._module(), f"{self.op}_kernel")
 
     def launch_arguments(self) -> dict[str, Any]:
-        """Every argument of the kernel, in the order of its parameters.
+        """Return every argument of the kernel, in the order of its parameters.
 
         Raises:
-            ValueError: the kernel's parameters are not the ones described.
+            ValueError: The kernel has other parameters than the ones described.
         """
         parameters = list(self.kernel().arg_names)
         given = {key: value for key, value in self.arguments.items() if key not in OPTIONS}
@@ -53,19 +55,19 @@ class Specialisation:
         return {key: given[key] for key in parameters}
 
     def options(self) -> dict[str, Any]:
-        """Options of the launch: num_warps and the like."""
+        """Return the options of the launch: num_warps and the like."""
         return {key: value for key, value in self.arguments.items() if key in OPTIONS}
 
     def elements_per_thread(self) -> float:
-        """Elements that a thread works on; of a loop over the sample, in one turn."""
+        """Return the number of elements that a thread works on; in a loop over the sample, in one turn."""
         from ddpm_fast.kernels import tile_triton
 
-        tiled = ("step", "q_sample", "normal", "draft", "verify", "commit")  # a draft of a sample, in one turn
-        elements = tile_triton.ELEMENTS if self.op in tiled else self._module().BLOCK
-        return elements / (self.options()["num_warps"] * 32)
+        tiled = ("step", "q_sample", "normal", "draft", "verify", "commit")  # for one draft of a sample
+        elements: int = tile_triton.ELEMENTS if self.op in tiled else self._module().BLOCK
+        return elements / (int(self.options()["num_warps"]) * 32)
 
     def bytes_per_element(self) -> float:
-        """Bytes that must move between memory and processor for each element of the sample, or of a draft."""
+        """Return the bytes that must move between memory and processor for each element of a sample or a draft."""
         given = self.arguments
         if self.op in MODULES:
             moved = {"draft": ("guess", "guess", "drafts", "noise", *("input",) * (1 + bool(given.get("GUIDED")))),
@@ -73,7 +75,7 @@ class Specialisation:
                      "commit": ("drafts", "guess", "guess", *("output",) * (1 + bool(given.get("GUIDED")))),
                      "decide": ("dots", "dots")}[self.op]  # fmt: skip
             return sum(_size(given[f"{name}_ptr"]) for name in moved)
-        halves = 1 if given.get("GUIDED", "none") == "none" else 2
+        halves = 1 + bool(given.get("GUIDED"))
         times = {"output_ptr": halves + bool(given.get("LEARNED")), "input_ptr": halves}
         tensors = ("x", "output", "z", "known", "mask", "new", "x0", "input", "bytes")
         return sum(
@@ -81,7 +83,7 @@ class Specialisation:
         )
 
     def on(self, backend: str, warp_size: int) -> "Specialisation":
-        """The launch on another backend: portable arithmetic, and as many threads."""
+        """Return the launch on another backend, with portable arithmetic and as many threads."""
         warps = self.options()["num_warps"] * 32 // warp_size
         changes: dict[str, Any] = {"num_warps": warps}
         if "PTX" in self.arguments:
@@ -89,12 +91,12 @@ class Specialisation:
         return dataclasses.replace(self, arguments={**self.arguments, **changes})
 
     def signature(self) -> dict[str, str]:
-        """The Triton type of every parameter; "constexpr" where the value is compiled in."""
+        """Return the Triton type of every parameter; "constexpr" where the value is compiled in."""
         constants = self.constants()
         return {key: "constexpr" if key in constants else _type(v) for key, v in self.launch_arguments().items()}
 
     def constants(self) -> dict[str, Any]:
-        """The values that are compiled in: constexprs, None, and 1 where the kernel specialises integers."""
+        """Return the values that are compiled in: constexprs, None, and 1 where the kernel specialises integers."""
         parameters = inspect.signature(self.kernel().fn).parameters
         declared = [key for key, parameter in parameters.items() if "constexpr" in str(parameter.annotation)]
         arguments, plain = self.launch_arguments().items(), self._unspecialised()
@@ -105,13 +107,13 @@ class Specialisation:
         }
 
     def divisible_by_16(self) -> list[str]:
-        """The parameters that the compiler may take to be multiples of 16."""
+        """Return the parameters that the compiler may take to be multiples of 16."""
         without = {*self.constants(), *self._unspecialised()}
         arguments = self.launch_arguments().items()
         return [k for k, v in arguments if k not in without and (type(v) is str or (type(v) is int and v % 16 == 0))]
 
     def _unspecialised(self) -> set[str]:
-        """Parameters that the kernel keeps general (do_not_specialize)."""
+        """Return the parameters that the kernel keeps general (do_not_specialize)."""
         return {parameter.name for parameter in getattr(self.kernel(), "params", ()) if parameter.do_not_specialize}
 
     def _module(self) -> Any:
@@ -122,14 +124,14 @@ def compile_for(specialisation: Specialisation, backend: str, arch: int | str, w
     """Compile for a GPU that need not be there and return Triton's compiled kernel.
 
     Args:
-        specialisation: one of `SPECIALISATIONS`.
+        specialisation: One of `SPECIALISATIONS`.
         backend: "cuda" or "hip".
         arch: 90 for sm_90, "gfx942", ….
         warp_size: 32 on CUDA, 64 on AMD's data centre GPUs.
 
     Raises:
-        RuntimeError: TRITON_INTERPRET was set when the kernel was imported, so there is nothing to compile.
-        ValueError: the kernel's parameters are not the ones described.
+        RuntimeError: TRITON_INTERPRET was set when the kernel was imported, so that there is nothing to compile.
+        ValueError: The kernel has other parameters than the ones described.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -146,7 +148,7 @@ def compile_for(specialisation: Specialisation, backend: str, arch: int | str, w
 
 
 def _size(kind: str) -> int:
-    """Bytes of an element behind a pointer."""
+    """Return the bytes of an element behind a pointer."""
     return max(1, int("".join(filter(str.isdigit, kind))) // 8)
 
 
@@ -159,16 +161,16 @@ def _type(value: Any) -> str:
 
 
 def _step(name: str, budget: float, **changes: Any) -> Specialisation:
-    """The barest step of 64 CIFAR-10 images, with changes."""
+    """Return the barest step of 64 CIFAR-10 images, with changes."""
     arguments = {
         "x_ptr": "*fp32", "output_ptr": "*fp32", "z_ptr": None, "coefficients_ptr": "*fp32", "ids_ptr": "*i32",
         "base_ptr": "*i32", "seeds_ptr": None, "bound_ptr": None, "guidance_ptr": None, "known_ptr": None,
         "mask_ptr": None, "new_ptr": "*fp32", "x0_ptr": None, "input_ptr": None, "timestep_ptr": None,
-        "clip": 0.0, "offset": 0, "steps": 1000, "visit": 0, "batch": 64, "n": 3072, "q": 768,
+        "clip": 0.0, "offset": 0, "steps": 1000, "batch": 64, "n": 3072, "q": 768,
         "pixels": None, "output_batch": 3072, "output_channel": None, "output_pixel": None, "output_variance": None,
         "input_batch": None, "input_channel": None, "input_pixel": None,
-        "NOISE": "none", "CLIP": "none", "USE_OUTPUT": False, "LEARNED": False, "GUIDED": "none",
-        "INPAINT_KNOWN": False, "WRITE_X0": False, "WRITE_INPUT": False, "SCALE_INPUT": False,
+        "NOISE": "none", "CLIP": "none", "USE_OUTPUT": False, "LEARNED": False, "GUIDED": False,
+        "INPAINT_KNOWN": False, "WRITE_X0": False, "WRITE_INPUT": False,
         "WRITE_TIMESTEP": False, "STRIDED_OUTPUT": False, "STRIDED_INPUT": False, "ONE_WRAP": False,
         "PTX": True, "num_warps": 2,
     }  # fmt: skip
@@ -184,7 +186,7 @@ PHILOX = {"seeds_ptr": "*i64", "NOISE": "philox"}
 TENSOR = {"z_ptr": "*fp32", "NOISE": "tensor"}
 CLIP = {"clip": 1.0, "CLIP": "fixed"}
 BOUND = {"bound_ptr": "*fp32", "CLIP": "bound"}
-GUIDED = {"guidance_ptr": "*fp32", "GUIDED": "conditional"}
+GUIDED = {"guidance_ptr": "*fp32", "GUIDED": True}
 LEARNED = {"output_batch": 6144, "output_variance": 3072, "LEARNED": True}
 ORIGIN = {"x0_ptr": "*fp32", "WRITE_X0": True}
 TIMESTEP = {"timestep_ptr": "*i64", "WRITE_TIMESTEP": True}
@@ -203,7 +205,7 @@ CHANNELS_LAST_INPUT = {"pixels": 1024, "input_channel": 1, "input_pixel": 3, "ST
 HUGE = 2**31 + 2**20  # elements of one sample: 8 GB
 SMALL = {"pixels": 64, "n": 192, "q": 48, "output_batch": 192, "input_batch": 192, "ONE_WRAP": False}
 
-# What the engine launches for a noise-predicting DDPM: float32 network, and bfloat16 network.
+# The launches of the sampling loop for a noise-predicting DDPM with a float32 and with a bfloat16 network.
 ENGINE = _step("step-engine", 33, **PHILOX, **CLIP, **NEXT)
 MAIN = _with(ENGINE, "step-engine-bf16", 33, **HALF)
 # The step by itself
@@ -244,7 +246,7 @@ _THRESHOLD = Specialisation(
         "x_ptr": "*fp32", "output_ptr": "*bf16", "coefficients_ptr": "*fp32", "base_ptr": "*i32",
         "guidance_ptr": None, "bound_ptr": "*fp32", "offset": 0, "steps": 1000, "n": 3072, "below": 3055,
         "weight": 0.625, "max_value": 2.0, "pixels": None, "output_batch": 3072, "output_channel": None,
-        "output_pixel": None, "GUIDED": "none", "STRIDED_OUTPUT": False, "ONE_WRAP": False, "PTX": True,
+        "output_pixel": None, "GUIDED": False, "STRIDED_OUTPUT": False, "ONE_WRAP": False, "PTX": True,
         "num_warps": 8,
     },
     413,
@@ -255,7 +257,7 @@ _DRAFT = Specialisation(
     "draft",
     {
         "x_ptr": "*fp32", "guess_ptr": "*fp32", "drafts_ptr": "*fp32", "noise_ptr": "*fp32", "input_ptr": "*bf16",
-        "timestep_ptr": "*i64", "progress_ptr": "*i32", "windows_ptr": "*i32", "coefficients_ptr": "*fp32",
+        "timestep_ptr": "*i64", "position_ptr": "*i32", "windows_ptr": "*i32", "coefficients_ptr": "*fp32",
         "ids_ptr": "*i32", "seeds_ptr": "*i64", "steps": 1000, "batch": 4, "room": 32, "n": 3072, "q": 768,
         "GUIDED": False, "WIDTH": 16, "SPAN": 16, "PTX": True, "num_warps": 2,
     },
@@ -266,7 +268,7 @@ _VERIFY = Specialisation(
     "verify",
     {
         "drafts_ptr": "*fp32", "noise_ptr": "*fp32", "guess_ptr": "*fp32", "output_ptr": "*bf16", "bound_ptr": None,
-        "guidance_ptr": None, "dots_ptr": "*fp32", "progress_ptr": "*i32", "windows_ptr": "*i32",
+        "guidance_ptr": None, "dots_ptr": "*fp32", "position_ptr": "*i32", "windows_ptr": "*i32",
         "coefficients_ptr": "*fp32", "clip": 1.0, "steps": 1000, "batch": 4, "room": 32, "n": 3072, "q": 768,
         "output_batch": 3072, "CLIP": "fixed", "GUIDED": False, "WIDTH": 16, "PTX": True, "num_warps": 2,
     },
@@ -276,7 +278,7 @@ _DECIDE = Specialisation(
     "decide",
     "decide",
     {
-        "dots_ptr": "*fp32", "factor_ptr": "*fp32", "rejected_ptr": "*u8", "progress_ptr": "*i32",
+        "dots_ptr": "*fp32", "factor_ptr": "*fp32", "rejected_ptr": "*u8", "position_ptr": "*i32",
         "windows_ptr": "*i32", "coefficients_ptr": "*fp32", "log_u_ptr": "*fp32", "steps": 1000,
         "room": 32, "parts": 2, "WIDTH": 16, "num_warps": 2,
     },
@@ -287,14 +289,13 @@ _COMMIT = Specialisation(
     "commit",
     {
         "x_ptr": "*fp32", "drafts_ptr": "*fp32", "noise_ptr": "*fp32", "guess_ptr": "*fp32", "output_ptr": "*bf16",
-        "bound_ptr": None, "guidance_ptr": None, "factor_ptr": "*fp32", "progress_ptr": "*i32",
+        "bound_ptr": None, "guidance_ptr": None, "factor_ptr": "*fp32", "position_ptr": "*i32",
         "coefficients_ptr": "*fp32", "clip": 1.0, "batch": 4, "room": 32, "n": 3072, "q": 768, "output_batch": 3072,
         "CLIP": "fixed", "GUIDED": False, "WIDTH": 16, "PTX": True, "num_warps": 2,
     },
     40,
 )  # fmt: skip
 DRAFTS = {"bound_ptr": "*fp32", "CLIP": "bound", "clip": 0.0}
-GUIDED_DRAFTS = {"guidance_ptr": "*fp32", "GUIDED": True}
 
 SPECIALISATIONS = (
     _step("step", 11),
@@ -305,13 +306,11 @@ SPECIALISATIONS = (
     _step("step-use-output", 13, USE_OUTPUT=True),
     _step("step-learned", 34, **PHILOX, **LEARNED),
     _step("step-guided", 15, **GUIDED),
-    _step("step-guided-unconditional-first", 15, **GUIDED | {"GUIDED": "unconditional"}),
-    _step("step-inpaint", 49, **PHILOX, **KNOWN),
+    _step("step-inpaint", 50, **PHILOX, **KNOWN),
     _step("step-x0", 11, **ORIGIN),
     _step("step-output-bf16", 12, output_ptr="*bf16"),
     _step("step-output-fp16", 12, output_ptr="*fp16"),
     _step("step-input-bf16", 13, **INPUT | {"input_ptr": "*bf16"}),
-    _step("step-input-scaled", 14, **INPUT | {"input_ptr": "*bf16", "SCALE_INPUT": True}),
     _step("step-timestep", 12, **TIMESTEP),
     _step("step-output-channels-last", 25, **CHANNELS_LAST_OUTPUT, output_ptr="*bf16"),
     _step("step-input-channels-last", 39, **INPUT | CHANNELS_LAST_INPUT | {"input_ptr": "*bf16"}),
@@ -335,7 +334,7 @@ SPECIALISATIONS = (
     _with(MAIN, "step-engine-learned-guided", 46, **LEARNED, **GUIDED),
     _with(MAIN, "step-engine-thresholding-x0", 38, **BOUND | {"clip": 0.0}, **ORIGIN),
     _with(MAIN, "step-engine-inpaint", 56, **KNOWN),
-    _with(MAIN, "step-engine-inpaint-bool", 59, **KNOWN | {"mask_ptr": "*u1"}),
+    _with(MAIN, "step-engine-inpaint-bool", 60, **KNOWN | {"mask_ptr": "*u1"}),
     _with(MAIN, "step-engine-latents", 31, clip=0.0, CLIP="none"),
     _with(MAIN, "step-engine-ddim-eta", 34, USE_OUTPUT=True),
     _with(MAIN, "step-engine-dit", 37, **GUIDED, output_batch=6144, clip=0.0, CLIP="none"),  # variance left unread
@@ -367,10 +366,10 @@ SPECIALISATIONS = (
     _with(_DRAFT, "draft-float32-batch-1", 37, input_ptr="*fp32", batch=1),
     _VERIFY,
     _with(_VERIFY, "verify-bound", 29, **DRAFTS),
-    _with(_VERIFY, "verify-guided", 31, **GUIDED_DRAFTS),
+    _with(_VERIFY, "verify-guided", 31, **GUIDED),
     _with(_VERIFY, "verify-latents", 23, clip=0.0, CLIP="none"),
     _DECIDE,
     _COMMIT,
     _with(_COMMIT, "commit-bound", 43, **DRAFTS),
-    _with(_COMMIT, "commit-guided", 43, **GUIDED_DRAFTS),
+    _with(_COMMIT, "commit-guided", 43, **GUIDED),
 )

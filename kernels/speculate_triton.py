@@ -8,16 +8,16 @@ from ddpm_fast.kernels.dispatch import ptx, warps
 from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.philox import quarter
 from ddpm_fast.kernels.philox_triton import polar4, tie
-from ddpm_fast.kernels.speculate import Outcome, Progress
-from ddpm_fast.kernels.step_triton import COLUMNS, STEP, clip_form, estimate, guide, to_float32
+from ddpm_fast.kernels.rounds import Outcome, Position
+from ddpm_fast.kernels.rows_triton import COLUMNS, STEP, clip_form, guide, predict_x0, to_float32
 from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, load4, sample_index
 
-PROGRESS = tl.constexpr(len(Progress))
-ROW = tl.constexpr(int(Progress.ROW))
-START = tl.constexpr(int(Progress.START))
-EVALUATED = tl.constexpr(int(Progress.EVALUATED))
-TAKEN = tl.constexpr(int(Progress.TAKEN))
-OUTCOME = tl.constexpr(int(Progress.OUTCOME))
+POSITION = tl.constexpr(len(Position))
+ROW = tl.constexpr(int(Position.ROW))
+START = tl.constexpr(int(Position.START))
+EVALUATED = tl.constexpr(int(Position.EVALUATED))
+TAKEN = tl.constexpr(int(Position.TAKEN))
+OUTCOME = tl.constexpr(int(Position.OUTCOME))
 ACCEPTED = tl.constexpr(int(Outcome.ACCEPTED))
 REJECTED = tl.constexpr(int(Outcome.REJECTED))
 PLAIN = tl.constexpr(int(Outcome.PLAIN))
@@ -26,21 +26,21 @@ DONE = tl.constexpr(int(Outcome.DONE))
 
 @triton.jit
 def window_count(windows_ptr, row, steps, WIDTH: tl.constexpr):
-    """Drafts of a round that begins in `row`; 0 past the end."""
+    """Return the number of drafts of a round that begins in `row`; 0 past the end."""
     window = tl.load(windows_ptr + tl.minimum(row, steps - 1))
     return tl.minimum(tl.minimum(window, WIDTH), steps - row)
 
 
 @triton.jit
 def mean_scales(p_row):
-    """What guess and state are multiplied by in the mean of a draft."""
+    """Return the factors of guess and state in the mean of a draft."""
     through_output = tl.load(p_row + 4) / tl.load(p_row + 1)
     return tl.load(p_row + 2) + through_output, tl.load(p_row + 3) - through_output * tl.load(p_row)
 
 
 @triton.jit
 def distance_scales(p_row, sigma):
-    """What the clipped and the raw estimate's errors are multiplied by in D."""
+    """Return the factors of the clipped and the raw x0 prediction's errors in D."""
     inverse = tl.where(sigma == 0, 0.0, 1 / tl.where(sigma == 0, 1.0, sigma))
     return tl.load(p_row + 2) * inverse, tl.load(p_row + 4) / tl.load(p_row + 1) * inverse
 
@@ -48,7 +48,7 @@ def distance_scales(p_row, sigma):
 @triton.jit
 def draft_lane(y, radius, direction, guess, mask, o_room, o_input, guess_ptr, drafts_ptr, noise_ptr, input_ptr,
                twin, g_scale, y_scale, sigma, GUIDED: tl.constexpr):  # fmt: skip
-    """Write what belongs to a draft, and return the next one."""
+    """Write what belongs to a draft, and return the next draft."""
     z = radius * direction
     tl.store(guess_ptr + o_room, guess, mask=mask)
     tl.store(drafts_ptr + o_room, y, mask=mask)
@@ -62,7 +62,7 @@ def draft_lane(y, radius, direction, guess, mask, o_room, o_input, guess_ptr, dr
 
 @triton.jit(do_not_specialize=["steps", "batch"])
 def draft_kernel(
-    x_ptr, guess_ptr, drafts_ptr, noise_ptr, input_ptr, timestep_ptr, progress_ptr, windows_ptr, coefficients_ptr,
+    x_ptr, guess_ptr, drafts_ptr, noise_ptr, input_ptr, timestep_ptr, position_ptr, windows_ptr, coefficients_ptr,
     ids_ptr, seeds_ptr, steps, batch, room, n, q,
     GUIDED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -70,17 +70,17 @@ def draft_kernel(
     PTX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program takes PARTS blocks of counters of one sample through all of its drafts."""
+    """Take PARTS blocks of counters of one sample through all of its drafts."""
     i_sample = sample_index()
     if i_sample >= batch:
         return
-    p_progress = progress_ptr + i_sample * PROGRESS
-    row = tl.load(p_progress + ROW)
+    p_position = position_ptr + i_sample * POSITION
+    row = tl.load(p_position + ROW)
     count = window_count(windows_ptr, row, steps, WIDTH)
     if count <= 0:
         return
-    evaluated = tl.load(p_progress + EVALUATED)
-    taken = tl.load(p_progress + TAKEN)
+    evaluated = tl.load(p_position + EVALUATED)
+    taken = tl.load(p_position + TAKEN)
     seed = tl.load(seeds_ptr + i_sample)
     wide = i_sample.to(tl.int64)
     o_sample = wide * n
@@ -128,18 +128,18 @@ def draft_kernel(
 
 @triton.jit(do_not_specialize=["steps", "batch"])
 def verify_kernel(
-    drafts_ptr, noise_ptr, guess_ptr, output_ptr, bound_ptr, guidance_ptr, dots_ptr, progress_ptr, windows_ptr,
+    drafts_ptr, noise_ptr, guess_ptr, output_ptr, bound_ptr, guidance_ptr, dots_ptr, position_ptr, windows_ptr,
     coefficients_ptr, clip, steps, batch, room, n, q, output_batch,
     CLIP: tl.constexpr,  # "none", "fixed" or "bound"
     GUIDED: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program takes PARTS blocks of counters of one draft."""
+    """Sum D z and |D|^2 over PARTS blocks of counters of one draft."""
     i_draft = sample_index()
     if i_draft >= batch * WIDTH:
         return
     i_sample = i_draft // WIDTH
     k = i_draft % WIDTH
-    row = tl.load(progress_ptr + i_sample * PROGRESS + ROW)
+    row = tl.load(position_ptr + i_sample * POSITION + ROW)
     if k >= window_count(windows_ptr, row, steps, WIDTH):
         return
     p_row = coefficients_ptr + (row + k) * COLUMNS
@@ -172,8 +172,8 @@ def verify_kernel(
                     out = guide(outs[lane], unconditionals[lane], guidance, PTX)
                 else:
                     out = to_float32(outs[lane], PTX)
-                raw, origin = estimate(ys[lane], out, a, b, limit, CLIP)
-                apart = clipped_scale * (origin - guesses[lane]) + raw_scale * (raw - guesses[lane])
+                raw, x0 = predict_x0(ys[lane], out, a, b, limit, CLIP)
+                apart = clipped_scale * (x0 - guesses[lane]) + raw_scale * (raw - guesses[lane])
                 apart = tl.where(masks[lane], apart, 0.0)
                 along += tl.where(masks[lane], apart * zs[lane], 0.0)
                 square += apart * apart
@@ -185,13 +185,13 @@ def verify_kernel(
 
 @triton.jit(do_not_specialize=["steps", "parts"])
 def decide_kernel(
-    dots_ptr, factor_ptr, rejected_ptr, progress_ptr, windows_ptr, coefficients_ptr, log_u_ptr, steps, room, parts,
+    dots_ptr, factor_ptr, rejected_ptr, position_ptr, windows_ptr, coefficients_ptr, log_u_ptr, steps, room, parts,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program decides for one sample; sums are taken in one order, whatever the launch."""
+    """Decide for one sample; the order of the sums does not depend on the launch."""
     i_sample = tl.program_id(0)
-    p_progress = progress_ptr + i_sample * PROGRESS
-    row = tl.load(p_progress + ROW)
+    p_position = position_ptr + i_sample * POSITION
+    row = tl.load(p_position + ROW)
     count = window_count(windows_ptr, row, steps, WIDTH)
     p_log_u = log_u_ptr + i_sample.to(tl.int64) * steps + row
     p_dots = dots_ptr + i_sample.to(tl.int64) * room * parts * 2
@@ -221,28 +221,28 @@ def decide_kernel(
     if outcome == REJECTED:
         tl.store(rejected_ptr + i_sample.to(tl.int64) * steps + row + taken - 1, 1)
     tl.store(factor_ptr + i_sample, factor)
-    tl.store(p_progress + ROW, row + taken)
-    tl.store(p_progress + START, row)
-    tl.store(p_progress + EVALUATED, tl.maximum(count, 0))
-    tl.store(p_progress + TAKEN, taken)
-    tl.store(p_progress + OUTCOME, outcome)
+    tl.store(p_position + ROW, row + taken)
+    tl.store(p_position + START, row)
+    tl.store(p_position + EVALUATED, tl.maximum(count, 0))
+    tl.store(p_position + TAKEN, taken)
+    tl.store(p_position + OUTCOME, outcome)
 
 
 @triton.jit(do_not_specialize=["batch"])
 def commit_kernel(
-    x_ptr, drafts_ptr, noise_ptr, guess_ptr, output_ptr, bound_ptr, guidance_ptr, factor_ptr, progress_ptr,
+    x_ptr, drafts_ptr, noise_ptr, guess_ptr, output_ptr, bound_ptr, guidance_ptr, factor_ptr, position_ptr,
     coefficients_ptr, clip, batch, room, n, q, output_batch,
     CLIP: tl.constexpr, GUIDED: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program takes PARTS blocks of counters of one sample."""
+    """Commit PARTS blocks of counters of one sample."""
     i_sample = sample_index()
     if i_sample >= batch:
         return
-    p_progress = progress_ptr + i_sample * PROGRESS
-    first = tl.load(p_progress + START)
-    evaluated = tl.load(p_progress + EVALUATED)
-    taken = tl.load(p_progress + TAKEN)
-    accepted = tl.load(p_progress + OUTCOME) == ACCEPTED
+    p_position = position_ptr + i_sample * POSITION
+    first = tl.load(p_position + START)
+    evaluated = tl.load(p_position + EVALUATED)
+    taken = tl.load(p_position + TAKEN)
+    accepted = tl.load(p_position + OUTCOME) == ACCEPTED
     factor = tl.load(factor_ptr + i_sample)
     wide = i_sample.to(tl.int64)
     p_first = output_ptr + wide * WIDTH * output_batch
@@ -276,8 +276,8 @@ def commit_kernel(
                             out = guide(outs[lane], unconditionals[lane], guidance, PTX)
                         else:
                             out = to_float32(outs[lane], PTX)
-                        raw, origin = estimate(y, out, a, b, limit, CLIP)
-                        tl.store(guess_ptr + o_room + begins[lane] + j, origin, mask=masks[lane])
+                        raw, x0 = predict_x0(y, out, a, b, limit, CLIP)
+                        tl.store(guess_ptr + o_room + begins[lane] + j, x0, mask=masks[lane])
                         if k == taken - 1:
                             sigma = tl.load(p_row + 5)
                             z = tl.load(noise_ptr + o_room + begins[lane] + j, mask=masks[lane])
@@ -286,19 +286,19 @@ def commit_kernel(
                                 new = g_scale * guess + y_scale * y + sigma * z
                             else:
                                 clipped_scale, raw_scale = distance_scales(p_row, sigma)
-                                apart = clipped_scale * (origin - guess) + raw_scale * (raw - guess)
-                                new = tl.load(p_row + 2) * origin + tl.load(p_row + 3) * y + tl.load(p_row + 4) * out
+                                apart = clipped_scale * (x0 - guess) + raw_scale * (raw - guess)
+                                new = tl.load(p_row + 2) * x0 + tl.load(p_row + 3) * y + tl.load(p_row + 4) * out
                                 new += sigma * (z - factor * apart)
                             tl.store(x_ptr + wide * n + begins[lane] + j, new, mask=masks[lane])
 
 
 def parts(n: int) -> int:
-    """Programs that a draft of n elements is divided among."""
+    """Return the number of programs that a draft of n elements is divided among."""
     return grid(1, n)[0]
 
 
 def draft_triton(
-    x: Tensor, guess: Tensor, progress: Tensor, windows: Tensor, coefficients: Tensor, ids: Tensor, seeds: Tensor,
+    x: Tensor, guess: Tensor, position: Tensor, windows: Tensor, coefficients: Tensor, ids: Tensor, seeds: Tensor,
     width: int, *, drafts: Tensor, noise: Tensor, model_input: Tensor, timestep: Tensor,
 ) -> None:  # fmt: skip
     """Launch `draft_kernel`."""
@@ -306,7 +306,7 @@ def draft_triton(
     guided = len(model_input) > batch * width
     target = model_input if with_layout(model_input)[1].row_major else model_input.new_empty(model_input.shape)
     draft_kernel[grid(batch, n)](
-        x, guess, drafts, noise, target, timestep, progress, windows, coefficients, ids, seeds,
+        x, guess, drafts, noise, target, timestep, position, windows, coefficients, ids, seeds,
         len(coefficients), batch, guess.shape[1], n, quarter(n),
         GUIDED=guided, WIDTH=width, SPAN=triton.next_power_of_2(width), PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
@@ -315,7 +315,7 @@ def draft_triton(
 
 
 def verify_triton(
-    drafts: Tensor, noise: Tensor, guess: Tensor, output: Tensor, progress: Tensor, windows: Tensor,
+    drafts: Tensor, noise: Tensor, guess: Tensor, output: Tensor, position: Tensor, windows: Tensor,
     coefficients: Tensor, width: int, *, clip: float | None = None, bound: Tensor | None = None,
     guidance: Tensor | None = None, dots: Tensor,
 ) -> None:  # fmt: skip
@@ -323,7 +323,7 @@ def verify_triton(
     batch, n = len(guess), guess[0, 0].numel()
     output, stride = _row_major(output)
     verify_kernel[grid(batch * width, n)](
-        drafts, noise, guess, output, bound, guidance, dots, progress, windows, coefficients,
+        drafts, noise, guess, output, bound, guidance, dots, position, windows, coefficients,
         float(clip or 0.0), len(coefficients), batch, guess.shape[1], n, quarter(n), stride,
         CLIP=clip_form(clip, bound), GUIDED=guidance is not None, WIDTH=width, PTX=ptx(), BLOCK=BLOCK,
         num_warps=warps(),
@@ -331,18 +331,18 @@ def verify_triton(
 
 
 def decide_triton(
-    dots: Tensor, progress: Tensor, windows: Tensor, coefficients: Tensor, log_u: Tensor, width: int, *,
+    dots: Tensor, position: Tensor, windows: Tensor, coefficients: Tensor, log_u: Tensor, width: int, *,
     factor: Tensor, rejected: Tensor,
 ) -> None:  # fmt: skip
     """Launch `decide_kernel`."""
-    decide_kernel[(len(progress),)](
-        dots, factor, rejected, progress, windows, coefficients, log_u, len(coefficients), dots.shape[1],
+    decide_kernel[(len(position),)](
+        dots, factor, rejected, position, windows, coefficients, log_u, len(coefficients), dots.shape[1],
         dots.shape[2], WIDTH=width, BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
 
 
 def commit_triton(
-    x: Tensor, drafts: Tensor, noise: Tensor, guess: Tensor, output: Tensor, progress: Tensor, factor: Tensor,
+    x: Tensor, drafts: Tensor, noise: Tensor, guess: Tensor, output: Tensor, position: Tensor, factor: Tensor,
     windows: Tensor, coefficients: Tensor, width: int, *, clip: float | None = None, bound: Tensor | None = None,
     guidance: Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -350,7 +350,7 @@ def commit_triton(
     batch, n = len(x), x[0].numel()
     output, stride = _row_major(output)
     commit_kernel[grid(batch, n)](
-        x, drafts, noise, guess, output, bound, guidance, factor, progress, coefficients,
+        x, drafts, noise, guess, output, bound, guidance, factor, position, coefficients,
         float(clip or 0.0), batch, guess.shape[1], n, quarter(n), stride,
         CLIP=clip_form(clip, bound), GUIDED=guidance is not None, WIDTH=width, PTX=ptx(), BLOCK=BLOCK,
         num_warps=warps(),
@@ -358,7 +358,7 @@ def commit_triton(
 
 
 def _row_major(output: Tensor) -> tuple[Tensor, int]:
-    """The output, copied where its samples are not row-major; elements between two samples."""
+    """Return the output, copied where its samples are not row-major, and the elements between two samples."""
     output, layout = with_layout(output)
     if not layout.row_major:
         output, layout = with_layout(output.contiguous())

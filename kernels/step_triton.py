@@ -1,5 +1,7 @@
 """The kernel behind `step`."""
 
+from typing import TYPE_CHECKING, Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,68 +10,16 @@ from ddpm_fast.kernels.dispatch import ptx, warps
 from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.philox import Stream, quarter
 from ddpm_fast.kernels.philox_triton import polar4, tie
+from ddpm_fast.kernels.rows_triton import COLUMNS, STEP, clip_form, guide, place4, predict_x0, to_float32
+from ddpm_fast.kernels.step_options import StepOptions, with_defaults
 from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, load4, sample_index
 
-COLUMNS = tl.constexpr(11)
-STEP = tl.constexpr(int(Stream.STEP))
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
 INPAINT = tl.constexpr(int(Stream.INPAINT))
 HALF_LOG2_E = tl.constexpr(0.7213475204444817)
-
-
-@triton.jit
-def to_float32(values, PTX: tl.constexpr):
-    if PTX and values.dtype == tl.bfloat16:
-        # Two at a time, an instruction each; Triton's own takes three for the pair.
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16;\nand.b32 $1, $2, 0xffff0000;", "=r,=r,r", [values],
-            dtype=tl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return values.to(tl.float32)
-
-
-@triton.jit
-def guide(out, unconditional, guidance, PTX: tl.constexpr):
-    """The guided output, from both halves as the network stored them."""
-    unconditional = to_float32(unconditional, PTX)
-    return unconditional + guidance * (to_float32(out, PTX) - unconditional)
-
-
-@triton.jit
-def estimate(x, out, a, b, limit, CLIP: tl.constexpr):
-    """The estimate of the origin, raw and clipped."""
-    raw = a * x + b * out
-    origin = raw
-    if CLIP != "none":
-        origin = tl.clamp(raw, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-    if CLIP == "bound":
-        origin = origin / limit
-    return raw, origin
-
-
-@triton.jit
-def place(first, pixels, channel_stride, pixel_stride, ONE_WRAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the BLOCK elements from `first` on, row-major in a sample, lie in memory with these strides."""
-    channel = first // pixels
-    pixel = first - channel * pixels + tl.arange(0, BLOCK)
-    if ONE_WRAP:
-        wraps = (pixel >= pixels).to(tl.int32)
-    else:
-        wraps = pixel // pixels
-    pixel -= wraps * pixels
-    inner = wraps.to(tl.int64) * channel_stride + pixel.to(tl.int64) * pixel_stride
-    return channel.to(tl.int64) * channel_stride + inner
-
-
-@triton.jit
-def place4(begins, start, pixels, channel_stride, pixel_stride, ONE_WRAP: tl.constexpr, BLOCK: tl.constexpr):
-    """`place` for the four lanes of the block at counter `start`."""
-    return (
-        place(begins[0] + start, pixels, channel_stride, pixel_stride, ONE_WRAP, BLOCK),
-        place(begins[1] + start, pixels, channel_stride, pixel_stride, ONE_WRAP, BLOCK),
-        place(begins[2] + start, pixels, channel_stride, pixel_stride, ONE_WRAP, BLOCK),
-        place(begins[3] + start, pixels, channel_stride, pixel_stride, ONE_WRAP, BLOCK),
-    )
 
 
 @triton.jit
@@ -82,22 +32,22 @@ def exp2(x, PTX: tl.constexpr):
         return tl.exp2(x)
 
 
-# Counts that change from launch to launch are no reason to compile again; and a 1, compiled in, has no dtype to widen.
-@triton.jit(do_not_specialize=["offset", "steps", "visit", "batch"])
+# A count that changes from launch to launch must not compile the kernel again; and a 1 that is compiled in has no
+# dtype.
+@triton.jit(do_not_specialize=["offset", "steps", "batch"])
 def step_kernel(
     x_ptr, output_ptr, z_ptr, coefficients_ptr, ids_ptr, base_ptr, seeds_ptr, bound_ptr, guidance_ptr,
     known_ptr, mask_ptr, new_ptr, x0_ptr, input_ptr, timestep_ptr,
-    clip, offset, steps, visit, batch, n, q,
+    offset, steps, batch, n, q, clip,
     pixels, output_batch, output_channel, output_pixel, output_variance, input_batch, input_channel, input_pixel,
     NOISE: tl.constexpr,  # "none", "philox" or "tensor"
     CLIP: tl.constexpr,  # "none", "fixed" or "bound"
     USE_OUTPUT: tl.constexpr,
     LEARNED: tl.constexpr,
-    GUIDED: tl.constexpr,  # "none", or the half of the output that comes first: "conditional" or "unconditional"
+    GUIDED: tl.constexpr,  # the conditional half of the output comes first
     INPAINT_KNOWN: tl.constexpr,
     WRITE_X0: tl.constexpr,
     WRITE_INPUT: tl.constexpr,
-    SCALE_INPUT: tl.constexpr,
     WRITE_TIMESTEP: tl.constexpr,
     STRIDED_OUTPUT: tl.constexpr,  # not row-major: channels_last, for one
     STRIDED_INPUT: tl.constexpr,
@@ -105,7 +55,7 @@ def step_kernel(
     PTX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program takes PARTS blocks of counters of one sample, each four runs of BLOCK elements, a quarter apart."""
+    """Take the step for PARTS blocks of counters of one sample, each four runs of BLOCK elements, a quarter apart."""
     i_sample = sample_index()
     if i_sample >= batch:
         return
@@ -134,28 +84,23 @@ def step_kernel(
     if NOISE == "philox" or INPAINT_KNOWN:
         seed = tl.load(seeds_ptr + i_sample)
         noise_id = tl.load(ids_ptr + row * 2 + 1)
-    if GUIDED != "none":
+    if GUIDED:
         guidance = tl.load(guidance_ptr + i_sample)
     limit = clip
     if CLIP == "bound":
         limit = tl.load(bound_ptr + i_sample)
     following = tl.minimum(row + 1, steps - 1)
-    if SCALE_INPUT:
-        input_scale = tl.load(coefficients_ptr + following * COLUMNS + 10)
     if WRITE_TIMESTEP:
         if tl.program_id(0) == 0:
             timestep = tl.load(ids_ptr + following * 2).to(tl.int64)
             tl.store(timestep_ptr + i_sample, timestep)
-            if GUIDED != "none":
+            if GUIDED:
                 tl.store(timestep_ptr + batch + i_sample, timestep)
 
     o_sample = i_sample.to(tl.int64) * n
     p_output = output_ptr + i_sample.to(tl.int64) * output_batch
-    if GUIDED == "conditional":
+    if GUIDED:
         p_unconditional = p_output + batch.to(tl.int64) * output_batch
-    if GUIDED == "unconditional":
-        p_unconditional = p_output
-        p_output += batch.to(tl.int64) * output_batch
     if WRITE_INPUT:
         p_input = input_ptr + i_sample.to(tl.int64) * input_batch
         p_input_twin = p_input + batch.to(tl.int64) * input_batch  # for the other half of a guided output
@@ -165,7 +110,7 @@ def step_kernel(
         if start < q:
             j = start + tl.arange(0, BLOCK)
             begins, masks = lanes(j, n, q)
-            # Everything that is read comes before anything that is written: a store would hold the next loads back.
+            # All loads come before the first store: a store would delay the next loads.
             xs = load4(x_ptr + o_sample, begins, j, masks)
             if STRIDED_OUTPUT:
                 places = place4(begins, start, pixels, output_channel, output_pixel, ONE_WRAP, BLOCK)
@@ -174,7 +119,7 @@ def step_kernel(
                 places = begins
                 j_output = j
             outs = load4(p_output, places, j_output, masks)
-            if GUIDED != "none":
+            if GUIDED:
                 unconditionals = load4(p_unconditional, places, j_output, masks)
             if LEARNED:
                 variances = load4(p_output + output_variance, places, j_output, masks)
@@ -185,9 +130,9 @@ def step_kernel(
                 keeps = load4(mask_ptr + o_sample, begins, j, masks)
 
             if NOISE == "philox":
-                radii, directions = polar4(seed, tie(j, xs[0]), noise_id, STEP, visit, sigma, PTX)
+                radii, directions = polar4(seed, tie(j, xs[0]), noise_id, STEP, 0, sigma, PTX)
             if INPAINT_KNOWN:
-                known_radii, known_directions = polar4(seed, tie(j, xs[0]), noise_id, INPAINT, visit, known_sigma, PTX)
+                known_radii, known_directions = polar4(seed, tie(j, xs[0]), noise_id, INPAINT, 0, known_sigma, PTX)
             if STRIDED_INPUT:
                 input_places = place4(begins, start, pixels, input_channel, input_pixel, ONE_WRAP, BLOCK)
 
@@ -195,11 +140,11 @@ def step_kernel(
                 mask = masks[lane]
                 o_lane = o_sample + begins[lane]
                 x = xs[lane]
-                if GUIDED == "none":
+                if not GUIDED:
                     out = to_float32(outs[lane], PTX)
                 else:
                     out = guide(outs[lane], unconditionals[lane], guidance, PTX)
-                _, x0 = estimate(x, out, a, b, limit, CLIP)
+                _, x0 = predict_x0(x, out, a, b, limit, CLIP)
                 if WRITE_X0:
                     tl.store(x0_ptr + o_lane + j, x0, mask=mask)
                 new = c_x0 * x0 + c_x * x
@@ -220,21 +165,14 @@ def step_kernel(
                     new = keep * known + (1 - keep) * new
                 tl.store(new_ptr + o_lane + j, new, mask=mask)
                 if WRITE_INPUT:
-                    if SCALE_INPUT:
-                        new *= input_scale
                     rounded = new.to(input_ptr.dtype.element_ty)
                     if STRIDED_INPUT:
                         o_input = input_places[lane]
                     else:
                         o_input = begins[lane] + j
                     tl.store(p_input + o_input, rounded, mask=mask)
-                    if GUIDED != "none":
+                    if GUIDED:
                         tl.store(p_input_twin + o_input, rounded, mask=mask)
-
-
-def clip_form(clip: float | None, bound: Tensor | None) -> str:
-    """The CLIP of a kernel."""
-    return "bound" if bound is not None else "fixed" if clip is not None else "none"
 
 
 def step_triton(
@@ -244,47 +182,32 @@ def step_triton(
     ids: Tensor,
     base: Tensor,
     offset: int = 0,
-    *,
-    seeds: Tensor | None = None,
-    z: Tensor | None = None,
-    visit: int = 0,
-    clip: float | None = None,
-    bound: Tensor | None = None,
-    guidance: Tensor | None = None,
-    conditional_first: bool = True,
-    learned: bool = False,
-    use_output: bool = True,
-    known: Tensor | None = None,
-    mask: Tensor | None = None,
-    x_new: Tensor,
-    x0_new: Tensor | None = None,
-    model_input: Tensor | None = None,
-    scale_input: bool = False,
-    timestep: Tensor | None = None,
+    **options: "Unpack[StepOptions]",
 ) -> Tensor:
     """Launch `step_kernel`; the contract is `kernels.step.step`."""
+    given: Any = with_defaults(options)
     batch, channels = x.shape[:2]
     n = x[0].numel()
     output, source = with_layout(output)
-    target = None if model_input is None else with_layout(model_input)[1]
-    noise = "tensor" if z is not None else "philox" if seeds is not None else "none"
-    order = "none" if guidance is None else "conditional" if conditional_first else "unconditional"
+    target = None if given.model_input is None else with_layout(given.model_input)[1]
+    noise = "tensor" if given.z is not None else "philox" if given.seeds is not None else "none"
     strided_output, strided_input = not source.row_major, target is not None and not target.row_major
     step_kernel[grid(batch, n)](
-        x, output, z, coefficients, ids, base, seeds, bound, guidance, known, mask,
-        x_new, x0_new, model_input, timestep,
-        float(clip or 0.0), offset, len(coefficients), visit, batch, n, quarter(n),
+        x, output, given.z, coefficients, ids, base, given.seeds, given.bound, given.guidance, given.known, given.mask,
+        given.x_new, given.x0_new, given.model_input, given.timestep,
+        offset, len(coefficients), batch, n, quarter(n), float(given.clip or 0.0),
         source.pixels if strided_output or strided_input else None,
         source.batch,
         *((source.channel, source.pixel) if strided_output else (None, None)),
-        channels * source.channel if learned else None,
+        channels * source.channel if given.learned else None,
         target.batch if target else None,
         *((target.channel, target.pixel) if target and strided_input else (None, None)),
-        NOISE=noise, CLIP=clip_form(clip, bound), USE_OUTPUT=use_output, LEARNED=learned, GUIDED=order,
-        INPAINT_KNOWN=known is not None, WRITE_X0=x0_new is not None, WRITE_INPUT=model_input is not None,
-        SCALE_INPUT=scale_input, WRITE_TIMESTEP=timestep is not None,
+        NOISE=noise, CLIP=clip_form(given.clip, given.bound), USE_OUTPUT=given.use_output, LEARNED=given.learned,
+        GUIDED=given.guidance is not None, INPAINT_KNOWN=given.known is not None, WRITE_X0=given.x0_new is not None,
+        WRITE_INPUT=given.model_input is not None, WRITE_TIMESTEP=given.timestep is not None,
         STRIDED_OUTPUT=strided_output, STRIDED_INPUT=strided_input,
         ONE_WRAP=(strided_output or strided_input) and source.pixels >= BLOCK,
         PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
+    x_new: Tensor = given.x_new
     return x_new

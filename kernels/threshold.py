@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddpm_fast.kernels.checks import FLOATS, check_contiguous, check_tensor
 from ddpm_fast.kernels.dispatch import choose_backend, on_device
-from ddpm_fast.kernels.step import Rows, split_output
+from ddpm_fast.kernels.rows import Rows, split_output
 
 
 def threshold_bound(
@@ -20,27 +20,26 @@ def threshold_bound(
     ratio: float,
     max_value: float,
     guidance: Tensor | None = None,
-    conditional_first: bool = True,
     bound: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Return the `ratio` quantile of |x0| of every sample, at least 1 and at most `max_value`: float32 [B].
 
-    x0 = a x + b out is the estimate that `step` makes from the same arguments. The quantile is interpolated between two
-    order statistics, as by torch.quantile (which takes 16 million elements at most); the bound of a sample with NaN is
-    NaN. Nothing waits for the device.
+    x0 = a x + b out is the x0 prediction that `step` makes from the same arguments. The quantile is interpolated
+    between two order statistics, as by torch.quantile (which takes 16 million elements at most). The bound of a sample
+    with NaN is NaN. The host does not wait for the device.
 
     Args:
-        x, output, coefficients, base, offset, guidance, conditional_first: those of `step`; on the PyTorch path base
-            may be an int, one row for all samples, and coefficients then a list.
-        ratio: in [0, 1].
-        max_value: >= 1.
-        bound: where to write; None makes a new tensor. On a GPU the bound of a sample whose row is outside the table
-            is left as it is.
+        x, output, coefficients, base, offset, guidance: See `step`. On the PyTorch path base may be an int, one row for
+            all samples, and coefficients a list.
+        ratio: The quantile, in [0, 1].
+        max_value: The largest bound, >= 1.
+        bound: Where to write; None makes a new tensor. On a GPU the bound of a sample whose row is outside the table is
+            left as it is.
         backend: "triton" or "torch"; None chooses by device.
 
     Raises:
-        ValueError: a tensor of the wrong shape, dtype, device or layout; a number outside its range.
+        ValueError: A tensor has the wrong shape, dtype, device or layout; a number is outside its range.
     """
     if not 0 <= ratio <= 1 or not max_value >= 1:
         raise ValueError(f"ratio must be in [0, 1] and max_value >= 1, got {ratio} and {max_value}")
@@ -55,7 +54,7 @@ def threshold_bound(
     if chosen == "torch":
         return _threshold_torch(
             x, output, coefficients, base, offset, below=below, weight=weight, max_value=max_value, guidance=guidance,
-            conditional_first=conditional_first, bound=bound,
+            bound=bound,
         )  # fmt: skip
     if not isinstance(base, Tensor) or not isinstance(coefficients, Tensor):
         raise ValueError("base and coefficients must be tensors where the kernel runs")
@@ -64,15 +63,15 @@ def threshold_bound(
     with on_device(x.device):
         return threshold_triton(
             x, output, coefficients, base, offset, below=below, weight=weight, max_value=max_value, guidance=guidance,
-            conditional_first=conditional_first, bound=bound,
+            bound=bound,
         )  # fmt: skip
 
 
 @functools.cache
 def _rank(ratio: float, count: int, dtype: torch.dtype) -> tuple[int, float]:
-    """The order statistic below the quantile, and the weight of the next.
+    """Return the order statistic below the quantile, and the weight of the next order statistic.
 
-    In the dtype of x, where torch.quantile has it, so that the same two numbers are interpolated.
+    The rank is computed in the dtype of x, as in torch.quantile, so that the same two numbers are interpolated.
     """
     rank = torch.tensor(ratio, dtype=dtype) * (count - 1)
     return int(rank), float(rank - int(rank))
@@ -89,13 +88,12 @@ def _threshold_torch(
     weight: float,
     max_value: float,
     guidance: Tensor | None,
-    conditional_first: bool,
     bound: Tensor,
 ) -> Tensor:
-    """The PyTorch twin."""
-    out, _ = split_output(x, output, guidance, conditional_first)
+    """Compute the bound on PyTorch: the twin of the kernel."""
+    out, _ = split_output(x, output, guidance)
     row = Rows(coefficients, base, offset, x.dim())
-    magnitude = row.origin(x, out).abs_().flatten(1)
+    magnitude = row.predict_x0(x, out).abs_().flatten(1)
     low = magnitude.kthvalue(below + 1, dim=1).values
     high = magnitude.kthvalue(min(below + 2, magnitude.shape[1]), dim=1).values
     quantile = torch.lerp(low, high, weight).clamp_(1, max_value)

@@ -1,8 +1,9 @@
 """The kernel behind `threshold_bound`: an exact quantile by radix selection, one program a sample.
 
-For numbers >= 0 the order of floats is the order of their bits. Four passes fix the bits of the lower order statistic,
-eight at a time, from the counts of the next eight among those that share the bits found; a fifth finds the next
-greater number. Nothing is sorted, stored or waited for, and x and output come from the cache after the first pass.
+For numbers >= 0 the order of floats is the order of their bits. Four passes find the bits of the lower order statistic,
+eight bits in a pass: a pass counts the next eight bits among the numbers that share the bits found so far. A fifth pass
+finds the next greater number. Nothing is sorted or stored, the host does not wait, and x and output come from the cache
+after the first pass.
 """
 
 import triton
@@ -11,34 +12,30 @@ from torch import Tensor
 
 from ddpm_fast.kernels.dispatch import ptx, warps
 from ddpm_fast.kernels.layout import with_layout
-from ddpm_fast.kernels.step_triton import COLUMNS, guide, place, to_float32
+from ddpm_fast.kernels.rows_triton import COLUMNS, guide, place, to_float32
 
-BLOCK = 2048  # a program takes all of a sample, this many at a time
+BLOCK = 2048  # elements at a time; a program takes a whole sample
 INFINITY = tl.constexpr(0x7F800000)  # the bits of infinity: those of NaN are greater
 NONE = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
 def magnitude_bits(
-    x_ptr, p_output, p_other, start, n, a, b, guidance, pixels, channel_stride, pixel_stride,
+    x_ptr, p_output, p_unconditional, start, n, a, b, guidance, pixels, channel_stride, pixel_stride,
     GUIDED: tl.constexpr, STRIDED_OUTPUT: tl.constexpr, ONE_WRAP: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The bits of |x0| for BLOCK elements, and which of them there are."""
+    """Return the bits of |x0| for BLOCK elements, and a mask of the elements that exist."""
     e = start + tl.arange(0, BLOCK)
     mask = e < n
     if STRIDED_OUTPUT:
         o_output = place(start, pixels, channel_stride, pixel_stride, ONE_WRAP, BLOCK)
     else:
         o_output = e
-    first = tl.load(p_output + o_output, mask=mask)
-    if GUIDED == "none":
-        out = to_float32(first, PTX)
+    conditional = tl.load(p_output + o_output, mask=mask)
+    if GUIDED:
+        out = guide(conditional, tl.load(p_unconditional + o_output, mask=mask), guidance, PTX)
     else:
-        second = tl.load(p_other + o_output, mask=mask)
-        if GUIDED == "conditional":
-            out = guide(first, second, guidance, PTX)
-        else:
-            out = guide(second, first, guidance, PTX)
+        out = to_float32(conditional, PTX)
     x0 = a * tl.load(x_ptr + e, mask=mask) + b * out
     return tl.abs(x0).to(tl.int32, bitcast=True), mask
 
@@ -55,13 +52,13 @@ def threshold_kernel(
         return
     a = tl.load(coefficients_ptr + row * COLUMNS)
     b = tl.load(coefficients_ptr + row * COLUMNS + 1)
-    if GUIDED != "none":
+    if GUIDED:
         guidance = tl.load(guidance_ptr + i_sample)
     else:
         guidance = 1.0
     p_x = x_ptr + i_sample.to(tl.int64) * n
     p_output = output_ptr + i_sample.to(tl.int64) * output_batch
-    p_other = p_output + (tl.num_programs(0)).to(tl.int64) * output_batch
+    p_unconditional = p_output + (tl.num_programs(0)).to(tl.int64) * output_batch
 
     rank = below  # of the number sought, among those that share the bits found
     prefix = rank * 0
@@ -71,7 +68,7 @@ def threshold_kernel(
         counts = tl.zeros((256,), tl.int32)
         for start in range(0, n, BLOCK):
             bits, mask = magnitude_bits(
-                p_x, p_output, p_other, start, n, a, b, guidance, pixels, output_channel, output_pixel,
+                p_x, p_output, p_unconditional, start, n, a, b, guidance, pixels, output_channel, output_pixel,
                 GUIDED, STRIDED_OUTPUT, ONE_WRAP, PTX, BLOCK,
             )  # fmt: skip
             if digit > 0:
@@ -87,7 +84,7 @@ def threshold_kernel(
     largest = rank * 0
     for start in range(0, n, BLOCK):
         bits, mask = magnitude_bits(
-            p_x, p_output, p_other, start, n, a, b, guidance, pixels, output_channel, output_pixel,
+            p_x, p_output, p_unconditional, start, n, a, b, guidance, pixels, output_channel, output_pixel,
             GUIDED, STRIDED_OUTPUT, ONE_WRAP, PTX, BLOCK,
         )  # fmt: skip
         above = tl.minimum(above, tl.min(tl.where(mask & (bits > prefix), bits, NONE), 0))
@@ -113,7 +110,6 @@ def threshold_triton(
     weight: float,
     max_value: float,
     guidance: Tensor | None,
-    conditional_first: bool,
     bound: Tensor,
 ) -> Tensor:
     """Launch `threshold_kernel`; the contract is `kernels.threshold.threshold_bound`."""
@@ -123,7 +119,7 @@ def threshold_triton(
         x, output, coefficients, base, guidance, bound,
         offset, len(coefficients), x[0].numel(), below, weight, max_value,
         *((layout.pixels, layout.batch, layout.channel, layout.pixel) if strided else (None, layout.batch, None, None)),
-        GUIDED="none" if guidance is None else "conditional" if conditional_first else "unconditional",
+        GUIDED=guidance is not None,
         STRIDED_OUTPUT=strided, ONE_WRAP=strided and layout.pixels >= BLOCK,
         PTX=ptx(), BLOCK=BLOCK, num_warps=4 * warps(),
     )  # fmt: skip

@@ -13,13 +13,13 @@ def to_uint8(x: Tensor, *, rounding: str = "round", backend: str | None = None) 
     """Map x in [-1, 1] to bytes: uint8 [B, H, W, C] from [B, C, H, W], values outside clipped, computed in float32.
 
     Args:
-        x: float32, float16 or bfloat16 [B, C, H, W], in any strides.
-        rounding: "round" gives round(clamp(x / 2 + 1/2, 0, 1) 255), halves to even (diffusers); "truncate" gives
+        x: Samples, float32, float16 or bfloat16 [B, C, H, W], in any strides.
+        rounding: "round" computes round(clamp(x / 2 + 1/2, 0, 1) 255), halves to even (diffusers); "truncate" computes
             floor(clamp((x + 1) 127.5, 0, 255)) (guided-diffusion).
         backend: "triton" or "torch"; None chooses by device.
 
     Raises:
-        ValueError: x is no such tensor; an unknown rounding.
+        ValueError: x is no such tensor, or the rounding is unknown.
     """
     if x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"x must be a non-empty [B, C, H, W] tensor, got shape {tuple(x.shape)}")
@@ -35,7 +35,7 @@ def to_uint8(x: Tensor, *, rounding: str = "round", backend: str | None = None) 
 
 
 def to_uint8_torch(x: Tensor, *, rounding: str = "round") -> Tensor:
-    """The PyTorch twin of `to_uint8`; float64 stays float64."""
+    """Map to bytes on PyTorch: the twin of `to_uint8`; float64 is not rounded to float32."""
     x = x.permute(0, 2, 3, 1)
     x = x if x.dtype == torch.float64 else x.float()
     if rounding == "round":

@@ -9,7 +9,7 @@ from ddpm_fast.kernels.dispatch import warps
 from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.tile_triton import ROWS, sample_index
 
-BLOCK = 1024  # bytes a program
+BLOCK = 1024  # bytes of a program
 HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 2^23: adding it leaves no bits for a fraction, so the sum rounds to even
 
 
@@ -20,7 +20,7 @@ def to_uint8_kernel(
     ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK consecutive bytes of one image, whose size = pixels · CHANNELS."""
+    """Write BLOCK consecutive bytes of one image, whose size is pixels · CHANNELS."""
     i_sample = sample_index()
     if i_sample >= batch:
         return

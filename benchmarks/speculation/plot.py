@@ -13,7 +13,7 @@ import torch
 from benchmarks.common.results import ROOT, read_result
 from ddpm_fast.engine.noise import PhiloxNoise
 from ddpm_fast.files import whole_file
-from ddpm_fast.kernels.speculate import Outcome, Progress
+from ddpm_fast.kernels.rounds import Outcome, Position
 from ddpm_fast.models.checkpoint import load_checkpoint
 from ddpm_fast.sample import Sampler
 
@@ -32,18 +32,18 @@ def rounds() -> list[list[int]]:
     shape = (1, *checkpoint.shape)
     sampler = Sampler(checkpoint.model, shape, config=checkpoint.diffusion, speculate=WINDOWS)
     noise = PhiloxNoise([0], shape, sampler.table, torch.device("cpu"), "torch")
-    return [sampler.loop._progress[0].tolist() for _ in sampler.loop.steps(noise, progress=False)]
+    return [sampler.loop._position[0].tolist() for _ in sampler.loop.steps(noise, progress=False)]
 
 
 def draw_rounds(axes: Any, found: list[list[int]]) -> None:
     """A bar a round: what was drafted, what of it was taken, and where a draft was rejected."""
     for number, progress in enumerate(found, start=1):
-        start, taken = progress[Progress.START], progress[Progress.TAKEN]
-        axes.barh(number, progress[Progress.EVALUATED], left=start, color=IN_VAIN, height=0.8)
+        start, taken = progress[Position.START], progress[Position.TAKEN]
+        axes.barh(number, progress[Position.EVALUATED], left=start, color=IN_VAIN, height=0.8)
         axes.barh(number, taken, left=start, color=TAKEN, height=0.8)
-        if progress[Progress.OUTCOME] == Outcome.REJECTED:
+        if progress[Position.OUTCOME] == Outcome.REJECTED:
             axes.plot(start + taken - 0.5, number, marker=".", color=REJECTED, markersize=4)
-    steps = found[-1][Progress.ROW]
+    steps = found[-1][Position.ROW]
     axes.set(xlim=(0, steps), ylim=(len(found) + 1, 0), xlabel="step", ylabel="network call")
     axes.set_title(f"One moon: {steps} steps in {len(found)} calls", fontsize=10)
     for colour, label in ((TAKEN, "drafted and taken"), (IN_VAIN, "drafted in vain")):

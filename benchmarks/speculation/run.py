@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.common.results import FOLDER, machine_name, write_result
 from ddpm_fast.engine.report import Speculation
-from ddpm_fast.kernels.speculate import Progress
+from ddpm_fast.kernels.rounds import Position
 from ddpm_fast.models.checkpoint import Checkpoint, Classes, load_checkpoint
 from ddpm_fast.sample import Sampler
 from ddpm_fast.speculation.loop import SpeculativeLoop
@@ -46,7 +46,7 @@ def with_frozen_guesses(loop: SpeculativeLoop) -> None:
         x: Tensor, drafts: Tensor, noise: Tensor, guess: Tensor, output: Tensor, progress: Tensor, *rest, **more
     ):
         commit(x, drafts, noise, guess, output, progress, *rest, **more)
-        last = torch.arange(len(x), device=x.device), (progress[:, Progress.TAKEN].long() - 1).clamp(min=0)
+        last = torch.arange(len(x), device=x.device), (progress[:, Position.TAKEN].long() - 1).clamp(min=0)
         guess.copy_(guess[last][:, None].expand_as(guess))
 
     loop._commit = frozen

@@ -16,7 +16,8 @@ from ddpm_fast.engine.graph import CaptureError, GraphPool, StepGraph
 from ddpm_fast.engine.network import Network
 from ddpm_fast.engine.noise import Noise
 from ddpm_fast.engine.progress import ProgressBar, Show
-from ddpm_fast.kernels.step import implementation, rows_on_host
+from ddpm_fast.kernels.rows import rows_on_host
+from ddpm_fast.kernels.step import implementation
 from ddpm_fast.kernels.threshold import threshold_bound
 from ddpm_fast.table import Clipping, StepTable
 from ddpm_fast.validate import line_of

@@ -19,7 +19,8 @@ from ddpm_fast.engine.report import Speculation
 from ddpm_fast.engine.timer import seconds
 from ddpm_fast.kernels.normal import normal
 from ddpm_fast.kernels.philox import Stream
-from ddpm_fast.kernels.speculate import Outcome, Progress, Window, implementation, log_uniforms
+from ddpm_fast.kernels.rounds import Outcome, Position
+from ddpm_fast.kernels.speculate import RoundRows, implementation, log_uniforms
 from ddpm_fast.kernels.threshold import threshold_bound
 from ddpm_fast.speculation.windows import WindowPlan
 from ddpm_fast.table import Clipping, StepTable
@@ -80,7 +81,7 @@ class SpeculativeLoop(SamplingLoop):
         self._drafts, self._noise, self._guess = (torch.zeros(batch, room, *sizes, device=device) for _ in range(3))
         self._dots = torch.zeros(batch, room, self._parts(), 2, dtype=self._dtype_of_sums(), device=device)
         self._begin = torch.tensor([0, 0, 1, 0, Outcome.DONE], dtype=torch.int32, device=device)
-        self._progress = self._begin.repeat(batch, 1)
+        self._position = self._begin.repeat(batch, 1)
         self._factor = torch.zeros(batch, device=device)
         self._rejected = torch.zeros(batch, steps, dtype=torch.uint8, device=device)
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -160,7 +161,7 @@ class SpeculativeLoop(SamplingLoop):
                 with self._settings():
                     for _ in range(rounds):
                         self._advance(width)
-                    rows = self._progress[:, Progress.ROW].tolist()
+                    rows = self._position[:, Position.ROW].tolist()
                 calls, evaluations = calls + rounds, evaluations + rounds * batch * width
                 before, reached = reached, min(rows)
                 if self.watch is not None:
@@ -189,7 +190,7 @@ class SpeculativeLoop(SamplingLoop):
         self.x.copy_(noise.x_T() if x_T is None else x_T)
         self._guess.zero_()
         self._rejected.zero_()
-        self._progress.copy_(self._begin)
+        self._position.copy_(self._begin)
 
     def _make_row_noise(self) -> None:
         """Make the noise of all rows, on the PyTorch path and where it fits: a step may be drafted several times."""
@@ -219,7 +220,7 @@ class SpeculativeLoop(SamplingLoop):
     def _record(self, width: int) -> None:
         """Record a round; where that fails, rounds run eagerly from now on."""
         network = self.network(width)
-        state = self.x, self._guess, self._progress, self._rejected
+        state = self.x, self._guess, self._position, self._rejected
         kept = [buffer.clone() for buffer in state]
         try:
             self._graphs[width] = StepGraph(lambda: self._round(network, width), self.device, self._pool)
@@ -237,25 +238,25 @@ class SpeculativeLoop(SamplingLoop):
         drafted = self._drafts, self._noise, self._guess
         shared: dict[str, Any] = {}
         if self.backend == "torch":
-            window = Window(self._coefficients, self._progress, self._window_rows, width, self.x.dim())
-            shared = {"window": window}
+            rows = RoundRows(self._coefficients, self._position, self._window_rows, width, self.x.dim())
+            shared = {"rows": rows}
         self._draft(
-            self.x, self._guess, self._progress, self._window_rows, self._coefficients, self._ids, self._seeds, width,
+            self.x, self._guess, self._position, self._window_rows, self._coefficients, self._ids, self._seeds, width,
             drafts=self._drafts, noise=self._noise, model_input=network.input, timestep=network.timestep, **shared,
-            **({} if self._row_noise is None else {"ahead": self._row_noise}),
+            **({} if self._row_noise is None else {"row_noise": self._row_noise}),
         )  # fmt: skip
         output = network()
         limits = self._limits(network, output, width)
         self._verify(
-            *drafted, output, self._progress, self._window_rows, self._coefficients, width, dots=self._dots,
+            *drafted, output, self._position, self._window_rows, self._coefficients, width, dots=self._dots,
             **limits, **shared,
         )  # fmt: skip
         self._decide(
-            self._dots, self._progress, self._window_rows, self._coefficients, self._log_u, width,
+            self._dots, self._position, self._window_rows, self._coefficients, self._log_u, width,
             factor=self._factor, rejected=self._rejected, **shared,
         )  # fmt: skip
         self._commit(
-            self.x, *drafted, output, self._progress, self._factor, self._window_rows, self._coefficients, width,
+            self.x, *drafted, output, self._position, self._factor, self._window_rows, self._coefficients, width,
             **limits, **shared,
         )  # fmt: skip
 
@@ -265,7 +266,7 @@ class SpeculativeLoop(SamplingLoop):
         if self.clipping.ratio is None:
             return {"clip": self.clipping.limit, "guidance": guidance}
         offsets = torch.arange(width, device=self.device, dtype=torch.int32)
-        rows = (self._progress[:, Progress.ROW, None] + offsets).clamp(max=len(self.table) - 1).flatten()
+        rows = (self._position[:, Position.ROW, None] + offsets).clamp(max=len(self.table) - 1).flatten()
         bound = threshold_bound(
             self._drafts[:, :width].flatten(0, 1).contiguous(), output, self._coefficients, rows,
             ratio=self.clipping.ratio, max_value=self.clipping.max_value, guidance=guidance, backend=self.backend,

@@ -8,7 +8,7 @@ from benchmarks.network import replay
 from benchmarks.speculation import plot as speculation_plot
 from benchmarks.speculation import run as speculation
 from benchmarks.speculation import tables as speculation_tables
-from ddpm_fast.kernels.speculate import Progress
+from ddpm_fast.kernels.rounds import Position
 from ddpm_fast.models.checkpoint import load_checkpoint
 from research import speculation_ideas
 
@@ -52,10 +52,10 @@ def test_calls_are_timed_by_batch_size():
 
 def test_rounds_of_the_picture_are_a_whole_walk():
     found = speculation_plot.rounds()
-    assert found[0][Progress.START] == 0
-    assert found[-1][Progress.ROW] == 1000
+    assert found[0][Position.START] == 0
+    assert found[-1][Position.ROW] == 1000
     for one, following in itertools.pairwise(found):
-        assert one[Progress.ROW] == one[Progress.START] + one[Progress.TAKEN] == following[Progress.START]
+        assert one[Position.ROW] == one[Position.START] + one[Position.TAKEN] == following[Position.START]
 
 
 def test_every_table_is_filled():

@@ -57,7 +57,7 @@ def with_strides(values, channels_last):
 
 
 def launch_step(step_triton, a):
-    halves = 1 if a["GUIDED"] == "none" else 2
+    halves = 2 if a["GUIDED"] else 1
     channels = a["n"] // a["pixels"] if a["pixels"] else 1
     pixels = a["n"] // channels
     shape = (a["batch"], channels, pixels)
@@ -67,17 +67,15 @@ def launch_step(step_triton, a):
             tensor(a["output_ptr"], halves * a["batch"], a["output_batch"] // a["n"] * channels, pixels),
             a["STRIDED_OUTPUT"],
         ),
-        tensor(a["coefficients_ptr"], a["steps"], 11),
+        tensor(a["coefficients_ptr"], a["steps"], 10),
         tensor(a["ids_ptr"], a["steps"], 2),
         tensor(a["base_ptr"], a["batch"]),
         a["offset"],
         seeds=tensor(a["seeds_ptr"], a["batch"]),
         z=tensor(a["z_ptr"], *shape),
-        visit=a["visit"],
         clip=a["clip"] if a["CLIP"] == "fixed" else None,
         bound=tensor(a["bound_ptr"], a["batch"]),
         guidance=tensor(a["guidance_ptr"], a["batch"]),
-        conditional_first=a["GUIDED"] == "conditional",
         known=tensor(a["known_ptr"], *shape),
         mask=tensor(a["mask_ptr"], *shape),
         learned=a["LEARNED"],
@@ -85,7 +83,6 @@ def launch_step(step_triton, a):
         x_new=tensor(a["new_ptr"], *shape),
         x0_new=tensor(a["x0_ptr"], *shape),
         model_input=with_strides(tensor(a["input_ptr"], halves * shape[0], *shape[1:]), a["STRIDED_INPUT"]),
-        scale_input=a["SCALE_INPUT"],
         timestep=tensor(a["timestep_ptr"], halves * a["batch"]),
     )
 
@@ -120,18 +117,17 @@ def launch_to_uint8(to_uint8_triton, a):
 
 def launch_threshold(threshold_triton, a):
     x = tensor(a["x_ptr"], 64, a["n"])
-    halves = 1 if a["GUIDED"] == "none" else 2
+    halves = 2 if a["GUIDED"] else 1
     return threshold_triton(
         x,
         tensor(a["output_ptr"], halves * 64, a["n"]),
-        tensor(a["coefficients_ptr"], a["steps"], 11),
+        tensor(a["coefficients_ptr"], a["steps"], 10),
         tensor(a["base_ptr"], 64),
         a["offset"],
         below=a["below"],
         weight=a["weight"],
         max_value=a["max_value"],
         guidance=tensor(a["guidance_ptr"], 64),
-        conditional_first=True,
         bound=tensor(a["bound_ptr"], 64),
     )
 
@@ -141,9 +137,9 @@ def speculative(a):
     batch, room, width, n = a.get("batch", 4), a["room"], a["WIDTH"], a.get("n", 1)
     halves = 2 if a.get("GUIDED") else 1
     return {
-        "progress": tensor(a["progress_ptr"], batch, 5),
+        "position": tensor(a["position_ptr"], batch, 5),
         "windows": tensor(a.get("windows_ptr"), 1000),
-        "coefficients": tensor(a["coefficients_ptr"], 1000, 11),
+        "coefficients": tensor(a["coefficients_ptr"], 1000, 10),
         "ids": tensor(a.get("ids_ptr"), 1000, 2),
         "seeds": tensor(a.get("seeds_ptr"), batch),
         "x": tensor(a.get("x_ptr"), batch, n),
@@ -235,7 +231,7 @@ def refusals():
     """What `compile_for` says to a description that is one argument short, and one too long."""
     said = []
     for arguments in (
-        {key: value for key, value in MAIN.arguments.items() if key != "visit"},
+        {key: value for key, value in MAIN.arguments.items() if key != "offset"},
         {**MAIN.arguments, "temperature": 1.0},
     ):
         try:

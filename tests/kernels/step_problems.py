@@ -21,15 +21,12 @@ OPTIONS = {
     "without output": {"use_output": False},
     "doubled": {"doubled": True},
     "guided": {"guided": True},
-    "guided, unconditional first": {"guided": True, "conditional_first": False},
     "guided doubled": {"guided": True, "doubled": True},
     "learned": {"learned": True, "noise": "tensor"},
     "learned without noise": {"learned": True},
     "learned philox": {"learned": True, "noise": "philox"},
     "learned guided": {"learned": True, "guided": True, "noise": "tensor"},
-    "learned guided, unconditional first": {
-        "learned": True, "guided": True, "noise": "philox", "conditional_first": False
-    },
+    "learned guided philox": {"learned": True, "guided": True, "noise": "philox"},
     "inpaint": {"inpaint": "soft", "noise": "philox"},
     "inpaint, bool mask": {"inpaint": "bool", "noise": "philox"},
     "inpaint tensor noise": {"inpaint": "soft", "noise": "tensor"},
@@ -56,8 +53,6 @@ class Problem:
     output_dtype: torch.dtype = torch.float32
     use_output: bool = True
     learned: bool = False
-    conditional_first: bool = True
-    visit: int = 3
     clip: float | None = None
     arrays: dict = field(default_factory=dict)  # seeds, z, bound, guidance, known, mask
 
@@ -82,10 +77,8 @@ class Problem:
             tensor(self.base, torch.int32),
             self.offset,
         ), {
-            "visit": self.visit,
             "clip": self.clip,
             "learned": self.learned,
-            "conditional_first": self.conditional_first,
             "use_output": self.use_output,
             **{name: tensor(array, dtypes[name]) for name, array in self.arrays.items()},
         }
@@ -93,7 +86,7 @@ class Problem:
 
 def make(
     shape, *, noise="none", limit="none", guided=False, learned=False, doubled=False, use_output=True,
-    conditional_first=True, inpaint="none", output_dtype=torch.float32, offset=2, seed=0,
+    inpaint="none", output_dtype=torch.float32, offset=2, seed=0,
 ):  # fmt: skip
     """A random table, a random state, and every sample in a row of its own."""
     rng = np.random.default_rng([seed, *shape])
@@ -132,7 +125,6 @@ def make(
         output_dtype=output_dtype,
         use_output=use_output,
         learned=learned,
-        conditional_first=conditional_first,
         clip=0.75 if limit == "clip" else None,
         arrays=arrays,
     )
@@ -147,10 +139,8 @@ def judge(p):
     batch, channels = p.x.shape[:2]
     row = p.base + p.offset
     columns = p.coefficients[row].T.reshape(len(COLUMNS), batch, *[1] * (p.x.ndim - 1))
-    a, b, c_x0, c_x, c_out, sigma, log_min, log_max, known_scale, known_sigma, _ = columns
+    a, b, c_x0, c_x, c_out, sigma, log_min, log_max, known_scale, known_sigma = columns
     first, second = p.output[:batch], p.output[batch:]
-    if "guidance" in p.arrays and not p.conditional_first:
-        first, second = second, first
     out, v = first[:, :channels], first[:, channels:]
     size = abs(out)
     if "guidance" in p.arrays:
@@ -193,7 +183,7 @@ def judge(p):
 def philox_noise(p, row, stream):
     """The normals of a stream at the samples' noise ids, by the judge."""
     ids = p.ids[row, 1]
-    z = [noise(int(s), int(i), stream, p.visit, p.x[0].size) for s, i in zip(p.arrays["seeds"], ids, strict=True)]
+    z = [noise(int(s), int(i), stream, 0, p.x[0].size) for s, i in zip(p.arrays["seeds"], ids, strict=True)]
     return np.stack(z).reshape(p.x.shape)
 
 

@@ -163,7 +163,7 @@ def test_bytes_are_rounded_twice(report):
 
 def test_a_change_of_the_kernel_is_noticed(report):
     short, long = report["refusals"]
-    assert "step_kernel also takes ['visit']" in short
+    assert "step_kernel also takes ['offset']" in short
     assert "does not take ['temperature']" in long
 
 
@@ -171,7 +171,7 @@ def test_names_are_unique_and_every_kernel_is_listed():
     assert len(set(NAMES)) == len(NAMES)
     kernels = {path.stem.removesuffix("_triton") for path in Path(specialisations.__file__).parent.glob("*_triton.py")}
     listed = {MODULES.get(s.op, s.op) for s in SPECIALISATIONS}
-    assert listed == kernels - {"philox", "tile"}  # functions for the others, no kernel
+    assert listed == kernels - {"philox", "rows", "tile"}  # functions for the others, no kernel
 
 
 def test_the_interpreter_is_refused():

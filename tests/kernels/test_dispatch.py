@@ -23,7 +23,7 @@ z = normal(seeds, seeds, 0, (3, 4, 5))
 x = q_sample(z, seeds, torch.tensor([0.9, 0.5], dtype=torch.float64), seeds=seeds)
 x = q_step(x, seeds, torch.tensor([0.9, 0.5], dtype=torch.float64), seeds=seeds)
 base = torch.zeros(2, dtype=torch.int32)
-x = step(x, z, torch.ones(1, 11), torch.zeros(1, 2, dtype=torch.int32), base, seeds=seeds)
+x = step(x, z, torch.ones(1, 10), torch.zeros(1, 2, dtype=torch.int32), base, seeds=seeds)
 assert to_uint8(x).shape == (2, 4, 5, 3)
 """
 

@@ -25,8 +25,7 @@ def described(a):
         (BATCH, channels, a["n"] // channels),
         noise=a["NOISE"],
         limit=limit,
-        guided=a["GUIDED"] != "none",
-        conditional_first=a["GUIDED"] == "conditional",
+        guided=a["GUIDED"],
         learned=a["LEARNED"],
         doubled=a["output_batch"] == 2 * a["n"],
         use_output=a["USE_OUTPUT"],
@@ -37,7 +36,6 @@ def described(a):
     return p, {
         "input_dtype": DTYPES.get(a["input_ptr"]),
         "channels_last": a["STRIDED_INPUT"],
-        "scale_input": a["SCALE_INPUT"],
         "layout": channels_last if a["STRIDED_OUTPUT"] else None,
     }
 
@@ -52,15 +50,8 @@ def test_step(name, kernel_device):
         result, x0, model_input, _ = launch(p, backend, kernel_device, **options)
         assert_near(p, result, x0)
         if model_input is not None:
-            scale = 1.0
-            if arguments["SCALE_INPUT"]:
-                scale = (
-                    torch.tensor(p.coefficients[np.minimum(p.base + p.offset + 1, len(p.ids) - 1), -1])
-                    .to(result)
-                    .view(-1, 1, 1)
-                )
             for half in model_input.split(BATCH):
-                assert torch.equal(half, rounded(scale * result, half.dtype, backend))
+                assert torch.equal(half, rounded(result, half.dtype, backend))
 
 
 def test_every_option_is_among_them():
@@ -68,10 +59,9 @@ def test_every_option_is_among_them():
     seen = {key: {str(s.arguments[key]) for s in STEPS.values()} for key in next(iter(STEPS.values())).arguments}
     assert seen["NOISE"] == {"none", "philox", "tensor"}
     assert seen["CLIP"] == {"none", "fixed", "bound"}
-    assert seen["GUIDED"] == {"none", "conditional", "unconditional"}
     assert seen["output_ptr"] == {"*fp32", "*bf16", "*fp16"}
     assert seen["mask_ptr"] == {"None", "*fp32", "*u1"}
-    switches = {key for key in seen if key.isupper()} - {"NOISE", "CLIP", "GUIDED", "PTX"}
+    switches = {key for key in seen if key.isupper()} - {"NOISE", "CLIP", "PTX"}
     assert {key: seen[key] for key in switches} == {key: {"True", "False"} for key in switches}
     sizes = np.array([s.arguments["n"] for s in STEPS.values()])
     assert {bool(v) for v in sizes % 16 == 0} == {bool(v) for v in sizes % 64 == 0} == {True, False}

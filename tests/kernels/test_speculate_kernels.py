@@ -12,7 +12,7 @@ from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.noise import PhiloxNoise
 from ddpm_fast.kernels import philox, speculate
 from ddpm_fast.kernels.dispatch import interpreting
-from ddpm_fast.kernels.speculate import Outcome, Progress
+from ddpm_fast.kernels.rounds import Outcome, Position
 from ddpm_fast.speculation.loop import SpeculativeLoop
 from ddpm_fast.speculation.windows import WindowPlan
 from ddpm_fast.table import Clipping, build_table
@@ -45,7 +45,7 @@ class Round:
         self.guess = 0.1 * normal(batch, ROOM, *shape[1:])
         self.drafts, self.noise = (torch.zeros(batch, ROOM, *shape[1:]) for _ in range(2))
         rows = [0, steps, 11, steps - 2][:batch]
-        self.progress = torch.tensor([[row, 0, 3, 1 + place % 3, 0] for place, row in enumerate(rows)]).int()
+        self.position = torch.tensor([[row, 0, 3, 1 + place % 3, 0] for place, row in enumerate(rows)]).int()
         self.seeds = torch.tensor([5, 2**40 + 1, -3, 7])[:batch]
         halves = 2 if guided else 1
         self.model_input = torch.zeros(halves * batch * WIDTH, *shape[1:], dtype=dtype)
@@ -78,23 +78,23 @@ class Round:
         drafted = self.drafts, self.noise, self.guess
         table = self.windows, self.coefficients
         draft(
-            self.x, self.guess, self.progress, *table, self.ids, self.seeds, WIDTH, drafts=self.drafts,
+            self.x, self.guess, self.position, *table, self.ids, self.seeds, WIDTH, drafts=self.drafts,
             noise=self.noise, model_input=self.model_input, timestep=self.timestep,
         )  # fmt: skip
         shifted = self.guess.clone()
-        verify(*drafted, self.output, self.progress, *table, WIDTH, dots=self.dots, **self.limits)
+        verify(*drafted, self.output, self.position, *table, WIDTH, dots=self.dots, **self.limits)
         log_u = speculate.log_uniforms(self.seeds, self.ids)
-        decide(self.dots, self.progress, *table, log_u, WIDTH, factor=self.factor, rejected=self.rejected)
-        commit(self.x, *drafted, self.output, self.progress, self.factor, *table, WIDTH, **self.limits)
+        decide(self.dots, self.position, *table, log_u, WIDTH, factor=self.factor, rejected=self.rejected)
+        commit(self.x, *drafted, self.output, self.position, self.factor, *table, WIDTH, **self.limits)
         found = {name: getattr(self, name).cpu() for name in (
-            "x", "guess", "drafts", "noise", "model_input", "timestep", "progress", "factor", "rejected"
+            "x", "guess", "drafts", "noise", "model_input", "timestep", "position", "factor", "rejected"
         )}  # fmt: skip
         return {**found, "shifted": shifted.cpu(), "dots": self.dots.sum(2).cpu()}
 
 
 def valid(found, steps=20):
     """Which drafts count: bool [B, ROOM]."""
-    return torch.arange(ROOM) < found["progress"][:, Progress.EVALUATED, None]
+    return torch.arange(ROOM) < found["position"][:, Position.EVALUATED, None]
 
 
 FORMS = [
@@ -116,7 +116,7 @@ FORMS = [
 def test_kernels_and_twins_agree(shape, form, kernel_device):
     twin = Round(shape, torch.device("cpu"), **form).run("torch")
     found = Round(shape, kernel_device, **form).run("triton")
-    assert torch.equal(found["progress"], twin["progress"])
+    assert torch.equal(found["position"], twin["position"])
     assert torch.equal(found["rejected"], twin["rejected"])
     kept = valid(twin)
     tolerance = {"rtol": 1e-3, "atol": 2e-3} if not interpreting() else {"rtol": 2e-5, "atol": 2e-5}
@@ -135,7 +135,7 @@ def test_channels_last(kernel_device):
     twin = Round(shape, torch.device("cpu")).run("torch")
     found = Round(shape, kernel_device, layout="channels_last").run("triton")
     kept = valid(twin)
-    assert torch.equal(found["progress"], twin["progress"])
+    assert torch.equal(found["position"], twin["position"])
     torch.testing.assert_close(found["x"], twin["x"], rtol=1e-3, atol=2e-3)
     rows = kept[:, :WIDTH].flatten()
     torch.testing.assert_close(found["model_input"][rows], twin["model_input"][rows], rtol=1e-3, atol=2e-3)
@@ -178,21 +178,21 @@ def test_the_twin_is_the_textbook(shape, config):
     seen = set()
     for near in (0.02, 0.3, 1.0):
         problem = Round(shape, torch.device("cpu"), config)
-        before = problem.progress.clone()
+        before = problem.position.clone()
         x, guess = problem.x.double(), problem.guess.double()
         # An output that says what the guesses say, and a little else.
         problem.output *= near
         found = problem.run("torch")
         for place in range(shape[0]):
-            row, taken = int(before[place, Progress.ROW]), int(before[place, Progress.TAKEN])
+            row, taken = int(before[place, Position.ROW]), int(before[place, Position.TAKEN])
             if row >= 20:
                 assert torch.equal(found["x"][place].double(), x[place])
-                assert found["progress"][place].tolist() == [20, 20, 0, 0, Outcome.DONE]
+                assert found["position"][place].tolist() == [20, 20, 0, 0, Outcome.DONE]
                 continue
             shifted = [guess[place, min(taken + k, 2)] for k in range(ROOM)]
             output = problem.output.view(shape[0], WIDTH, *shape[1:])[place].double()
             new, steps, outcome = textbook(problem, row, x[place], shifted, output, problem.seeds[place])
-            assert found["progress"][place, [Progress.ROW, Progress.TAKEN, Progress.OUTCOME]].tolist() == [
+            assert found["position"][place, [Position.ROW, Position.TAKEN, Position.OUTCOME]].tolist() == [
                 row + steps, steps, outcome,
             ]  # fmt: skip
             torch.testing.assert_close(found["x"][place].double(), new, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from ddpm_fast.data import moons
 from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.graph import CaptureError
 from ddpm_fast.engine.noise import PhiloxNoise
-from ddpm_fast.kernels.speculate import Outcome, Progress
+from ddpm_fast.kernels.rounds import Outcome, Position
 from ddpm_fast.models.checkpoint import load_checkpoint
 from ddpm_fast.models.ideal import IdealDenoiser
 from ddpm_fast.sample import Sampler, sample
@@ -69,9 +69,9 @@ def with_noise_drawn_anew(loop):
     commit, generator = loop._commit, torch.Generator().manual_seed(7)
 
     def spoilt(x, drafts, noise, guess, output, progress, factor, *given, **more):
-        at = torch.arange(len(x)), (progress[:, Progress.TAKEN].long() - 1).clamp(min=0)
+        at = torch.arange(len(x)), (progress[:, Position.TAKEN].long() - 1).clamp(min=0)
         fresh = torch.randn(noise[at].shape, generator=generator)
-        rejected = (progress[:, Progress.OUTCOME] == Outcome.REJECTED).view(-1, 1, 1)
+        rejected = (progress[:, Position.OUTCOME] == Outcome.REJECTED).view(-1, 1, 1)
         noise[at] = torch.where(rejected, fresh, noise[at])
         commit(x, drafts, noise, guess, output, progress, torch.zeros_like(factor), *given, **more)
 
@@ -83,7 +83,7 @@ def with_guesses_from_the_future(loop):
     draft = loop._draft
 
     def spoilt(x, guess, progress, *given, **more):
-        last = torch.arange(len(x)), (progress[:, Progress.EVALUATED].long() - 1).clamp(min=0)
+        last = torch.arange(len(x)), (progress[:, Position.EVALUATED].long() - 1).clamp(min=0)
         guess.copy_(guess[last][:, None].expand_as(guess))
         draft(x, guess, progress, *given, **more)
 
