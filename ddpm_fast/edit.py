@@ -86,7 +86,8 @@ def denoise(
     seeds = _resolve_and_log(seeds, len(x_0))
     sampler = Sampler(model, x_0.shape, config=config, **options)
     start = noised(x_0.to(sampler.device), int(config.inference_timesteps()[0]), config, seeds)
-    return sampler(seeds=seeds, x_T=start, progress=progress)
+    x: Tensor = sampler(seeds=seeds, x_T=start, progress=progress)
+    return x
 
 
 def interpolate(
@@ -143,7 +144,8 @@ def interpolate(
         x_a.to(sampler.device), x_b.to(sampler.device), lam,
         config=config, mixing=mixing, shared_noise=shared_noise, rescale=rescale, seeds=seeds,
     )  # fmt: skip
-    return sampler(seeds=seeds, x_T=start, progress=progress)
+    x: Tensor = sampler(seeds=seeds, x_T=start, progress=progress)
+    return x
 
 
 def check_mixture(x_a: Tensor, x_b: Tensor, lam: float, mixing: str) -> None:
@@ -223,7 +225,8 @@ def inpaint(
     config, options = _split_options(config, options)
     table = resampled(config, resamplings, jump_length)
     sampler = Sampler(model, known.shape, config=config, table=table, **options)
-    return sampler(seeds=seeds, known=known, mask=mask, progress=progress)
+    x: Tensor = sampler(seeds=seeds, known=known, mask=mask, progress=progress)
+    return x
 
 
 def invert(
@@ -257,7 +260,8 @@ def invert(
     config, options = _split_options(config, options)
     config = replace(config, clip_sample=False, thresholding=False, sampler="ddim", eta=0.0)
     sampler = Sampler(model, x_0.shape, config=config, table=inverted(config), **options)
-    return sampler(seeds=0, x_T=x_0, progress=progress)  # the seed has no effect, since no row draws noise
+    x_T: Tensor = sampler(seeds=0, x_T=x_0, progress=progress)  # the seed has no effect, since no row draws noise
+    return x_T
 
 
 def from_level(config: SamplerConfig, t: int) -> SamplerConfig:

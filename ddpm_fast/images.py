@@ -2,9 +2,8 @@
 
 import json
 import math
-import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from ddpm_fast.files import check_writable, whole_file
+from ddpm_fast.files import StrPath, check_writable, whole_file
 
 Bytes = NDArray[np.uint8]
 
@@ -26,7 +25,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def output_kind(path: str | os.PathLike) -> str:
+def output_kind(path: StrPath) -> str:
     """Return the form of output that the suffix asks for: "grid" (.png), "npz" (.npz) or "folder" (no suffix)."""
     suffix = Path(path).suffix.lower()
     kinds = {".png": "grid", ".npz": "npz", "": "folder"}
@@ -35,7 +34,7 @@ def output_kind(path: str | os.PathLike) -> str:
     return kinds[suffix]
 
 
-def check_output(path: str | os.PathLike, shape: tuple[int, ...], seeds: Sequence[int]) -> str:
+def check_output(path: StrPath, shape: tuple[int, ...], seeds: Sequence[int]) -> str:
     """Return the kind of output; raise now the errors that would otherwise come after hours of sampling.
 
     Args:
@@ -55,7 +54,7 @@ def check_output(path: str | os.PathLike, shape: tuple[int, ...], seeds: Sequenc
     return kind
 
 
-def save(path: str | os.PathLike, images: Bytes, seeds: Sequence[int], about: dict[str, Any]) -> None:
+def save(path: StrPath, images: Bytes, seeds: Sequence[int], about: Mapping[str, object]) -> None:
     """Write uint8 images [N, H, W, C] to `path`, in the form that its suffix asks for.
 
     `about` and the seeds are stored as JSON, in the PNG text chunk or npz array "ddpm_fast".
@@ -72,7 +71,7 @@ def save(path: str | os.PathLike, images: Bytes, seeds: Sequence[int], about: di
             save_png(Path(path) / f"{seed:06d}.png", image, {**about, "seeds": [seed]})
 
 
-def save_png(path: str | os.PathLike, image: Bytes, metadata: dict[str, Any]) -> None:
+def save_png(path: StrPath, image: Bytes, metadata: Mapping[str, object]) -> None:
     """Write one uint8 image [H, W, C] with its metadata."""
     info = PngImagePlugin.PngInfo()
     info.add_text(METADATA, json.dumps(metadata))
@@ -81,13 +80,16 @@ def save_png(path: str | os.PathLike, image: Bytes, metadata: dict[str, Any]) ->
         picture.save(part, format="PNG", pnginfo=info)
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+def read_metadata(path: StrPath) -> dict[str, Any]:
     """Read the metadata of the PNG or npz at `path`."""
     if Path(path).suffix.lower() == ".npz":
         with np.load(path) as arrays:
-            return json.loads(str(arrays[METADATA]))
-    with Image.open(path) as picture:
-        return json.loads(picture.text[METADATA])  # type: ignore[attr-defined]
+            text = str(arrays[METADATA])
+    else:
+        with Image.open(path) as picture:
+            text = picture.text[METADATA]
+    metadata: dict[str, Any] = json.loads(text)
+    return metadata
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -95,7 +97,7 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
 
 
-def read(paths: Sequence[str | os.PathLike], shape: tuple[int, ...]) -> tuple[Bytes, list[str]]:
+def read(paths: Sequence[StrPath], shape: tuple[int, ...]) -> tuple[Bytes, list[str]]:
     """Read pictures of `shape` (C, H, W) from files, folders and arr_0 of .npz.
 
     Returns:
@@ -124,7 +126,7 @@ def read(paths: Sequence[str | os.PathLike], shape: tuple[int, ...]) -> tuple[By
     return np.concatenate(pictures), names
 
 
-def shape_of(path: str | os.PathLike) -> tuple[int, int, int]:
+def shape_of(path: StrPath) -> tuple[int, int, int]:
     """Return (C, H, W) of a picture, or of the first picture in a folder.
 
     C is 1 for a grey picture, 4 for a transparent one, and 3 otherwise.
@@ -161,7 +163,7 @@ def _read_picture(path: Path, channels: int) -> Bytes:
 def _read_npz(path: Path) -> Bytes:
     try:
         with np.load(path) as arrays:
-            pixels = arrays["arr_0"]
+            pixels: Bytes = arrays["arr_0"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):

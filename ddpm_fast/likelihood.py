@@ -60,7 +60,7 @@ def bits_per_dimension(
     *,
     batch_size: int = 64,
     seeds: Seeds = 0,
-    model_kwargs: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, object] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     config: SamplerConfig | None = None,
@@ -203,7 +203,8 @@ def log_decoder(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     flipped = below > 0  # where both distribution functions are near 1, use the other tail, which keeps the digits
     above, below = torch.where(flipped, -below, above), torch.where(flipped, -above, below)
     high, low = torch.special.log_ndtr(above), torch.special.log_ndtr(below)
-    return (high + torch.log1p(-torch.exp(low - high))).clamp(min=math.log(SMALLEST))
+    log_p: Tensor = high + torch.log1p(-torch.exp(low - high))
+    return log_p.clamp(min=math.log(SMALLEST))
 
 
 def _check(config: SamplerConfig, x_0: Tensor) -> None:

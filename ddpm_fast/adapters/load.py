@@ -41,7 +41,7 @@ _FROM_SCHEDULERS = (
 
 
 def load_model(
-    source: str | Path, arguments: Arguments | None = None, device: str | torch.device = "cpu"
+    source: str | Path, arguments: Mapping[str, object] | None = None, device: str | torch.device = "cpu"
 ) -> Checkpoint:
     """Load a model with the diffusion that it was trained for.
 
@@ -74,7 +74,7 @@ def load_model(
     return _to_device(_from_diffusers(path, kind, given), device)
 
 
-def parse_arguments(text: str) -> dict[str, Any]:
+def parse_arguments(text: str) -> dict[str, object]:
     """Parse the model's arguments: a JSON object, the path of a file with one, or flags as guided-diffusion takes them.
 
     Raises:
@@ -101,7 +101,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return arguments
 
 
-def _value(word: str) -> Any:
+def _value(word: str) -> bool | int | float | str:
     """Return the bool, int or float that a word stands for, or the word itself."""
     plain = {"True": True, "False": False, "true": True, "false": False}
     if word in plain:
@@ -138,7 +138,7 @@ def _diffusers_class(folder: Path) -> str | None:
         except (OSError, ValueError):
             continue
         if isinstance(config, dict) and isinstance(config.get("_class_name"), str):
-            return config["_class_name"]
+            return str(config["_class_name"])
     return None
 
 
@@ -273,7 +273,7 @@ class SelfConditioned(nn.Module):
             self.last, self.t = torch.zeros_like(x), torch.full_like(t, -1)
         column = (-1,) + (1,) * (x.dim() - 1)
         falling = (t < self.t).view(column)  # otherwise a new run has begun
-        output = self.model(x, t, torch.where(falling, self.last, 0))
+        output: Tensor = self.model(x, t, torch.where(falling, self.last, 0))
         self.last.copy_((self.a[t].view(column) * x + self.b[t].view(column) * output).clamp(-1, 1))
         self.t.copy_(t)
         return output

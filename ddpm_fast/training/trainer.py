@@ -4,12 +4,11 @@ import copy
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from ddpm_fast import images
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
-from ddpm_fast.files import check_writable, remove_parts, whole_file
+from ddpm_fast.files import StrPath, check_writable, remove_parts, whole_file
 from ddpm_fast.kernels import to_uint8
 from ddpm_fast.likelihood import schedule_report
 from ddpm_fast.models.checkpoint import (
@@ -47,7 +46,8 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.png"
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Batch = Tensor | tuple[Tensor, Tensor]
+Batch: TypeAlias = Tensor | tuple[Tensor, Tensor]
+Data: TypeAlias = Callable[[int, int, int], Batch]  # data(batch_size, seed, step)
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ class Trainer:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: StrPath,
         config: TrainingConfig | None = None,
         network: UNetConfig | None = None,
         diffusion: SamplerConfig | None = None,
-        data: Callable[[int, int, int], Batch] = moons.batch,
+        data: Data = moons.batch,
         device: str | torch.device = "cpu",
         samples: int = 0,
     ) -> None:
@@ -244,7 +244,7 @@ class Trainer:
         value = self._mean(loss)
         self._check_finite("loss", value)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_gradient).item()
         if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
@@ -342,7 +342,7 @@ class Trainer:
         self.step = int(metadata["step"])
 
 
-def _first_difference(saved: dict, expected: dict, prefix: str = "") -> str:
+def _first_difference(saved: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> str:
     """Return a description of the first entry that differs."""
     for key in sorted(saved.keys() | expected.keys()):
         a, b = saved.get(key), expected.get(key)
