@@ -1,9 +1,10 @@
 """Samples on disk: a PNG grid, a folder of PNGs, or an .npz, each with metadata about how it was made."""
 
+import contextlib
 import json
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,7 @@ def read(paths: Sequence[StrPath], shape: tuple[int, ...]) -> tuple[Bytes, list[
     pictures: list[Bytes] = []
     names: list[str] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            files = pictures_in(path)
-            if not files:
-                raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
-        else:
-            files = [path]
+        files = _all_pictures_in(path) if path.is_dir() else [path]
         for file in files:
             pixels = _read_npz(file) if file.suffix.lower() == ".npz" else _read_picture(file, shape[0])[None]
             channels, height, width = shape
@@ -133,34 +129,43 @@ def shape_of(path: StrPath) -> tuple[int, int, int]:
     """
     file = Path(path)
     if file.is_dir():
-        pictures = pictures_in(file)
-        if not pictures:
-            raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
-        file = pictures[0]
-    if not file.is_file():
-        raise ValueError(f"{file} is not there")
-    try:
-        with Image.open(file) as picture:
-            channels = {"1": 1, "L": 1, "I;16": 1, "LA": 4, "RGBA": 4}.get(picture.mode, 3)
-            return channels, picture.height, picture.width
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+        file = _all_pictures_in(file)[0]
+    with _open_picture(file) as picture:
+        channels = {"1": 1, "L": 1, "I;16": 1, "LA": 4, "RGBA": 4}.get(picture.mode, 3)
+        return channels, picture.height, picture.width
 
 
-def _read_picture(path: Path, channels: int) -> Bytes:
-    if channels not in MODES:
-        raise ValueError(f"a picture has {sorted(MODES)} channels, the model takes {channels}: give an .npz")
+def _all_pictures_in(folder: Path) -> list[Path]:
+    """Return the pictures of a folder; raise ValueError if there are none."""
+    pictures = pictures_in(folder)
+    if not pictures:
+        raise ValueError(f"{folder} holds no picture ({', '.join(SUFFIXES)})")
+    return pictures
+
+
+@contextlib.contextmanager
+def _open_picture(path: Path) -> Iterator[Image.Image]:
+    """Open a picture; raise ValueError if the file is missing or unreadable."""
     if not path.is_file():
         raise ValueError(f"{path} is not there")
     try:
         with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert(MODES[channels]))
+            yield picture
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _read_picture(path: Path, channels: int) -> Bytes:
+    """Read a picture with `channels` channels: uint8 [H, W, C]."""
+    if channels not in MODES:
+        raise ValueError(f"a picture has {sorted(MODES)} channels, the model takes {channels}: give an .npz")
+    with _open_picture(path) as picture:
+        pixels = np.asarray(picture.convert(MODES[channels]))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _read_npz(path: Path) -> Bytes:
+    """Read arr_0 of an .npz: uint8 [N, H, W, C]."""
     try:
         with np.load(path) as arrays:
             pixels: Bytes = arrays["arr_0"]

@@ -91,36 +91,44 @@ def bits_per_dimension(
     whole("batch_size", batch_size, 1)
     table, all_seeds = build_table(config), resolve_seeds(seeds, len(x_0))
     variances = _variances(config)
-    batches = []
-    starts = range(0, len(x_0), batch_size)
+    channels = x_0.shape[1] * (2 if table.doubled else 1)
+    batches = _batches(x_0, model_kwargs or {}, all_seeds, batch_size)
+    results = []
     network: Network | None = None
     bar: Progress | None = None
     try:
-        for start in starts:
-            rows = slice(start, start + batch_size)
-            images = x_0[rows]
-            kwargs = {
-                name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == x_0.shape[:1] else value
-                for name, value in (model_kwargs or {}).items()
-            }
+        for images, kwargs, batch_seeds in batches:
             if network is None or len(images) != network.batch:
-                shape = tuple(images.shape)
-                channels = shape[1] * (2 if table.doubled else 1)
-                network = Network(model, shape, channels, kwargs, None, device, dtype)
+                network = Network(model, tuple(images.shape), channels, kwargs, None, device, dtype)
             else:
                 network.update_kwargs(kwargs, None)
             if bar is None:
-                bar = Progress(len(table) * len(starts), network.device, progress)
+                bar = Progress(len(table) * len(batches), network.device, progress)
             with on_device(network.device), torch.no_grad():
                 images = images.to(network.device)
-                batches.append(_terms(network, images, table, variances, config, all_seeds[rows], bar))
+                results.append(_terms(network, images, table, variances, config, batch_seeds, bar))
     finally:
         if bar is not None:
-            bar.close(len(batches) == len(starts))
+            bar.close(len(results) == len(batches))
     prior = prior_bits(x_0, float(config.alphas_cumprod()[table.timestep[0]])).cpu().numpy()
-    terms, epsilon_mse, x0_mse = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))
+    terms, epsilon_mse, x0_mse = (torch.cat(column).cpu().numpy() for column in zip(*results, strict=True))
     total = prior + terms.sum(1)
     return Likelihood(total, prior, terms, epsilon_mse, x0_mse, table.timestep, all_seeds)
+
+
+def _batches(
+    x_0: Tensor, model_kwargs: Mapping[str, object], seeds: list[int], size: int
+) -> list[tuple[Tensor, dict[str, object], list[int]]]:
+    """Return images, keywords and seeds in batches. Tensors with a row an image are cut, other keywords repeated."""
+    batches = []
+    for start in range(0, len(x_0), size):
+        rows = slice(start, start + size)
+        kwargs = {
+            name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == x_0.shape[:1] else value
+            for name, value in model_kwargs.items()
+        }
+        batches.append((x_0[rows], kwargs, seeds[rows]))
+    return batches
 
 
 def _terms(

@@ -148,7 +148,9 @@ class Diffusion:
         return states
 
     def _alpha_bar_before(self, t: int) -> Tensor:
+        """Return alpha_bar of the step before t, 1 for the first step."""
         return self.alphas_bar[t - 1] if t > 0 else torch.ones_like(self.alphas_bar[0])
 
     def _beta_tilde(self, t: int) -> Tensor:
+        """Return beta_tilde_t, the posterior variance   (7)"""
         return (1 - self._alpha_bar_before(t)) / (1 - self.alphas_bar[t]) * self.betas[t]

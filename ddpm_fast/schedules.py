@@ -91,4 +91,5 @@ def rescale_zero_terminal_snr(betas: Array) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
+    """Return 1 / (1 + exp(-x))."""
     return 1 / (1 + np.exp(-x))

@@ -92,6 +92,7 @@ def _fail(error: object, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="ddpm-fast", description="Exact DDPM samples, fast.", epilog="ddpm-fast COMMAND --help says more."
     )

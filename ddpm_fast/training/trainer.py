@@ -285,6 +285,7 @@ class Trainer:
 
     @property
     def _about(self) -> dict[str, Any]:
+        """The training options and the identity of the data, for config.json."""
         return {"training": asdict(self.config), "data": self._data_about()}
 
     def _data_about(self) -> dict[str, Any]:
