@@ -265,9 +265,9 @@ def from_level(config: SamplerConfig, t: int) -> SamplerConfig:
     visited = config.inference_timesteps()
     left = visited[visited <= t]
     if not len(left):
-        raise ValueError(f"t must be at least the last timestep of the walk, {visited[-1]}, got {t}")
+        raise ValueError(f"t must be at least the last timestep of the run, {visited[-1]}, got {t}")
     if config.previous_timestep == "stride" and len(left) < len(visited):
-        raise ValueError("previous_timestep='stride' counts on the whole walk: take 'spacing'")
+        raise ValueError("previous_timestep='stride' needs the whole run: take 'spacing'")
     return replace(config, timesteps=tuple(left.tolist()), num_inference_steps=None)
 
 
@@ -289,7 +289,7 @@ def resampled(config: SamplerConfig, resamplings: int, jump_length: int) -> Step
     if resamplings == 1:
         return plain
     if plain.learned:
-        raise ValueError(f"resamplings need a sigma that is known ahead, not variance_type={config.variance_type!r}")
+        raise ValueError(f"resamplings need a sigma that the table holds, not variance_type={config.variance_type!r}")
     rows, jumps = _back_and_forth(len(plain), resamplings, jump_length)
     alpha_bars = config.alphas_cumprod()[plain.timestep]
     target = plain.known_scale[rows] ** 2

@@ -223,7 +223,7 @@ def _check(config: SamplerConfig, x_0: Tensor) -> None:
     if small and len(config.inference_timesteps()) < 2:
         raise ValueError(f"one step of variance_type={config.variance_type!r} has no beta_tilde: take 'fixed_large'")
     if config.thresholding or config.temperature != 1:
-        raise ValueError("the bound is that of a walk at temperature 1 without dynamic thresholding")
+        raise ValueError("the bound is that of a run at temperature 1 without dynamic thresholding")
     if not isinstance(x_0, Tensor) or x_0.dim() < 2:
         raise ValueError("x_0 must be a float tensor of shape (images, channels, ...)")
     checked_start(x_0, tuple(x_0.shape), "x_0")

@@ -60,18 +60,18 @@ def load_model(
         ValueError, TypeError: The model is missing, broken or not supported; the message says which.
     """
     device = checked_device(device)
-    given = dict(arguments or {})
+    arguments = dict(arguments or {})
     text, path = str(source), Path(source)
     if not path.exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
-        return _to_device(_from_factory(text, given), device)
+        return _to_device(_from_factory(text, arguments), device)
     if path.is_file():
-        return _to_device(_from_weights(path, given), device)
+        return _to_device(_from_weights(path, arguments), device)
     kind = _diffusers_class(path)
     if kind is None:
-        if given:
-            raise ValueError(f"a checkpoint folder says itself what it holds: no arguments, got {min(given)}")
+        if arguments:
+            raise ValueError(f"a checkpoint folder says itself what it holds: no arguments, got {min(arguments)}")
         return load_checkpoint(path, device)
-    return _to_device(_from_diffusers(path, kind, given), device)
+    return _to_device(_from_diffusers(path, kind, arguments), device)
 
 
 def parse_arguments(text: str) -> dict[str, object]:
@@ -106,10 +106,10 @@ def _value(word: str) -> bool | int | float | str:
     plain = {"True": True, "False": False, "true": True, "false": False}
     if word in plain:
         return plain[word]
-    return next((kind(word) for kind in (int, float) if _is(kind, word)), word)
+    return next((kind(word) for kind in (int, float) if _parses(kind, word)), word)
 
 
-def _is(kind: type, word: str) -> bool:
+def _parses(kind: type, word: str) -> bool:
     """Return True if `kind` can parse the word."""
     try:
         kind(word)
@@ -344,22 +344,22 @@ def _from_factory(text: str, arguments: Arguments) -> Checkpoint:
         raise ValueError(f"{text}: {error}") from error
     if not callable(factory):
         raise TypeError(f"{text} must be a function that returns a model, it is a {type(factory).__name__}")
-    made = factory(**arguments)
-    if isinstance(made, Checkpoint):
-        return made
-    if isinstance(made, tuple) and len(made) in (2, 3) and callable(made[0]):
-        model, shape, *rest = made
+    model = factory(**arguments)
+    if isinstance(model, Checkpoint):
+        return model
+    if isinstance(model, tuple) and len(model) in (2, 3) and callable(model[0]):
+        network, shape, *rest = model
         config = rest[0] if rest else SamplerConfig()
         config = config if isinstance(config, SamplerConfig) else SamplerConfig.from_options(config)
-        return Checkpoint(model, config, tuple(shape), {})
-    origins = {base.__module__.partition(".")[0] for base in type(made).__mro__}
-    if "diffusers" in origins and hasattr(made, "scheduler") and hasattr(made, "unet"):
-        return _of_pipeline(made)
-    if "denoising_diffusion_pytorch" in origins and isinstance(made, nn.Module) and hasattr(made, "betas"):
-        return _of_lucidrains(made)
+        return Checkpoint(network, config, tuple(shape), {})
+    packages = {base.__module__.partition(".")[0] for base in type(model).__mro__}
+    if "diffusers" in packages and hasattr(model, "scheduler") and hasattr(model, "unet"):
+        return _of_pipeline(model)
+    if "denoising_diffusion_pytorch" in packages and isinstance(model, nn.Module) and hasattr(model, "betas"):
+        return _of_lucidrains(model)
     raise TypeError(
         f"{text} must return (model, shape), (model, shape, config), a DDPMPipeline, a DDIMPipeline or a lucidrains "
-        f"GaussianDiffusion, got {type(made).__name__}"
+        f"GaussianDiffusion, got {type(model).__name__}"
     )
 
 

@@ -56,7 +56,6 @@ def interpolate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"two pictures are fused, got {len(ends)}")
     mixing = {"lam": arguments.lam, "mixing": arguments.mixing, "shared_noise": arguments.shared_noise}
     about = {"interpolate": {"pictures": names, "level": arguments.level, **mixing}}
-
     ends = ends.to(device)
     a, b = ends[:1], ends[1:]
     check_mixture(a, b, arguments.lam, arguments.mixing)

@@ -105,18 +105,26 @@ class TrainingConfig:
 
 
 class Trainer:
-    """A trainer that fits a `UNet` to batches from `data(batch_size, seed, step)` and keeps everything in `folder`.
-
-    The data are a function such as `ddpm_fast.data.moons.batch`, or `ddpm_fast.data.pictures.Pictures`. For a network
-    with classes, a batch is a pair: images and labels, int64 [batch_size].
+    """A trainer that fits a `UNet` to batches of data and keeps everything in `folder`.
 
     Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted and resumed
     run follows exactly the trajectory of an uninterrupted run. `folder` holds a checkpoint of the averaged weights,
-    `state.safetensors` for resuming, and `metrics.jsonl`. If `samples` is not 0, every save also draws that many
-    samples with the averaged weights (DDIM, 50 steps, seeds 0, 1, …) into `samples.png`.
+    `state.safetensors` for resuming, and `metrics.jsonl`.
 
     If torch.distributed is initialised, each process takes its share of every batch (DistributedDataParallel), and the
     first process writes. The trajectory is then the same as with one process, up to the order of sums.
+
+    Args:
+        folder: Folder of the run. An existing run is resumed.
+        config: Options of training. None takes the defaults.
+        network: Sizes of the network. None takes the defaults.
+        diffusion: Schedule, prediction type and variance. None takes the defaults.
+        data: Called as data(batch_size, seed, step), such as `ddpm_fast.data.moons.batch`, or
+            `ddpm_fast.data.pictures.Pictures`. For a network with classes, a batch is a pair: images and labels, int64
+            [batch_size].
+        device: Device of the training.
+        samples: Number of samples that every save draws with the averaged weights (DDIM, 50 steps, seeds 0, 1, …) into
+            `samples.png`, at most 1024.
 
     Raises:
         CheckpointError: `folder` holds a run with another configuration, or a broken run.
@@ -214,10 +222,13 @@ class Trainer:
         """Draw samples with the averaged weights, of all classes in turn, and write `samples.png`."""
         seeds, steps = range(self.samples), min(50, self.diffusion.num_train_timesteps)
         shape = (len(seeds), self.network.channels, self.network.image_size, self.network.image_size)
-        options = {"config": self.diffusion, "sampler": "ddim", "num_inference_steps": steps, "device": self.device}
+        conditioning = None
         if self.network.num_classes is not None:
-            options["model_kwargs"] = {"class_labels": torch.arange(self.samples) % self.network.num_classes}
-        x = sample(self.ema, shape, seeds=seeds, progress=False, **options)
+            conditioning = {"class_labels": torch.arange(self.samples) % self.network.num_classes}
+        x = sample(
+            self.ema, shape, seeds=seeds, model_kwargs=conditioning, config=self.diffusion, sampler="ddim",
+            num_inference_steps=steps, device=self.device, progress=False,
+        )  # fmt: skip
         images.save(
             self.folder / SAMPLES_FILE, to_uint8(x).cpu().numpy(), seeds, {"step": self.step, "model": self.folder.name}
         )
@@ -231,15 +242,15 @@ class Trainer:
         generator = keyed_generator(NOISE_STREAM, config.seed, self.step)
         t = torch.randint(len(self.alpha_bar), (len(x_0),), generator=generator).to(self.device)
         noise = torch.randn(x_0.shape, generator=generator).to(self.device)
-        condition, count = [], self.network.num_classes
+        conditioning, count = [], self.network.num_classes
         if labels is not None and count is not None:
             dropped = torch.rand(len(x_0), generator=generator) < config.label_dropout
-            condition = [labels.masked_fill(dropped, count).to(self.device)]
-        x_0, t, noise, *condition = (tensor[self.rank :: self.world] for tensor in (x_0, t, noise, *condition))
+            conditioning = [labels.masked_fill(dropped, count).to(self.device)]
+        x_0, t, noise, *conditioning = (tensor[self.rank :: self.world] for tensor in (x_0, t, noise, *conditioning))
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt().float() * x_0 + (1 - alpha_bar).sqrt().float() * noise
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            prediction = self._network(x_t, t, *condition)
+            prediction = self._network(x_t, t, *conditioning)
         loss = self.loss(prediction, x_0, x_t, noise, t).mean()
         value = self._mean(loss)
         self._check_finite("loss", value)
