@@ -84,8 +84,7 @@ def denoise(
     _check_images("x_0", x_0)
     sampler, seeds = _sampler_from_level(model, x_0.shape, t, seeds, config, options)
     start = noised(x_0.to(sampler.device), int(sampler.config.inference_timesteps()[0]), sampler.config, seeds)
-    x: Tensor = sampler(seeds=seeds, x_T=start, progress=progress)
-    return x
+    return sampler(seeds=seeds, x_T=start, progress=progress)
 
 
 def interpolate(
@@ -139,8 +138,7 @@ def interpolate(
         x_a.to(sampler.device), x_b.to(sampler.device), lam,
         config=sampler.config, mixing=mixing, shared_noise=shared_noise, rescale=rescale, seeds=seeds,
     )  # fmt: skip
-    x: Tensor = sampler(seeds=seeds, x_T=start, progress=progress)
-    return x
+    return sampler(seeds=seeds, x_T=start, progress=progress)
 
 
 def check_mixture(x_a: Tensor, x_b: Tensor, lam: float, mixing: str) -> None:
@@ -219,9 +217,8 @@ def inpaint(
     _check_images("known", known)
     config, options = _split_options(config, options)
     table = resampled(config, resamplings, jump_length)
-    sampler = Sampler(model, known.shape, config=config, table=table, **options)
-    x: Tensor = sampler(seeds=seeds, known=known, mask=mask, progress=progress)
-    return x
+    sampler: Sampler[Tensor] = Sampler(model, known.shape, config=config, table=table, **options)
+    return sampler(seeds=seeds, known=known, mask=mask, progress=progress)
 
 
 def invert(
@@ -254,9 +251,8 @@ def invert(
     _check_images("x_0", x_0)
     config, options = _split_options(config, options)
     config = replace(config, clip_sample=False, thresholding=False, sampler="ddim", eta=0.0)
-    sampler = Sampler(model, x_0.shape, config=config, table=inverted(config), **options)
-    x_T: Tensor = sampler(seeds=0, x_T=x_0, progress=progress)  # the seed has no effect, since no row draws noise
-    return x_T
+    sampler: Sampler[Tensor] = Sampler(model, x_0.shape, config=config, table=inverted(config), **options)
+    return sampler(seeds=0, x_T=x_0, progress=progress)  # the seed has no effect, since no row draws noise
 
 
 def from_level(config: SamplerConfig, t: int) -> SamplerConfig:
@@ -368,7 +364,7 @@ def _split_options(config: SamplerConfig | None, options: dict[str, Any]) -> tup
 
 def _sampler_from_level(
     model: Model, shape: Sequence[int], t: int, seeds: Seeds, config: SamplerConfig | None, options: dict[str, Any]
-) -> tuple[Sampler, list[int]]:
+) -> tuple[Sampler[Tensor], list[int]]:
     """Return the sampler of a run's last part, from level t on, and one seed a sample. Drawn seeds are logged."""
     config, options = _split_options(config, options)
     config = from_level(config, t)

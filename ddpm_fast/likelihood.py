@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.config import SamplerConfig, with_config_options
+from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.device import Model
 from ddpm_fast.engine.network import Network
-from ddpm_fast.engine.progress import Progress, Show
+from ddpm_fast.engine.progress import ProgressBar, Show
 from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.kernels.q_sample import q_sample
 from ddpm_fast.schedules import Array
@@ -91,19 +92,19 @@ def bits_per_dimension(
     whole("batch_size", batch_size, 1)
     table, all_seeds = build_table(config), resolve_seeds(seeds, len(x_0))
     variances = _variances(config)
-    channels = x_0.shape[1] * (2 if table.doubled else 1)
     batches = _batches(x_0, model_kwargs or {}, all_seeds, batch_size)
     results = []
     network: Network | None = None
-    bar: Progress | None = None
+    bar: ProgressBar | None = None
     try:
         for images, kwargs, batch_seeds in batches:
             if network is None or len(images) != network.batch:
-                network = Network(model, tuple(images.shape), channels, kwargs, None, device, dtype)
+                call = Call.of(model, tuple(images.shape), model_kwargs=kwargs, device=device, dtype=dtype)
+                network = Network(call, table.doubled)
             else:
-                network.update_kwargs(kwargs, None)
+                network.update(network.call.with_kwargs(kwargs, None))
             if bar is None:
-                bar = Progress(len(table) * len(batches), network.device, progress)
+                bar = ProgressBar(len(table) * len(batches), network.device, progress)
             with on_device(network.device), torch.no_grad():
                 images = images.to(network.device)
                 results.append(_terms(network, images, table, variances, config, batch_seeds, bar))
@@ -138,7 +139,7 @@ def _terms(
     variances: tuple[Array, Array],
     config: SamplerConfig,
     seeds: list[int],
-    bar: Progress,
+    bar: ProgressBar,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the terms, the epsilon errors and the x0 errors of a batch: float64 [B, steps] each."""
     alpha_bars = torch.from_numpy(config.alphas_cumprod())

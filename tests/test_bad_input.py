@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from ddpm_fast.engine.loop import LOOK
+from ddpm_fast.engine.loop import CHECK_EVERY
 from ddpm_fast.models.unet import UNet
 from ddpm_fast.sample import Sampler, sample
 from tests.support.networks import Wavy
@@ -201,7 +201,7 @@ def test_nan_stops_the_run_soon_and_its_step_is_named(bad):
 
     with pytest.raises(FloatingPointError, match=r"step 2 of 1000 \(timestep 997\), for sample 1 of the batch"):
         sample(model, SHAPE, seeds=0, clip_sample=False)
-    assert len(calls) == LOOK + 3  # the check after the first LOOK steps, and a second run to find the step
+    assert len(calls) == CHECK_EVERY + 3  # one check, and a second run that finds the step
 
 
 def test_changed_conditioning_must_fit():

@@ -255,7 +255,7 @@ def test_labels_may_change_between_calls_of_a_hoisted_network(model):
         conditioning = {"model_kwargs": {"class_labels": labels}, "uncond_kwargs": {"class_labels": none}}
         expected = plain(seeds=0, **conditioning, **QUIET)
         torch.testing.assert_close(hoisted(seeds=0, **conditioning, **QUIET), expected, rtol=1e-5, atol=1e-5)
-    assert hoisted.network.hoisted is not None
+    assert hoisted.loop.network.hoisted is not None
 
 
 def command(model, out, *arguments):

@@ -242,9 +242,9 @@ class TestReuse:
     def test_new_conditioning_goes_into_the_old_buffers(self):
         model, shift = Wavy(2, 2), torch.zeros(2, 1, 1, 1)
         sampler = Sampler(model, SHAPE, num_inference_steps=5, model_kwargs={"shift": shift})
-        pointer = sampler.network.kwargs["shift"].data_ptr()
+        pointer = sampler.loop.network.kwargs["shift"].data_ptr()
         changed = sampler(seeds=1, model_kwargs={"shift": shift + 0.5})
-        assert sampler.network.kwargs["shift"].data_ptr() == pointer
+        assert sampler.loop.network.kwargs["shift"].data_ptr() == pointer
         fresh = sample(model, SHAPE, seeds=1, num_inference_steps=5, model_kwargs={"shift": shift + 0.5})
         assert torch.equal(changed, fresh)
         assert torch.equal(shift, torch.zeros(2, 1, 1, 1))

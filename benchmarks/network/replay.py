@@ -18,6 +18,7 @@ from torch import nn
 from benchmarks.common.results import FOLDER, machine_name, write_result
 from benchmarks.speculation.run import labels
 from benchmarks.walks.networks import KINDS
+from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.network import Network
 from ddpm_fast.engine.timer import seconds
@@ -52,7 +53,8 @@ def measure(device: torch.device, batches: tuple[int, ...]) -> list[dict[str, An
     for name, (model, classes, shape, dtype) in networks(device).items():
         alone = None
         for batch in batches:
-            network = Network(model, (batch, *shape), shape[0], labels(classes, batch, device), None, device, dtype)
+            kwargs = labels(classes, batch, device)
+            network = Network(Call.of(model, (batch, *shape), model_kwargs=kwargs, device=device, dtype=dtype))
             network.prepare([0], Execution(optimize="hoist"))
             took = seconds(network, device)
             alone = took if alone is None else alone

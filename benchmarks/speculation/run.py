@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.results import FOLDER, machine_name, write_result
+from ddpm_fast.engine.report import Speculation
 from ddpm_fast.kernels.speculate import Progress
 from ddpm_fast.models.checkpoint import Checkpoint, Classes, load_checkpoint
 from ddpm_fast.sample import Sampler
-from ddpm_fast.speculation.loop import Speculation, SpeculativeLoop
+from ddpm_fast.speculation.loop import SpeculativeLoop
 
 BY_T = {0: 2, 100: 8, 250: 16, 500: 32}
 EVERY: dict[str, Any] = {"8": 8, "16": 16, "32": 32, "64": 64, "by t": BY_T, "measured": True}

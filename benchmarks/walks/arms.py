@@ -134,7 +134,7 @@ class NetworkAlone(Arm):
 
     def __init__(self, problem: Problem, **how: Any) -> None:
         super().__init__(problem)
-        self.network = Ours(problem, **how).sampler.network
+        self.network = Ours(problem, **how).sampler.loop.network
         on_cpu = problem.device.type == "cpu"
         self.call: Callable[[], Any] = (
             (lambda: self.network(0)) if on_cpu else StepGraph(self.network, problem.device).replay

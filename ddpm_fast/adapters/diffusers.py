@@ -1,4 +1,4 @@
-"""diffusers: pipelines whose whole walk is ours, and schedulers for every other pipeline."""
+"""diffusers: pipelines whose sampling loop is ours, and schedulers for every other pipeline."""
 
 import copy
 from typing import Any
@@ -13,7 +13,7 @@ from diffusers import (
     LDMPipeline,
 )
 
-from ddpm_fast.adapters import unknown
+from ddpm_fast.adapters import unsupported
 from ddpm_fast.adapters.diffusers_pipelines import (
     FastDDIMPipeline,
     FastDDPMPipeline,
@@ -23,7 +23,7 @@ from ddpm_fast.adapters.diffusers_pipelines import (
 )
 from ddpm_fast.adapters.diffusers_schedulers import FastDDIMScheduler, FastDDPMScheduler
 from ddpm_fast.adapters.diffusers_tables import check_config
-from ddpm_fast.adapters.walk import Options, Walker, adopt
+from ddpm_fast.adapters.runner import Options, Runner, adopt
 
 __all__ = [
     "FastDDIMPipeline",
@@ -45,35 +45,36 @@ _SCHEDULERS = {DDPMScheduler: FastDDPMScheduler, DDIMScheduler: FastDDIMSchedule
 
 
 def accelerate(obj: Any, options: Options) -> Any:
-    """The fast pipeline or scheduler for `obj`; see `ddpm_fast.accelerate`."""
+    """Return the fast pipeline or scheduler for `obj`; see `ddpm_fast.accelerate`."""
     for stock, fast in _SCHEDULERS.items():
         if isinstance(obj, stock):
             if options.speculate is not False:
                 raise ValueError("a scheduler takes one step at a time: speculate is for pipelines")
             _refuse_override(obj, stock, fast, "step")
             check_config(obj)
-            return adopt(copy.deepcopy(obj), _over(fast, obj), _backend=options.how.backend, _cached=None)
+            return adopt(copy.deepcopy(obj), _over(fast, obj), _backend=options.execution.backend, _cached=None)
     for stock, fast in _PIPELINES.items():
         if isinstance(obj, stock):
             _refuse_override(obj, stock, fast, "__call__")
             if is_supported(obj.scheduler):
                 check_config(obj.scheduler)
-            pipeline: Any = adopt(obj, _over(fast, obj), _walker=Walker(options))
-            pipeline.scheduler = copy.deepcopy(obj.scheduler)  # its timesteps are set by every call
+            pipeline: Any = adopt(obj, _over(fast, obj), _runner=Runner(options))
+            pipeline.scheduler = copy.deepcopy(obj.scheduler)  # every call sets its timesteps
             return pipeline
     hint = "it is neither a pipeline nor a scheduler that is known"
     if isinstance(obj, DiffusionPipeline):
         hint = "of any other pipeline the scheduler can be accelerated: pipe.scheduler = accelerate(pipe.scheduler)"
-    raise TypeError(unknown(obj, hint))
+    raise TypeError(unsupported(obj, hint))
 
 
 def _refuse_override(obj: Any, stock: type, fast: type, method: str) -> None:
+    """Raise TypeError for a subclass whose own `method` would be lost."""
     if getattr(type(obj), method) not in (getattr(stock, method), getattr(fast, method)):
         raise TypeError(f"{type(obj).__name__} has a {method} of its own, which would be lost: not accelerated")
 
 
 def _over(fast: type, obj: Any) -> type:
-    """`fast` itself, or in front of the user's subclass of what it accelerates."""
+    """Return `fast`, or a class of `fast` in front of the user's subclass."""
     kind = type(obj)
     if issubclass(kind, fast):
         return kind

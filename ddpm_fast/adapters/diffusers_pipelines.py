@@ -1,7 +1,7 @@
-"""diffusers' unconditional and class-conditional pipelines, walked by the engine.
+"""diffusers' unconditional and class-conditional pipelines on our sampling loop.
 
-Signatures, progress bar, files and images are diffusers'; `seeds=` is new. A scheduler that is neither DDPM nor DDIM (a
-DPMSolver put into the pipeline, say) runs as it does in diffusers.
+Signatures, progress bar, files and images are diffusers'; `seeds=` is new. A pipeline with a scheduler that is neither
+DDPM nor DDIM (a DPMSolver, say) runs as in diffusers.
 """
 
 import logging
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ddpm_fast.adapters.diffusers_schedulers import FastDDIMScheduler, FastDDPMScheduler
 from ddpm_fast.adapters.diffusers_tables import clipping_of, table_of
-from ddpm_fast.adapters.walk import Options, Walker, adopt
+from ddpm_fast.adapters.runner import Accelerated, Options, Runner, adopt
+from ddpm_fast.engine.call import Call
 from ddpm_fast.seeding import Seeds
-from ddpm_fast.speculation.loop import Speculation
 from ddpm_fast.validate import one_of, whole
 
 logger = logging.getLogger("ddpm_fast")
@@ -31,39 +31,28 @@ _OUTPUTS = ("pil", "np", "numpy", "pt", None)
 
 
 def is_supported(scheduler: Any) -> bool:
-    """Whether the engine can walk in the scheduler's place."""
+    """Return whether our loop can run in the scheduler's place."""
     supported = isinstance(scheduler, (DDPMScheduler, DDIMScheduler)) and type(scheduler).step in _STEPS
     if not supported:
         logger.info("%s is not accelerated: the pipeline runs as in diffusers", type(scheduler).__name__)
     return supported
 
 
-class _Fast:
-    """What the pipelines share."""
+class _FastPipeline(Accelerated):
+    """A base of the fast pipelines: the runner and one sampling loop for all of them."""
 
     _stock: ClassVar[type]
-    _walker: Walker
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         pipeline = super().__new__(cls)  # not in __init__, whose signature tells diffusers the components
-        pipeline._walker = Walker(Options())
+        pipeline._runner = Runner(Options())
         return pipeline
 
-    @property
-    def last_seeds(self) -> list[int] | None:
-        """The seeds of the last call's images, one each; None where a generator or a global seed made the noise."""
-        return self._walker.last_seeds
-
-    @property
-    def last_speculation(self) -> Speculation | None:
-        """What the last call did, if it speculated."""
-        return self._walker.last_speculation
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the folder that the pipeline of diffusers writes: it loads here and there."""
+        """Write the folder that the pipeline of diffusers writes; both load the folder."""
         adopt(self, self._stock).save_pretrained(save_directory, **kwargs)
 
-    def _walk(
+    def _run(
         self,
         network: Any,
         shape: Sequence[int],
@@ -77,14 +66,15 @@ class _Fast:
         doubled: bool = False,
         **conditioning: Any,
     ) -> Tensor:
-        """Walk from noise to x_0, float32.
+        """Run from noise to x_0 and return x_0, float32.
 
         Args:
-            network: a component of the pipeline.
-            shape, steps, generator, seeds, eta, use_clipped_model_output: those of the call.
-            x_T: draws the start from the generator, in pipelines that draw all other noise from the global one.
-            doubled: see `table_of`.
-            conditioning: further arguments of `Walker.loop`.
+            network: A component of the pipeline.
+            shape, steps, generator, seeds, eta, use_clipped_model_output: The arguments of the pipeline's call.
+            x_T: A function that draws the start from the generator, for pipelines whose other noise comes from torch's
+                global generator.
+            doubled: See `table_of`.
+            conditioning: Further arguments of `Call.of`.
         """
         scheduler, device = self.scheduler, self._execution_device  # type: ignore[attr-defined]
         whole("batch_size", shape[0], 1)
@@ -97,33 +87,31 @@ class _Fast:
         eta = eta if isinstance(scheduler, DDIMScheduler) else 0.0
         table = table_of(scheduler, eta=eta, use_clipped_model_output=use_clipped_model_output, doubled=doubled)
         _check_channels(network, shape[1], table.doubled, table.learned)
-        with self._walker.alone() as walker:
-            loop = walker.loop(
-                lambda *args, **kwargs: network(*args, **kwargs),  # the network's device and dtype are settled here
-                shape,
+        # A plain function, because the pipeline decides on device and dtype, not the module.
+        call = Call.of(
+            lambda *args, **kwargs: network(*args, **kwargs), tuple(shape), device=device, dtype=dtype, module=network,
+            **conditioning,
+        )  # fmt: skip
+        with self._runner.alone() as runner:
+            loop = runner.loop(
+                call,
                 table,
                 clipping_of(scheduler),
                 owner=network,
-                device=device,
-                dtype=dtype,
                 execution="eager" if hooked else None,  # hooks move weights while they run
-                module=network,
                 hoistable=not hooked,
-                **conditioning,
             )
-            guided = loop.guided
             if x_T is None:
-                noise, start = walker.noise(generator, loop, seeds=seeds, dtype=dtype), None
+                noise, start = runner.noise(generator, loop, seeds=seeds, dtype=dtype), None
             else:
-                noise = walker.noise(
-                    generator, loop, seeds=seeds, dtype=dtype, copies=2 if guided else 1, z_from_global=True
-                )
-                start = None if walker.last_seeds is not None else x_T()
+                copies = 2 if call.guided else 1
+                noise = runner.noise(generator, loop, seeds=seeds, dtype=dtype, copies=copies, z_from_global=True)
+                start = None if runner.last_seeds is not None else x_T()
             bar = self.progress_bar(total=len(table))  # type: ignore[attr-defined]
             return loop.run(noise, start, progress=bar)
 
     def _images(self, images: Tensor, output_type: str | None, return_dict: bool) -> Output:
-        """Images on [-1, 1] as the caller wants them."""
+        """Return the images, given on [-1, 1], in the form that the caller wants."""
         images = (images / 2 + 0.5).clamp(0, 1)
         result: Any = images
         if output_type != "pt":
@@ -134,8 +122,8 @@ class _Fast:
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
 
-class FastDDPMPipeline(_Fast, DDPMPipeline):
-    """DDPMPipeline, walked by the engine."""
+class FastDDPMPipeline(_FastPipeline, DDPMPipeline):
+    """A DDPMPipeline on our sampling loop."""
 
     _stock = DDPMPipeline
 
@@ -150,16 +138,16 @@ class FastDDPMPipeline(_Fast, DDPMPipeline):
         *,
         seeds: Seeds = None,
     ) -> Output:
-        """Draw images: the arguments of DDPMPipeline, and `seeds`, one an image (an int s means s, s + 1, …)."""
+        """Draw images: the arguments of DDPMPipeline, and `seeds`, one for each image (an int s: s, s + 1, …)."""
         if not is_supported(self.scheduler):
             return super().__call__(batch_size, generator, num_inference_steps, output_type, return_dict)
         one_of("output_type", output_type, _OUTPUTS)
-        x = self._walk(self.unet, _image_shape(self.unet, batch_size), num_inference_steps, generator, seeds)
+        x = self._run(self.unet, _image_shape(self.unet, batch_size), num_inference_steps, generator, seeds)
         return self._images(x.to(self.unet.dtype) if output_type == "pt" else x, output_type, return_dict)
 
 
-class FastDDIMPipeline(_Fast, DDIMPipeline):
-    """DDIMPipeline, walked by the engine."""
+class FastDDIMPipeline(_FastPipeline, DDIMPipeline):
+    """A DDIMPipeline on our sampling loop."""
 
     _stock = DDIMPipeline
 
@@ -176,21 +164,21 @@ class FastDDIMPipeline(_Fast, DDIMPipeline):
         *,
         seeds: Seeds = None,
     ) -> Output:
-        """Draw images: the arguments of DDIMPipeline, and `seeds`, one an image (an int s means s, s + 1, …)."""
+        """Draw images: the arguments of DDIMPipeline, and `seeds`, one for each image (an int s: s, s + 1, …)."""
         if not is_supported(self.scheduler):
             return super().__call__(
                 batch_size, generator, eta, num_inference_steps, use_clipped_model_output, output_type, return_dict
             )
         one_of("output_type", output_type, _OUTPUTS)
-        x = self._walk(
+        x = self._run(
             self.unet, _image_shape(self.unet, batch_size), num_inference_steps, generator, seeds,
             eta=eta, use_clipped_model_output=bool(use_clipped_model_output),
         )  # fmt: skip
         return self._images(x.to(self.unet.dtype) if output_type == "pt" else x, output_type, return_dict)
 
 
-class FastLDMPipeline(_Fast, LDMPipeline):
-    """LDMPipeline, its latents walked by the engine."""
+class FastLDMPipeline(_FastPipeline, LDMPipeline):
+    """An LDMPipeline whose latents come from our sampling loop."""
 
     _stock = LDMPipeline
 
@@ -207,21 +195,21 @@ class FastLDMPipeline(_Fast, LDMPipeline):
         seeds: Seeds = None,
         **kwargs: Any,
     ) -> Output:
-        """Draw images: the arguments of LDMPipeline, and `seeds`, one an image (an int s means s, s + 1, …)."""
+        """Draw images: the arguments of LDMPipeline, and `seeds`, one for each image (an int s: s, s + 1, …)."""
         if not is_supported(self.scheduler):
             return super().__call__(batch_size, generator, eta, num_inference_steps, output_type, return_dict, **kwargs)
         one_of("output_type", output_type, _OUTPUTS)
         shape = _image_shape(self.unet, batch_size)
-        x = self._walk(
+        x = self._run(
             self.unet, shape, num_inference_steps, generator, seeds, eta=eta,
-            x_T=lambda: randn_tensor(shape, generator=generator),  # drawn on the CPU in float32, there too
+            x_T=lambda: randn_tensor(shape, generator=generator),  # diffusers, too, draws on the CPU in float32
         )  # fmt: skip
         images = self.vqvae.decode((x / self.vqvae.config.scaling_factor).to(self.vqvae.dtype)).sample
         return self._images(images, output_type, return_dict)
 
 
-class FastDiTPipeline(_Fast, DiTPipeline):
-    """DiTPipeline, its latents walked by the engine; guidance is fused into the step."""
+class FastDiTPipeline(_FastPipeline, DiTPipeline):
+    """A DiTPipeline whose latents come from our sampling loop; guidance is fused into the step."""
 
     _stock = DiTPipeline
 
@@ -237,7 +225,7 @@ class FastDiTPipeline(_Fast, DiTPipeline):
         *,
         seeds: Seeds = None,
     ) -> Output:
-        """Draw images: the arguments of DiTPipeline, and `seeds`, one an image (an int s means s, s + 1, …)."""
+        """Draw images: the arguments of DiTPipeline, and `seeds`, one for each image (an int s: s, s + 1, …)."""
         if not is_supported(self.scheduler):
             return super().__call__(
                 class_labels, guidance_scale, generator, num_inference_steps, output_type, return_dict
@@ -250,9 +238,9 @@ class FastDiTPipeline(_Fast, DiTPipeline):
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         conditioning: dict[str, Any] = {"model_kwargs": {"class_labels": labels}}
         if guidance_scale > 1:
-            nothing = torch.full_like(labels, 1000)  # the class that stands for none
+            nothing = torch.full_like(labels, 1000)  # the class number that means no class
             conditioning |= {"uncond_kwargs": {"class_labels": nothing}, "guidance_scale": guidance_scale}
-        x = self._walk(
+        x = self._run(
             self.transformer, shape, num_inference_steps, generator, seeds,
             x_T=lambda: randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype),
             doubled=config.out_channels == 2 * config.in_channels, **conditioning,

@@ -2,8 +2,7 @@
 
     pipe.scheduler = accelerate(pipe.scheduler)     # of any pipeline
 
-On a CPU, where a gradient is wanted, and for a configuration that the engine does not know, `step` is diffusers' own,
-and so are its results to the bit.
+`step` is diffusers' own, bit for bit, on a CPU, where a gradient is wanted, and for a configuration that has no table.
 """
 
 import logging
@@ -30,8 +29,8 @@ class _Rows:
     """A scheduler's table on a device.
 
     Attributes:
-        positions: timestep → row.
-        draws: whether diffusers draws noise, by row.
+        positions: The row of every timestep.
+        draws: Whether diffusers draws noise, by row.
     """
 
     def __init__(self, scheduler: Any, device: torch.device, **options: Any) -> None:
@@ -44,10 +43,10 @@ class _Rows:
 
 
 class _Fused:
-    """The fused step, whatever the scheduler."""
+    """A fused step for any of the schedulers."""
 
-    _backend: str | None = None  # a chosen backend is used on a CPU, too
-    _cached: tuple[tuple[Any, ...], _Rows | None] | None = None  # what the rows were made from, and they
+    _backend: str | None = None  # a chosen backend is used on a CPU as well
+    _cached: tuple[tuple[Any, ...], _Rows | None] | None = None  # the rows, and what they were made from
 
     def _fuses(self, model_output: Tensor, sample: Tensor) -> bool:
         wants_gradient = torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad)
@@ -55,7 +54,7 @@ class _Fused:
         return (sample.is_cuda or self._backend is not None) and floats and not wants_gradient
 
     def _rows(self, device: torch.device, **options: Any) -> _Rows | None:
-        """The table of the scheduler as it is now; None for a configuration that is left to diffusers."""
+        """Return the table of the scheduler as it is now; None for a configuration that is left to diffusers."""
         key = (self.timesteps, self.alphas_cumprod, device, *options.values())  # type: ignore[attr-defined]
         if self._cached is None or not all(map(_same, self._cached[0], key)):
             try:
@@ -67,7 +66,10 @@ class _Fused:
         return self._cached[1]
 
     def _row(self, rows: _Rows | None, timestep: Any) -> int | None:
-        """The row of a timestep: of an element of `timesteps` from its place in memory, so that no device is asked."""
+        """Return the row of a timestep.
+
+        The row of an element of `timesteps` follows from its place in memory, so that the host does not wait.
+        """
         if rows is None:
             return None
         timesteps: Tensor = self.timesteps  # type: ignore[attr-defined]
@@ -78,10 +80,10 @@ class _Fused:
         return rows.positions.get(timestep) if isinstance(timestep, int) else None
 
     def _fused(self, rows: _Rows, row: int, model_output: Tensor, sample: Tensor, z: Tensor | None) -> list[Tensor]:
-        """x_{t-1} and the origin estimate, in the dtype that diffusers gives them."""
+        """Return x_{t-1} and the x0 prediction, in the dtype of diffusers' results."""
         x = sample.to(torch.float32).contiguous()
         base = torch.full((len(x),), row, dtype=torch.int32, device=x.device)
-        clipping = clipping_of(self)  # type: ignore[arg-type]
+        clipping = clipping_of(self)
         bound = None
         if clipping.ratio is not None:
             bound = threshold_bound(
@@ -99,7 +101,7 @@ class _Fused:
 
 
 class FastDDPMScheduler(_Fused, DDPMScheduler):
-    """DDPMScheduler with a fused `step`; same configuration, same files."""
+    """A DDPMScheduler with a fused `step`; same configuration, same files."""
 
     def step(
         self,
@@ -109,7 +111,7 @@ class FastDDPMScheduler(_Fused, DDPMScheduler):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """The step of DDPMScheduler: x_t → x_{t-1}; same arguments, same noise, same results up to rounding."""
+        """Take the step of DDPMScheduler, x_t → x_{t-1}: same arguments, same noise, same results up to rounding."""
         if not self._fuses(model_output, sample):
             return super().step(model_output, timestep, sample, generator, return_dict)
         rows = self._rows(sample.device)
@@ -122,7 +124,7 @@ class FastDDPMScheduler(_Fused, DDPMScheduler):
 
 
 class FastDDIMScheduler(_Fused, DDIMScheduler):
-    """DDIMScheduler with a fused `step`; same configuration, same files."""
+    """A DDIMScheduler with a fused `step`; same configuration, same files."""
 
     def step(
         self,
@@ -135,9 +137,9 @@ class FastDDIMScheduler(_Fused, DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """The step of DDIMScheduler: x_t → x_s; same arguments, same noise, same results up to rounding."""
+        """Take the step of DDIMScheduler, x_t → x_s: same arguments, same noise, same results up to rounding."""
         fuses = self.num_inference_steps is not None and self._fuses(model_output, sample)
-        contradiction = eta > 0 and variance_noise is not None and generator is not None  # diffusers says so
+        contradiction = eta > 0 and variance_noise is not None and generator is not None  # diffusers raises an error
         rows = self._rows(sample.device, eta=float(eta), use_clipped_model_output=bool(use_clipped_model_output)) \
             if fuses and not contradiction else None  # fmt: skip
         row = None if rows is None else self._row(rows, timestep)
@@ -156,8 +158,9 @@ class FastDDIMScheduler(_Fused, DDIMScheduler):
 
 
 def _draw(shape: torch.Size, generator: Any, like: Tensor) -> Tensor:
-    """diffusers' draw, in the network's dtype, as the kernel takes it."""
-    return randn_tensor(shape, generator=generator, device=like.device, dtype=like.dtype).to(torch.float32)
+    """Draw noise as diffusers does, in the network's dtype, and return the draw in float32 for the kernel."""
+    z: Tensor = randn_tensor(shape, generator=generator, device=like.device, dtype=like.dtype)
+    return z.to(torch.float32)
 
 
 def _same(old: Any, new: Any) -> bool:

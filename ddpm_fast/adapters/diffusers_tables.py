@@ -1,8 +1,8 @@
 """A diffusers scheduler as a table, in diffusers' own float32 order.
 
-diffusers computes betas, their products and every coefficient in float32; to give the same images its rounding is
-kept. What diffusers gets wrong is either computed as it is meant (fixed_large_log, there the square root of a logarithm
-and NaN, has the law of fixed_large) or refused by name (learned).
+diffusers computes betas, their products and every coefficient in float32. The table keeps that rounding, to give the
+same images. Two of diffusers' variance types are wrong there: fixed_large_log is the square root of a logarithm, and
+NaN; here it has the law of fixed_large. "learned" is refused by name.
 """
 
 from typing import Any
@@ -26,15 +26,15 @@ def table_of(
     use_clipped_model_output: bool = False,
     doubled: bool = False,
 ) -> StepTable:
-    """The rows of `scheduler.timesteps`, in their order.
+    """Return the rows of `scheduler.timesteps`, in their order.
 
     Args:
-        scheduler: after `set_timesteps`.
-        eta, use_clipped_model_output: those of DDIMScheduler.step.
-        doubled: the network's output has a variance half that the scheduler does not want.
+        scheduler: A scheduler after `set_timesteps`.
+        eta, use_clipped_model_output: See DDIMScheduler.step.
+        doubled: Whether the network's output has a variance half that the scheduler does not read.
 
     Raises:
-        ValueError: a field of the scheduler's config that is not supported; names it.
+        ValueError: A field of the scheduler's config is not supported; the message names the field.
     """
     check_config(scheduler)
     if not 0 <= eta < np.inf:
@@ -47,7 +47,7 @@ def table_of(
 
 
 def clipping_of(scheduler: DDPMScheduler | DDIMScheduler) -> Clipping:
-    """What the scheduler does to the origin estimate."""
+    """Return what the scheduler does to the x0 prediction."""
     config = scheduler.config
     if config.thresholding:
         return Clipping(ratio=config.dynamic_thresholding_ratio, max_value=config.sample_max_value)
@@ -55,7 +55,7 @@ def clipping_of(scheduler: DDPMScheduler | DDIMScheduler) -> Clipping:
 
 
 def check_config(scheduler: DDPMScheduler | DDIMScheduler) -> None:
-    """Raise ValueError for a config that is not supported; names the field."""
+    """Raise ValueError for a config that is not supported; the message names the field."""
     config = scheduler.config
     if config.prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {PREDICTIONS}, got {config.prediction_type!r}")
@@ -73,8 +73,8 @@ def check_config(scheduler: DDPMScheduler | DDIMScheduler) -> None:
 
 
 def _ddpm_table(scheduler: DDPMScheduler, t: Tensor, alpha_bars: Tensor, doubled: bool) -> StepTable:
-    walking = scheduler.custom_timesteps or scheduler.num_inference_steps
-    s = torch.cat([t[1:], t.new_tensor([-1])]) if walking else t - 1
+    respaced = scheduler.custom_timesteps or scheduler.num_inference_steps
+    s = torch.cat([t[1:], t.new_tensor([-1])]) if respaced else t - 1
     alpha_bar = alpha_bars[t]
     alpha_bar_s = torch.where(s >= 0, alpha_bars[s.clamp(min=0)], 1.0)
     alpha = alpha_bar / alpha_bar_s
@@ -83,11 +83,11 @@ def _ddpm_table(scheduler: DDPMScheduler, t: Tensor, alpha_bars: Tensor, doubled
     c_x0 = alpha_bar_s**0.5 * beta / beta_bar
     c_x = alpha**0.5 * beta_bar_s / beta_bar
     beta_tilde = (beta_bar_s / beta_bar * beta).clamp(min=MIN_VARIANCE)
-    noisy = t > 0  # diffusers: at t = 0 there is no noise, at a last step with t > 0 there is
+    noisy = t > 0  # diffusers adds no noise at t = 0, but does so at a last step with t > 0
     learned = scheduler.variance_type == "learned_range"
     variance = beta if scheduler.variance_type.startswith("fixed_large") else beta_tilde
     columns = {
-        **_origin(scheduler, alpha_bar),
+        **_x0_columns(scheduler, alpha_bar),
         "c_x0": _array(c_x0),
         "c_x": _array(c_x),
         "sigma": _array(noisy * (torch.ones_like(beta) if learned else variance**0.5)),
@@ -120,7 +120,7 @@ def _ddim_table(
         of_x = {"epsilon": 0 * d, "sample": 1 / root_beta, "v_prediction": root_beta}[prediction]
         of_out = {"epsilon": 0 * d + 1, "sample": -root_alpha / root_beta, "v_prediction": root_alpha}[prediction]
     columns = {
-        **_origin(scheduler, alpha_bar),
+        **_x0_columns(scheduler, alpha_bar),
         "c_x0": root_alpha_s + d * of_x0,
         "c_x": d * of_x,
         "c_out": d * of_out,
@@ -129,8 +129,8 @@ def _ddim_table(
     return StepTable.of(t.numpy(), columns, draws=np.full(len(t), eta > 0), doubled=doubled)
 
 
-def _origin(scheduler: DDPMScheduler | DDIMScheduler, alpha_bar: Tensor) -> dict[str, Array]:
-    """Columns a and b: x0 = a x + b out (Ho et al. 2020, eq. 15; Salimans & Ho 2022, appendix D)."""
+def _x0_columns(scheduler: DDPMScheduler | DDIMScheduler, alpha_bar: Tensor) -> dict[str, Array]:
+    """Return columns a and b of x0 = a x + b out (Ho et al. 2020, eq. 15; Salimans & Ho 2022, appendix D)."""
     root_alpha, root_beta = _array(alpha_bar**0.5), _array((1 - alpha_bar) ** 0.5)
     prediction = scheduler.config.prediction_type
     if prediction == "epsilon":
@@ -146,4 +146,5 @@ def _origin(scheduler: DDPMScheduler | DDIMScheduler, alpha_bar: Tensor) -> dict
 
 
 def _array(column: Any) -> Array:
-    return column.to(torch.float64).numpy()
+    array: Array = column.to(torch.float64).numpy()
+    return array

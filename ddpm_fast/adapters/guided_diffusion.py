@@ -1,8 +1,9 @@
-"""OpenAI's guided-diffusion and improved-diffusion: their diffusion objects, walked by the engine.
+"""OpenAI's guided-diffusion and improved-diffusion: their diffusion objects on our sampling loop.
 
-Neither is a package to depend on, and both live on as copies in other projects: an object is known by its attributes.
-The library draws noise from torch's global generator at every step, the last one included; so does an accelerated
-object under a global seed, all tensors taken as contiguous. Its float64 arrays are the table's numbers.
+Neither library is on PyPI, and other projects hold copies of both, so that an object is recognised by its attributes.
+The library draws noise from torch's global generator at every step, the last step included. So does an accelerated
+object under a global seed; all tensors count as contiguous. The table holds the numbers of the library's float64
+arrays.
 """
 
 import functools
@@ -16,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.adapters.walk import Options, Walker, adopt
+from ddpm_fast.adapters.runner import Accelerated, Options, Runner, adopt
+from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.device import resolve_device
-from ddpm_fast.engine.loop import Loop
 from ddpm_fast.engine.noise import GeneratorNoise
 from ddpm_fast.schedules import Array
-from ddpm_fast.speculation.loop import Speculation
 from ddpm_fast.table import Clipping, StepTable
 from ddpm_fast.validate import one_of, whole, within
 
@@ -41,7 +41,7 @@ _SAMPLING = (
 
 
 def recognises(obj: Any) -> bool:
-    """Whether `obj` is a GaussianDiffusion of one of the two libraries, or of a copy of them."""
+    """Return whether `obj` is a GaussianDiffusion of one of the two libraries, or of a copy of them."""
     if isinstance(obj, type) or not all(isinstance(getattr(obj, name, None), np.ndarray) for name in _ARRAYS):
         return False
     methods = ("p_mean_variance", "p_sample_loop", "ddim_sample_loop")
@@ -55,38 +55,38 @@ def recognises(obj: Any) -> bool:
 
 
 def accelerate(obj: Any, options: Options) -> Any:
-    """The fast diffusion for `obj`; see `ddpm_fast.accelerate`."""
+    """Return the fast diffusion for `obj`; see `ddpm_fast.accelerate`."""
     one_of("model_mean_type", obj.model_mean_type.name, MEANS)
     one_of("model_var_type", obj.model_var_type.name, VARIANCES)
     kind: Any = type(obj)
-    if not issubclass(kind, _Fast):
+    if not issubclass(kind, _FastDiffusion):
         _refuse_overrides(obj)
         kind = _fast(kind)
-    return adopt(obj, kind, _walker=Walker(options))
+    return adopt(obj, kind, _runner=Runner(options))
 
 
 @functools.cache
 def _fast(kind: Any) -> Any:
     loops = {name: _loop_method(kind, name) for name in _LOOPS if hasattr(kind, name)}
-    return type(f"Fast{kind.__name__}", (_Fast, kind), {"__module__": __name__, **loops})
+    return type(f"Fast{kind.__name__}", (_FastDiffusion, kind), {"__module__": __name__, **loops})
 
 
 def _blank(kind: Any) -> Any:
-    """An instance without its state, as pickle wants it: classes made on the fly have no address."""
+    """Return an instance without state, for pickle: a class made on the fly cannot be found by name."""
     cls = _fast(kind)
     return cls.__new__(cls)
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
-    """The timesteps that a spaced walk keeps.
+    """Return the timesteps that a spaced run keeps.
 
     Args:
-        num_timesteps: T of training.
-        section_counts: how many to keep in each of as many equal sections: [10, 15, 20] or "10,15,20". Or "ddimN": N
-            of them by the smallest integer stride that gives as many.
+        num_timesteps: The number of timesteps of the training, T.
+        section_counts: How many timesteps to keep in each of as many equal sections: [10, 15, 20] or "10,15,20".
+            "ddimN" keeps N timesteps at the smallest integer stride that gives N.
 
     Raises:
-        ValueError: more timesteps than a section has; no stride that gives N.
+        ValueError: A section has fewer timesteps than its count, or no stride gives N.
     """
     whole("num_timesteps", num_timesteps, 1)
     if isinstance(section_counts, str):
@@ -104,7 +104,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         length = size + (number < longer)
         whole("every count in section_counts", count, 0, length)
         stride_in = (length - 1) / (count - 1) if count > 1 else 1.0
-        # Summed up, not multiplied: rounding decides which of two neighbours is taken.
+        # A sum, not a product, as in the library: rounding decides which of two neighbours is taken.
         places = accumulate(repeat(stride_in, max(count - 1, 0)), initial=0.0)
         kept |= {first + round(place) for place in places if count}
         first += length
@@ -112,14 +112,14 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 
 def table_of(diffusion: Any, eta: float | None = None) -> StepTable:
-    """The rows of a walk through all of the diffusion's timesteps.
+    """Return the rows of a run through all of the diffusion's timesteps.
 
     Args:
-        diffusion: whose arrays are read.
-        eta: of DDIM; None for DDPM.
+        diffusion: The object whose arrays are read.
+        eta: DDIM's eta; None for DDPM.
 
     Raises:
-        ValueError: an eta that makes more noise than there is.
+        ValueError: eta makes more noise than there is at some step.
     """
     column = functools.partial(_column, diffusion)
     recip, recipm1 = column("sqrt_recip_alphas_cumprod"), column("sqrt_recipm1_alphas_cumprod")
@@ -136,7 +136,7 @@ def table_of(diffusion: Any, eta: float | None = None) -> StepTable:
     columns: dict[str, Array] = {"a": a, "b": b}
     doubled = variance.startswith("LEARNED")
     if eta is not None:
-        # Song et al. 2021, eq. 12, in float32 as the library: where alpha_bar is near 1 its rounding is seen.
+        # Song et al. 2021, eq. 12, in float32 as in the library: where alpha_bar is near 1 the rounding shows.
         alpha_bar, alpha_bar_s = (column(name).astype(np.float32) for name in ("alphas_cumprod", "alphas_cumprod_prev"))
         sigma = np.float32(eta) * np.sqrt((1 - alpha_bar_s) / (1 - alpha_bar)) * np.sqrt(1 - alpha_bar / alpha_bar_s)
         if (1 - alpha_bar_s < sigma**2).any():
@@ -159,8 +159,8 @@ def table_of(diffusion: Any, eta: float | None = None) -> StepTable:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """The arguments of a loop, under the library's names; with eta=None it is a DDPM loop."""
+class _LoopArguments:
+    """The arguments of one of the library's loops, under its names; eta is None for a DDPM loop."""
 
     model: Any
     shape: Any
@@ -173,8 +173,12 @@ class _Call:
     progress: bool = False
     eta: float | None = None
 
-    def checked(self) -> "_Call":
-        """With device, shape and model_kwargs as the walk takes them; raise TypeError or ValueError for bad input."""
+    def checked(self) -> "_LoopArguments":
+        """Return the arguments with device, shape and model_kwargs resolved.
+
+        Raises:
+            TypeError, ValueError: An argument does not fit.
+        """
         if not isinstance(self.shape, (tuple, list)) or len(self.shape) < 2:
             raise TypeError(f"shape must be a tuple (batch, channels, ...), got {self.shape!r}")
         shape = tuple(whole("every size in shape", size, 1) for size in self.shape)
@@ -200,8 +204,8 @@ class _Call:
         return replace(self, shape=shape, device=device, model_kwargs=dict(self.model_kwargs or {}))
 
 
-class _Told:
-    """The network, told what the library tells it; a plain callable, so that nothing decides on its dtype."""
+class _Timescaled:
+    """A network that is given the library's timesteps; a plain callable, so that its dtype counts for nothing."""
 
     def __init__(self, model: Any, scale: float | None) -> None:
         self.model = model
@@ -211,14 +215,14 @@ class _Told:
         return self.model(x, t if self.scale is None else t.float() * self.scale, **kwargs)
 
     def module(self) -> Any:
-        """The same as a torch.nn.Module, if the network is one."""
+        """Return the same as a torch.nn.Module, if the network is a module."""
         if self.scale is None or not isinstance(self.model, nn.Module):
             return self.model
-        return _Scaled(self.model, self.scale)
+        return _TimescaledModule(self.model, self.scale)
 
 
-class _Scaled(nn.Module):
-    """A network that is told its timesteps times `scale`."""
+class _TimescaledModule(nn.Module):
+    """A module that is given its timesteps times `scale`."""
 
     def __init__(self, model: nn.Module, scale: float) -> None:
         super().__init__()
@@ -231,23 +235,25 @@ class _Scaled(nn.Module):
 
 
 class _Denoised:
-    """A network that predicts the origin, and lets denoised_fn have it first."""
+    """A network that predicts x0 and passes the prediction through denoised_fn."""
 
-    def __init__(self, told: _Told, denoised_fn: Callable[[Tensor], Tensor], table: StepTable, call: _Call) -> None:
-        self.told = told
+    def __init__(
+        self, network: _Timescaled, denoised_fn: Callable[[Tensor], Tensor], table: StepTable, given: _LoopArguments
+    ) -> None:
+        self.network = network
         self.denoised_fn = denoised_fn
-        self.shape = (call.shape[0], call.shape[1] * (2 if table.doubled else 1), *call.shape[2:])
-        origin = np.zeros((2, int(table.timestep.max()) + 1), np.float32)
-        origin[:, table.timestep] = table.a, table.b
-        self.origin = torch.from_numpy(origin).to(call.device)
+        self.shape = (given.shape[0], given.shape[1] * (2 if table.doubled else 1), *given.shape[2:])
+        columns = np.zeros((2, int(table.timestep.max()) + 1), np.float32)
+        columns[:, table.timestep] = table.a, table.b
+        self.columns = torch.from_numpy(columns).to(given.device)
 
     def __call__(self, x: Tensor, t: Tensor, /, **kwargs: Any) -> Any:
-        output = self.told(x, t, **kwargs)
+        output = self.network(x, t, **kwargs)
         output = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(output, Tensor) or tuple(output.shape) != self.shape:
-            return output  # the loop says what is wrong
+            return output  # the loop raises the error
         out, rest = output[:, : x.shape[1]], output[:, x.shape[1] :]
-        a, b = (column[t].view(-1, *(1,) * (x.dim() - 1)) for column in self.origin)
+        a, b = (column[t].view(-1, *(1,) * (x.dim() - 1)) for column in self.columns)
         x0 = self.denoised_fn(a * x + b * out)
         if not isinstance(x0, Tensor) or x0.shape != x.shape:
             raise ValueError(f"denoised_fn must return a tensor of the shape that it gets, {tuple(x.shape)}")
@@ -255,31 +261,32 @@ class _Denoised:
 
 
 class _Guidance:
-    """What cond_fn, the gradient of log p(y | x), adds to a step: linear in it, so added after the step.
+    """A correction of the steps by cond_fn, the gradient of log p(y | x).
 
-    DDPM: the variance times the gradient (Dhariwal & Nichol 2021, algorithm 1), t = 0 included. DDIM: the gradient
-    shifts epsilon, and with it the origin estimate (algorithm 2).
+    The step is linear in the gradient, so that the correction is added after the step. DDPM adds the variance times the
+    gradient (Dhariwal & Nichol 2021, algorithm 1), at t = 0 as well. DDIM shifts epsilon by the gradient, and with
+    epsilon the x0 prediction (algorithm 2).
 
     Attributes:
-        shift: of the last step's origin estimate.
+        shift: Shift of the last step's x0 prediction.
     """
 
-    def __init__(self, diffusion: Any, told: _Told, call: _Call, table: StepTable) -> None:
-        self.told = told
-        self.call = call
+    def __init__(self, diffusion: Any, cond_fn: _Timescaled, given: _LoopArguments, table: StepTable) -> None:
+        self.cond_fn = cond_fn
+        self.given = given
         self.table = table
         self.shift: Tensor | float = 0.0
-        if call.eta is not None:
+        if given.eta is not None:
             alpha_bar = _column(diffusion, "alphas_cumprod").astype(np.float32)
-            self.to_origin = _column(diffusion, "sqrt_recipm1_alphas_cumprod") * np.sqrt(1 - alpha_bar)
+            self.to_x0 = _column(diffusion, "sqrt_recipm1_alphas_cumprod") * np.sqrt(1 - alpha_bar)
         elif not table.learned:
             self.variance, _ = _fixed_variance(diffusion)
 
     def __call__(self, step: int, x: Tensor, output: Tensor) -> Tensor:
         t = torch.full((len(x),), int(self.table.timestep[step]), device=x.device)
-        gradient = self.told(x.clone(), t, **self.call.model_kwargs).float()
-        if self.call.eta is not None:
-            self.shift = shift = float(self.to_origin[step]) * gradient
+        gradient: Tensor = self.cond_fn(x.clone(), t, **self.given.model_kwargs).float()
+        if self.given.eta is not None:
+            self.shift = shift = float(self.to_x0[step]) * gradient
             return float(self.table.c_x0[step]) * shift
         if not self.table.learned:
             return float(self.variance[step]) * gradient
@@ -288,79 +295,70 @@ class _Guidance:
         return torch.exp(share * high + (1 - share) * low) * gradient
 
 
-class _Fast:
-    """Stands in front of the object's class; its loops are made by `_loop_method`."""
-
-    _walker: Walker
+class _FastDiffusion(Accelerated):
+    """A base in front of the object's class; `_loop_method` makes its sampling loops."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, (type(self).__bases__[1],), self.__dict__
 
-    @property
-    def last_seeds(self) -> list[int] | None:
-        """The seeds of the last walk's samples, one each; None where a global seed made the noise."""
-        return self._walker.last_seeds
-
-    @property
-    def last_speculation(self) -> Speculation | None:
-        """What the last walk did, if it speculated."""
-        return self._walker.last_speculation
-
-    def _walk(self, call: _Call, every: bool) -> Iterator[dict[str, Tensor]]:
-        """Walk; the last state, or with `every` all states and origin estimates."""
-        if self._walker.options.speculate is not False and (call.denoised_fn or call.cond_fn):
+    def _run(self, given: _LoopArguments, every: bool) -> Iterator[dict[str, Tensor]]:
+        """Run the sampler. Yields the last state, or with `every` the state and the x0 prediction after every step."""
+        if self._runner.options.speculate is not False and (given.denoised_fn or given.cond_fn):
             raise ValueError("speculate does not go with denoised_fn or cond_fn, which follow every step")
-        table = table_of(self, call.eta)
-        clipping = Clipping(limit=1.0 if call.clip_denoised else None)
-        told = _Told(call.model, _time_scale(self))
-        network: Any = told
-        owner: Any = (call.model, told.scale)
-        late = call.denoised_fn if not np.any(table.c_x0) else None  # the origin estimate is shown only
+        table = table_of(self, given.eta)
+        clipping = Clipping(limit=1.0 if given.clip_denoised else None)
+        plain = _Timescaled(given.model, _time_scale(self))
+        network: Any = plain
+        owner: Any = (given.model, plain.scale)
+        late = given.denoised_fn if not np.any(table.c_x0) else None  # the x0 prediction is only shown
         if late is not None:
             clipping = Clipping()
-        elif call.denoised_fn is not None:
-            network, owner = _Denoised(told, call.denoised_fn, table, call), None
+        elif given.denoised_fn is not None:
+            network, owner = _Denoised(plain, given.denoised_fn, table, given), None
             table = replace(table, a=np.zeros(len(table)), b=np.ones(len(table)))
         guidance = None
-        if call.cond_fn is not None:
-            guidance = _Guidance(self, _Told(call.cond_fn, told.scale), call, table)
-        with self._walker.alone(generator=every) as walker:
-            loop = walker.loop(
-                network, call.shape, table, clipping, owner=owner, device=call.device, dtype=torch.float32,
-                model_kwargs=call.model_kwargs, correction=guidance,
-                execution="eager" if network is not told else None,
-                module=told.module(), hoistable=network is told, watched=every,
+        if given.cond_fn is not None:
+            guidance = _Guidance(self, _Timescaled(given.cond_fn, plain.scale), given, table)
+        call = Call.of(
+            network, given.shape, model_kwargs=given.model_kwargs, device=given.device, dtype=torch.float32,
+            module=plain.module(),
+        )  # fmt: skip
+        with self._runner.alone(iterator=every) as runner:
+            loop = runner.loop(
+                call, table, clipping, owner=owner, correction=guidance,
+                execution=None if network is plain else "eager", hoistable=network is plain, watched=every,
             )  # fmt: skip
-            noise = walker.noise(None, loop)
-            # The library draws noise where none is used, too; several steps in one replay would leave it out.
-            singly = every or (isinstance(noise, GeneratorNoise) and self._walker.options.how.steps_per_replay > 1)
-            for done in loop.steps(noise, call.noise, previews=every, every_step=singly, progress=bool(call.progress)):
+            noise = runner.noise(None, loop)
+            # The library draws noise even where no step reads it; a replay of several steps would leave these draws
+            # out.
+            several = self._runner.options.execution.steps_per_replay > 1
+            singly = every or (isinstance(noise, GeneratorNoise) and several)
+            for done in loop.steps(
+                noise, given.noise, previews=every, every_step=singly, progress=bool(given.progress)
+            ):
                 if not every:
                     if done == len(table):
                         yield {"sample": loop.x.clone()}
                     continue
-                assert isinstance(loop, Loop)  # the other has no states to show, and has said so
-                assert loop.x0 is not None
-                origin = loop.x0.clone()
+                assert loop.x0 is not None  # previews were asked for
+                x0 = loop.x0.clone()
                 if late is not None:
                     with torch.no_grad():
-                        origin = late(origin).clamp(-1, 1) if call.clip_denoised else late(origin)
+                        x0 = late(x0).clamp(-1, 1) if given.clip_denoised else late(x0)
                 shown = loop.x.clone()
                 version = shown._version
-                state = {"sample": shown, "pred_xstart": origin + guidance.shift if guidance else origin}
+                state = {"sample": shown, "pred_xstart": x0 + guidance.shift if guidance else x0}
                 yield state
-                if state["sample"] is not shown or shown._version != version:  # the library goes on from there
-                    with torch.no_grad():
-                        loop.x.copy_(state["sample"])
-                        loop.network.input.copy_(loop.x)
+                if state["sample"] is not shown or shown._version != version:  # the library continues from the change
+                    loop.set_state(state["sample"])
 
 
 def _loop_method(kind: type, name: str) -> Callable[..., Any]:
-    """The method of that name, with its own signature (improved-diffusion's has no cond_fn: here by keyword)."""
+    """Return a loop method with the signature of the library's; improved-diffusion's also takes cond_fn, by keyword."""
     stock = getattr(kind, name)
     signature = inspect.signature(stock)
     parameters = list(signature.parameters.values())
-    strange = {parameter.name for parameter in parameters[1:]} - {each.name for each in fields(_Call)}
+    strange = {parameter.name for parameter in parameters[1:]} - {each.name for each in fields(_LoopArguments)}
     if strange:
         raise TypeError(f"{kind.__name__}.{name} takes {min(strange)}, which is not known: not accelerated")
     if "cond_fn" not in signature.parameters:
@@ -368,14 +366,14 @@ def _loop_method(kind: type, name: str) -> Callable[..., Any]:
         signature = signature.replace(parameters=[*parameters, by_keyword])
 
     @functools.wraps(stock)
-    def loop(self: _Fast, *args: Any, **kwargs: Any) -> Any:
+    def loop(self: _FastDiffusion, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         _, *given = bound.arguments.items()
-        call = _Call(**dict(given))
+        arguments = _LoopArguments(**dict(given))
         if name.startswith("ddim"):
-            call = replace(call, eta=within("eta", call.eta, 0, np.inf, "[)"))
-        states = self._walk(call.checked(), every=name.endswith("progressive"))
+            arguments = replace(arguments, eta=within("eta", arguments.eta, 0, np.inf, "[)"))
+        states = self._run(arguments.checked(), every=name.endswith("progressive"))
         if name.endswith("progressive"):
             return states
         (final,) = states
@@ -385,7 +383,7 @@ def _loop_method(kind: type, name: str) -> Callable[..., Any]:
 
 
 def _refuse_overrides(obj: Any) -> None:
-    """Raise TypeError for a subclass that samples in a way of its own; SpacedDiffusion's way is known."""
+    """Raise TypeError for a subclass, other than SpacedDiffusion, that overrides how samples are drawn."""
     spaced = _is_spaced(obj)
     for name in _SAMPLING:
         *own, _ = [vars(obj), *(vars(cls) for cls in type(obj).__mro__ if name in vars(cls))]
@@ -398,19 +396,19 @@ def _is_spaced(diffusion: Any) -> bool:
 
 
 def _time_scale(diffusion: Any) -> float | None:
-    """What the network's timesteps are multiplied by; None leaves them integers."""
+    """Return the factor of the network's timesteps; None leaves the timesteps integers."""
     if not diffusion.rescale_timesteps:
         return None
-    return 1000.0 / (diffusion.original_num_steps if _is_spaced(diffusion) else diffusion.num_timesteps)
+    return 1000.0 / float(diffusion.original_num_steps if _is_spaced(diffusion) else diffusion.num_timesteps)
 
 
 def _column(diffusion: Any, name: str) -> Array:
-    """An array of the diffusion, the walk's first step first."""
+    """Return an array of the diffusion, in the order of the run."""
     return np.array(getattr(diffusion, name)[::-1], np.float64)
 
 
 def _fixed_variance(diffusion: Any) -> tuple[Array, Array]:
-    """Variance and log-variance of the types that do not learn it."""
+    """Return variance and log-variance of the variance types that are not learned."""
     small, log_small = _column(diffusion, "posterior_variance"), _column(diffusion, "posterior_log_variance_clipped")
     if diffusion.model_var_type.name == "FIXED_SMALL":
         return small, log_small  # they differ at t = 0

@@ -1,24 +1,24 @@
-"""lucidrains' denoising-diffusion-pytorch: its diffusion objects, walked by the engine.
+"""lucidrains' denoising-diffusion-pytorch: its diffusion objects on our sampling loop.
 
-The library draws all noise from torch's global generator, in float32; so does an accelerated object under a global
-seed. Its buffers, rounded to float32, are the table's numbers.
+The library draws all noise from torch's global generator, in float32, and so does an accelerated object under a global
+seed. The table holds the numbers of the library's buffers, which are rounded to float32.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, GaussianDiffusion1D, LearnedGaussianDiffusion
 from torch import Tensor
 
-from ddpm_fast.adapters import unknown
-from ddpm_fast.adapters.walk import Options, Walker, adopt
+from ddpm_fast.adapters import unsupported
+from ddpm_fast.adapters.runner import Accelerated, Options, Runner, adopt
+from ddpm_fast.engine.call import Call
 from ddpm_fast.models.checkpoint import read_weights_only
 from ddpm_fast.schedules import Array
-from ddpm_fast.speculation.loop import Speculation
 from ddpm_fast.table import Clipping, StepTable
 from ddpm_fast.timesteps import Timesteps
 from ddpm_fast.validate import whole
@@ -27,7 +27,7 @@ Kwargs = dict[str, Any] | None
 
 _CLIPPED = Clipping(limit=1.0)
 
-# Module → why its diffusions cannot be accelerated.
+# Module → the reason why its diffusions cannot be accelerated.
 _REFUSED = {
     "continuous_time_gaussian_diffusion": "its network is told the log-SNR of a continuous time",
     "v_param_continuous_time_gaussian_diffusion": "its network is told the log-SNR of a continuous time",
@@ -45,21 +45,21 @@ _SAMPLING = (
 
 
 def accelerate(obj: Any, options: Options) -> Any:
-    """The fast diffusion for `obj`; see `ddpm_fast.accelerate`."""
+    """Return the fast diffusion for `obj`; see `ddpm_fast.accelerate`."""
     for base in type(obj).__mro__:
         package, _, module = base.__module__.partition(".")
         if package == "denoising_diffusion_pytorch" and module in _REFUSED and "Diffusion" in base.__name__:
             raise TypeError(f"{module}.{base.__name__} is not supported: {_REFUSED[module]}")
-    known = {LearnedGaussianDiffusion: _FastLearned, GaussianDiffusion: _Fast2D, GaussianDiffusion1D: _Fast1D}
-    for stock, fast in known.items():
+    classes = {LearnedGaussianDiffusion: _FastLearned, GaussianDiffusion: _Fast2D, GaussianDiffusion1D: _Fast1D}
+    for stock, fast in classes.items():
         if isinstance(obj, stock):
             kind: Any = type(obj)
             for name in _SAMPLING:
                 own = getattr(kind, name) not in (getattr(stock, name), getattr(fast, name, None))
                 if own or name in vars(obj):
                     raise TypeError(f"{kind.__name__} has a {name} of its own, which would be lost: not accelerated")
-            return adopt(obj, kind if issubclass(kind, fast) else _joined(fast, kind), _walker=Walker(options))
-    raise TypeError(unknown(obj, "it is no diffusion that is known"))
+            return adopt(obj, kind if issubclass(kind, fast) else _joined(fast, kind), _runner=Runner(options))
+    raise TypeError(unsupported(obj, "it is no diffusion that is known"))
 
 
 @functools.cache
@@ -68,13 +68,13 @@ def _joined(fast: Any, kind: Any) -> Any:
 
 
 def _blank(fast: Any, kind: Any) -> Any:
-    """An instance without its state, as pickle wants it: classes made on the fly have no address."""
+    """Return an instance without state, for pickle: a class made on the fly cannot be found by name."""
     cls = _joined(fast, kind)
     return cls.__new__(cls)
 
 
 def ddim_times(diffusion: Any) -> Timesteps:
-    """The timesteps of ddim_sample, descending, and -1 behind them."""
+    """Return the timesteps of ddim_sample, descending, followed by -1."""
     times = torch.linspace(-1, diffusion.num_timesteps - 1, diffusion.sampling_timesteps + 1)
     return times.int().numpy()[::-1].astype(np.int64)
 
@@ -83,13 +83,13 @@ def load_trainer_checkpoint(path: str | Path, diffusion: Any, ema: bool = True) 
     """Read the weights of a Trainer's `model-N.pt` into `diffusion` and return it.
 
     Args:
-        path: of the file; it is read with weights_only=True.
-        diffusion: built with the arguments that it was trained with, accelerated or not.
-        ema: take the averaged weights, as the Trainer does for its samples.
+        path: Path of the file, which is read with weights_only=True.
+        diffusion: A diffusion built with the arguments of the training, accelerated or not.
+        ema: Whether to take the averaged weights, as the Trainer does for its samples.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no checkpoint of a Trainer, or of another diffusion; nothing is loaded then.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint of a Trainer, or of another diffusion; nothing is loaded then.
     """
     state = read_weights_only(path, "checkpoint of a Trainer", diffusion.device)
     weights = state.get("ema" if ema else "model") if isinstance(state, dict) else None
@@ -100,15 +100,21 @@ def load_trainer_checkpoint(path: str | Path, diffusion: Any, ema: bool = True) 
     own = diffusion.state_dict()
     missing, extra = own.keys() - weights.keys(), weights.keys() - own.keys()
     other = {key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape}
-    for what, keys in (("lacks", missing), ("has besides", extra), ("has in another shape", other)):
+    for problem, keys in (("lacks", missing), ("has besides", extra), ("has in another shape", other)):
         if keys:
-            raise ValueError(f"{path} is of another diffusion: it {what} {', '.join(sorted(keys)[:3])} ({len(keys)})")
+            raise ValueError(
+                f"{path} is of another diffusion: it {problem} {', '.join(sorted(keys)[:3])} ({len(keys)})"
+            )
     diffusion.load_state_dict(weights)
     return diffusion
 
 
-class _Call:
-    """The library's network call; x0 is the last origin estimate, at first zeros: its networks take None for that."""
+class _SelfConditioned:
+    """A network that is called as the library calls it, with the last x0 prediction where there is one.
+
+    Attributes:
+        x0: The last x0 prediction, zeros at first, for self-conditioned networks; None for others.
+    """
 
     def __init__(self, model: Callable[..., Tensor], keyword: bool) -> None:
         self.model = model
@@ -122,34 +128,25 @@ class _Call:
         return self.model(x, t, **kwargs) if last is None else self.model(x, t, x_self_cond=last, **kwargs)
 
 
-class _Fast:
-    """What one and two dimensions share: the tables, the loop and the walk."""
+class _FastDiffusion(Accelerated):
+    """A base of the fast diffusions in one and two dimensions: the tables and one sampling loop."""
 
-    _keyword: ClassVar[bool] = False  # x_self_cond goes by name, and only where there is one
-    _rederived: ClassVar[bool] = True  # DDIM's direction comes from the clipped origin estimate
+    _keyword: ClassVar[bool] = False  # x_self_cond is passed by name, and only where there is one
+    _rederived: ClassVar[bool] = True  # DDIM's direction comes from the clipped x0 prediction
     _learned: ClassVar[bool] = False
 
-    if TYPE_CHECKING:  # the rest is the library's
+    if TYPE_CHECKING:  # all other attributes are the library's
 
         def __getattr__(self, name: str) -> Any: ...
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, type(self).__bases__, self.__dict__
 
-    @property
-    def last_seeds(self) -> list[int] | None:
-        """The seeds of the last call's samples, one each; None where a global seed made the noise."""
-        return self._walker.last_seeds
-
-    @property
-    def last_speculation(self) -> Speculation | None:
-        """What the last call did, if it speculated."""
-        return self._walker.last_speculation
-
     def _column(self, name: str, t: Timesteps) -> Array:
-        return getattr(self, name).double().cpu().numpy()[t]
+        column: Array = getattr(self, name).double().cpu().numpy()[t]
+        return column
 
-    def _origin(self, t: Timesteps) -> dict[str, Array]:
+    def _x0_columns(self, t: Timesteps) -> dict[str, Array]:
         objective = "pred_noise" if self._learned else self.objective
         if objective == "pred_x0":
             return {"b": np.ones(len(t))}
@@ -160,17 +157,17 @@ class _Fast:
         return {"a": self._column(a, t), "b": -self._column(b, t)}
 
     def _ddpm_table(self, steps: int) -> StepTable:
-        """Rows steps - 1, …, 0 of p_sample."""
+        """Return the rows steps - 1, …, 0 of p_sample."""
         t = np.arange(steps)[::-1].copy()
         c_x0, c_x = self._column("posterior_mean_coef1", t), self._column("posterior_mean_coef2", t)
         log_variance = self._column("posterior_log_variance_clipped", t)
-        columns = {**self._origin(t), "c_x0": c_x0, "c_x": c_x, "sigma": np.exp(0.5 * log_variance) * (t > 0)}
+        columns = {**self._x0_columns(t), "c_x0": c_x0, "c_x": c_x, "sigma": np.exp(0.5 * log_variance) * (t > 0)}
         if self._learned:
             columns |= {"sigma": 1.0 * (t > 0), "log_min": log_variance, "log_max": np.log(self._column("betas", t))}
         return StepTable.of(t, columns, draws=t > 0, learned=self._learned, doubled=self._learned)
 
     def _ddim_table(self) -> StepTable:
-        """Rows of ddim_sample (Song et al. 2021, eq. 12); the last one hands out the origin estimate."""
+        """Return the rows of ddim_sample (Song et al. 2021, eq. 12); the last row returns the x0 prediction."""
         times = ddim_times(self)
         t, s = times[:-1], times[1:]
         alpha_bars, eta = self.alphas_cumprod.cpu().numpy(), self.ddim_sampling_eta
@@ -181,7 +178,7 @@ class _Fast:
             raise ValueError(f"ddim_sampling_eta must leave room for the image: sigma^2 > 1 - alpha_bar for {eta!r}")
         direction = np.sqrt(np.maximum(rest, 0)).astype(np.float64)
         root = np.sqrt(alpha_bar_s).astype(np.float64)
-        columns = {**self._origin(t), "c_x0": root, "sigma": sigma}
+        columns = {**self._x0_columns(t), "c_x0": root, "sigma": sigma}
         if self._rederived or self.objective != "pred_noise":
             direction /= self._column("sqrt_recipm1_alphas_cumprod", t)
             columns["c_x0"] = root - direction
@@ -190,7 +187,7 @@ class _Fast:
             columns["c_out"] = direction
         return StepTable.of(t, columns, draws=np.asarray(s >= 0))
 
-    def _walk(
+    def _run(
         self,
         shape: Sequence[int],
         table: StepTable,
@@ -200,7 +197,7 @@ class _Fast:
         x_T: Tensor | None = None,
         keep: bool = False,
     ) -> list[Tensor]:
-        """x_T and x_0; with `keep` all states between them, too."""
+        """Run from x_T to x_0 and return both; with `keep`, also all states between them."""
         shape = tuple(whole("every size in shape", size, 1) for size in shape)
         if len(shape) < 2:
             raise ValueError(f"shape must be (batch, channels, ...), got {shape}")
@@ -210,25 +207,28 @@ class _Fast:
         if conditioned and "x_self_cond" in (kwargs or {}):
             raise ValueError("x_self_cond comes from the walk itself: leave it out of model_forward_kwargs")
         label = "sampling loop time step" if x_T is None else "interpolation sample time step"
-        with self._walker.alone() as walker:
-            loop = walker.loop(
-                _Call(self.model, self._keyword or self._learned),
-                shape,
+        call = Call.of(
+            _SelfConditioned(self.model, self._keyword or self._learned),
+            shape,
+            model_kwargs=kwargs,
+            device=self.device,
+            dtype=next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32),
+            module=self.model,
+        )
+        with self._runner.alone() as runner:
+            loop = runner.loop(
+                call,
                 table,
                 clipping,
                 owner=(self.model, conditioned),
-                device=self.device,
-                dtype=next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32),
-                model_kwargs=kwargs,
                 keep_x0=conditioned,
                 inference_mode=not self._keyword,  # as the library does, in two dimensions
-                module=self.model,
                 hoistable=not conditioned,
                 watched=keep,
             )
             if conditioned:
-                loop.network.model.x0 = loop.x0  # type: ignore[attr-defined, union-attr]
-            noise = walker.noise(None, loop)
+                cast("_SelfConditioned", loop.call.model).x0 = loop.x0
+            noise = runner.noise(None, loop)
             states = [noise.x_T() if x_T is None else x_T]
             for done in loop.steps(noise, states[0], every_step=keep, progress=label):
                 if keep or done == len(loop.table):
@@ -237,55 +237,59 @@ class _Fast:
 
     @torch.no_grad()
     def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5) -> Tensor:
-        """Noise two images to level t, mix them, (1 - lam) x1 + lam x2, and walk back; not unnormalised, as there."""
+        """Noise two images to level t, mix them, (1 - lam) x1 + lam x2, and denoise.
+
+        The result is not unnormalised, as in the library.
+        """
         t = self.num_timesteps - 1 if t is None else whole("t", t, 0, self.num_timesteps - 1)
         if x1.shape != x2.shape:
             raise ValueError(f"x1 and x2 must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
         level = torch.full((len(x1),), t, device=x1.device)
         noised1, noised2 = self.q_sample(x1, t=level), self.q_sample(x2, t=level)
         mixed = (1 - lam) * noised1 + lam * noised2
-        return self._walk(x1.shape, self._ddpm_table(t), x_T=mixed)[-1] if t > 0 else mixed
+        return self._run(x1.shape, self._ddpm_table(t), x_T=mixed)[-1] if t > 0 else mixed
 
 
-class _Fast2D(_Fast):
-    """GaussianDiffusion."""
+class _Fast2D(_FastDiffusion):
+    """A GaussianDiffusion on our sampling loop."""
 
     @torch.no_grad()
     def sample(self, batch_size: int = 16, return_all_timesteps: bool = False) -> Tensor:
-        """Draw images; with return_all_timesteps [B, steps + 1, C, H, W], x_T first."""
-        walk = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
+        """Draw images; with return_all_timesteps return [B, steps + 1, C, H, W], x_T first."""
+        loop = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
         shape = (whole("batch_size", batch_size, 1), self.channels, *self.image_size)
-        return walk(shape, return_all_timesteps=return_all_timesteps)
+        return loop(shape, return_all_timesteps=return_all_timesteps)
 
     @torch.no_grad()
     def p_sample_loop(self, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
-        """Walk through all timesteps."""
+        """Run through all timesteps."""
         return self._images(shape, self._ddpm_table(self.num_timesteps), return_all_timesteps)
 
     @torch.no_grad()
     def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
-        """Walk through sampling_timesteps of them by DDIM."""
+        """Run through sampling_timesteps of them by DDIM."""
         return self._images(shape, self._ddim_table(), return_all_timesteps)
 
     def _images(self, shape: Sequence[int], table: StepTable, return_all: bool) -> Tensor:
-        states = self._walk(shape, table, keep=return_all)
-        return self.unnormalize(torch.stack(states, dim=1) if return_all else states[-1])
+        states = self._run(shape, table, keep=return_all)
+        images: Tensor = self.unnormalize(torch.stack(states, dim=1) if return_all else states[-1])
+        return images
 
 
 class _FastLearned(_Fast2D):
-    """LearnedGaussianDiffusion."""
+    """A LearnedGaussianDiffusion on our sampling loop."""
 
     _learned = True
 
     def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
-        """Not there: the original's ends in a NameError."""
+        """Raise NotImplementedError; the library's own method ends in a NameError."""
         raise NotImplementedError(
             "LearnedGaussianDiffusion cannot sample by DDIM, there or here: sampling_timesteps must be timesteps"
         )
 
 
-class _Fast1D(_Fast):
-    """GaussianDiffusion1D."""
+class _Fast1D(_FastDiffusion):
+    """A GaussianDiffusion1D on our sampling loop."""
 
     _keyword = True
     _rederived = False
@@ -294,16 +298,16 @@ class _Fast1D(_Fast):
     def sample(self, batch_size: int = 16, return_noise: bool = False, model_forward_kwargs: Kwargs = None) -> Any:
         """Draw sequences [B, C, N], or [B, N, C] with channel_first=False; with return_noise also x_T."""
         sizes = (self.channels, self.seq_length) if self.channel_first else (self.seq_length, self.channels)
-        walk = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
+        loop = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
         shape = (whole("batch_size", batch_size, 1), *sizes)
-        return walk(shape, return_noise=return_noise, model_forward_kwargs=model_forward_kwargs)
+        return loop(shape, return_noise=return_noise, model_forward_kwargs=model_forward_kwargs)
 
     @torch.no_grad()
     def p_sample_loop(
         self, shape: Sequence[int], return_noise: bool = False, model_forward_kwargs: Kwargs = None
     ) -> Any:
-        """Walk through all timesteps."""
-        x_T, x_0 = self._walk(shape, self._ddpm_table(self.num_timesteps), kwargs=model_forward_kwargs)
+        """Run through all timesteps."""
+        x_T, x_0 = self._run(shape, self._ddpm_table(self.num_timesteps), kwargs=model_forward_kwargs)
         return self._sequences(x_T, x_0, return_noise)
 
     @torch.no_grad()
@@ -314,9 +318,12 @@ class _Fast1D(_Fast):
         model_forward_kwargs: Kwargs = None,
         return_noise: bool = False,
     ) -> Any:
-        """Walk through sampling_timesteps of them by DDIM. (The original's return_noise is its last draw, not x_T.)"""
+        """Run through sampling_timesteps of them by DDIM.
+
+        With return_noise the second result is x_T; in the library it is the last draw.
+        """
         clipping = _CLIPPED if clip_denoised else Clipping()
-        x_T, x_0 = self._walk(shape, self._ddim_table(), clipping, model_forward_kwargs)
+        x_T, x_0 = self._run(shape, self._ddim_table(), clipping, model_forward_kwargs)
         return self._sequences(x_T, x_0, return_noise)
 
     def _sequences(self, x_T: Tensor, x_0: Tensor, return_noise: bool) -> Any:

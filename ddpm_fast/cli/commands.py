@@ -18,6 +18,7 @@ from ddpm_fast.data import digits, moons
 from ddpm_fast.data.pictures import Pictures
 from ddpm_fast.edit import check_mixture, from_level, mixture
 from ddpm_fast.engine.device import checked_device, default_device
+from ddpm_fast.engine.report import Speculation
 from ddpm_fast.files import check_writable, write_json
 from ddpm_fast.kernels import to_uint8
 from ddpm_fast.likelihood import bits_per_dimension
@@ -25,7 +26,6 @@ from ddpm_fast.models.checkpoint import EMBEDDED, Checkpoint
 from ddpm_fast.models.unet import UNetConfig
 from ddpm_fast.sample import Sampler
 from ddpm_fast.seeding import parse_seeds, resolve_seeds
-from ddpm_fast.speculation.loop import Speculation
 from ddpm_fast.training import Trainer, TrainingConfig
 from ddpm_fast.training.trainer import Data
 from ddpm_fast.validate import whole
@@ -300,7 +300,7 @@ def _draw(
     start: Callable[[Sequence[int]], torch.Tensor] | None = None,
 ) -> Iterator[Drawn]:
     """Yield the samples batch by batch: seeds, uint8 [n, H, W, C], and the speculation. `start` gives x_T."""
-    sampler: Sampler | None = None
+    sampler: Sampler[torch.Tensor] | None = None
     speculate = arguments.speculate
     for number, (batch, title) in enumerate(_batches(seeds, arguments.batch), 1):
         conditioning = _conditioning(checkpoint, arguments.label, batch)

@@ -11,7 +11,7 @@ from ddpm_fast.config import PREDICTION_TYPES, SAMPLERS
 from ddpm_fast.edit import MIXINGS
 from ddpm_fast.engine.execution import MEMORY_FORMATS
 from ddpm_fast.schedules import BETA_SCHEDULES
-from ddpm_fast.speculation.windows import Windows
+from ddpm_fast.speculation.windows import WindowPlan
 from ddpm_fast.training import TrainingConfig
 from ddpm_fast.training.losses import LOSSES
 from ddpm_fast.training.trainer import MIXED_PRECISIONS
@@ -154,7 +154,7 @@ def _widths(text: str) -> tuple[int, ...]:
     return tuple(int(width) for width in text.split(","))
 
 
-def _windows(text: str) -> Windows:
+def _windows(text: str) -> WindowPlan:
     """Parse windows such as "16" or "0:4,100:16"."""
     allowed = f"windows are 16, or 0:4,100:16 from timestep 0 on, got {text}"
     try:
@@ -163,7 +163,7 @@ def _windows(text: str) -> Windows:
     except ValueError:
         raise argparse.ArgumentTypeError(allowed) from None
     try:
-        return Windows.of(windows)
+        return WindowPlan.of(windows)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{allowed}: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Devices: where a model is, and where it can run."""
+"""Devices and dtypes: where a model is, and where it can run."""
 
 import itertools
 from collections.abc import Callable
@@ -11,10 +11,10 @@ Model = Callable[..., Any]
 
 
 def resolve_device(model: Model, device: str | torch.device | None) -> torch.device:
-    """The device to run on: the given one, the model's own, or CUDA if it is there.
+    """Return the given device, else the model's own, else CUDA where there is a GPU.
 
     Raises:
-        ValueError: no such device, or the model's parameters are on another.
+        ValueError: There is no such device, or the model's parameters are on another one.
     """
     own = device_of(model)
     if device is None:
@@ -26,12 +26,16 @@ def resolve_device(model: Model, device: str | torch.device | None) -> torch.dev
 
 
 def default_device() -> torch.device:
-    """The current CUDA device if there is one, else the CPU."""
+    """Return the current CUDA device if there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """The device, with its index; raise ValueError unless it is the CPU or a CUDA GPU that is there."""
+    """Return the device with its index.
+
+    Raises:
+        ValueError: The device is neither the CPU nor a CUDA GPU of this machine.
+    """
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -49,14 +53,14 @@ def checked_device(device: str | torch.device) -> torch.device:
 
 
 def device_of(model: Model) -> torch.device | None:
-    """Where the model's first parameter or buffer is."""
+    """Return the device of the model's first parameter or buffer; None for a model without any."""
     if not isinstance(model, nn.Module):
         return None
     return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
 
 
 def dtype_of(model: Model) -> torch.dtype | None:
-    """The dtype of the model's first floating point parameter."""
+    """Return the dtype of the model's first floating point parameter; None for a model without any."""
     if not isinstance(model, nn.Module):
         return None
     return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)

@@ -1,4 +1,4 @@
-"""How a walk is executed. None of it changes which samples are drawn, up to the rounding of the network."""
+"""How a sampling loop is executed. No option changes which samples are drawn, up to the rounding of the network."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,22 +16,25 @@ MEMORY_FORMATS = (None, "contiguous", "channels_last", "auto")
 
 @dataclass(frozen=True)
 class Execution:
-    """How a walk is executed.
+    """The execution options of a sampling loop.
 
     Attributes:
-        execution: "graph" replays a CUDA graph of network + step; "eager" calls them one by one; "auto" takes the
+        execution: "graph" replays a CUDA graph of network and step. "eager" calls both one by one. "auto" takes the
             graph on CUDA where the network allows it.
-        steps_per_replay: steps in one graph.
+        steps_per_replay: Number of steps in one graph.
         backend: "triton" or "torch" kernels; None chooses by device.
         optimize: "hoist" takes out of the loop what in the network does not depend on x (`ddpm_fast.engine.hoist`),
-            which takes seconds; "auto" does so once enough steps were walked for that to pay; None never does.
-        memory_format: of the network's input, and where it is hoisted of its convolutions' weights: "contiguous";
-            "channels_last"; "auto", whichever is faster in a short trial that is remembered as long as the network
-            lives; None: the input is contiguous, and the weights are as they are.
-        compile: run the network through torch.compile (Inductor), hoisted first unless optimize is None. Takes minutes
-            with a large network.
-        tf32: whether float32 products of the network may be taken in TensorFloat-32 (a GPU's; 10 bits of mantissa);
-            None leaves it to what torch is set to.
+            which takes seconds. "auto" hoists once enough steps were run for that to pay. None never hoists.
+        memory_format: Memory format of the network's input and, where the network is hoisted, of its convolutions'
+            weights. "contiguous" or "channels_last"; "auto" takes the faster one after a short trial, whose result is
+            remembered as long as the network lives. None leaves the input contiguous and the weights as they are.
+        compile: Whether the network runs through torch.compile (Inductor), hoisted first unless `optimize` is None.
+            Compiling a large network takes minutes.
+        tf32: Whether float32 products of the network may be taken in TensorFloat-32 on a GPU (10 bits of mantissa).
+            None leaves torch's own setting.
+
+    Raises:
+        ValueError: An option has a value that is not listed here.
     """
 
     execution: str = "auto"
@@ -53,7 +56,7 @@ class Execution:
 
     @property
     def at_once(self) -> bool:
-        """Whether the network is prepared when the loop is built, not when that pays."""
+        """Whether the network is prepared when the loop is built, not only once that pays."""
         return self.optimize == "hoist" or self.compile or self.memory_format is not None
 
 
@@ -62,7 +65,7 @@ DEFAULT = Execution()
 
 @contextlib.contextmanager
 def tf32(allowed: bool | None) -> Iterator[None]:
-    """Float32 products in TensorFloat-32 on CUDA, or not, inside; None changes nothing."""
+    """Allow or forbid float32 products in TensorFloat-32 on CUDA inside the context; None changes nothing."""
     if allowed is None:
         yield
         return

@@ -1,9 +1,9 @@
-"""Take out of the loop what does not depend on x: time embeddings, class embeddings, keys and values of a prompt.
+"""Hoisting: what does not depend on x leaves the loop: time embeddings, class embeddings, keys and values of a prompt.
 
-A network is traced once (torch.export), and its operations fall into classes by what they depend on: the timestep t,
-the condition (the tensors among its keywords), both, or x. All but the last are evaluated ahead of the walk: those of t
-for every timestep, those of the condition once, those of both for every timestep and every distinct condition. Where
-one of their results enters an operation on x, the rest of the network reads it from a table instead.
+A network is traced once (torch.export). Each operation depends on the timestep t, on the condition (the tensors among
+the keywords), on both, or on x. Operations of the first three kinds are evaluated ahead of the run: operations of t
+once for every timestep, operations of the condition once, operations of both once for every timestep and distinct
+condition. Where such a result enters an operation on x, the rest of the network reads the result from a table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ddpm_fast.engine.device import Model
 from ddpm_fast.engine.trace import (
     CONDITION,
     HoistError,
@@ -32,20 +33,22 @@ from ddpm_fast.engine.trace import (
 )
 from ddpm_fast.validate import line_of
 
-MEMORY = 2**30  # bytes that the tables of one network may take
+MEMORY = 2**30  # bytes, at most, for the tables of one network
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Operations in one call of a network, views included.
+    """Numbers of operations in one call of a network, views included.
 
     Attributes:
-        before: as traced; under autocast with the casts of weights.
-        neutral: dropped: dropout that is off, division and multiplication by 1, casts to the same dtype.
-        of_t, of_condition, of_both: evaluated ahead; what depends on parameters alone counts as of_condition.
-        after: left in the loop.
-        tables: results that the rest reads from a table over t.
-        table_bytes: what the tables take.
+        before: Operations as traced; under autocast with the casts of weights.
+        neutral: Operations that were dropped: dropout that is off, division and multiplication by 1, casts to the same
+            dtype.
+        of_t, of_condition, of_both: Operations that are evaluated ahead. An operation that depends on parameters alone
+            counts as of_condition.
+        after: Operations that stay in the loop.
+        tables: Results that the rest of the network reads from a table over t.
+        table_bytes: Size of the tables.
     """
 
     before: int
@@ -60,19 +63,19 @@ class Counts:
 
 @dataclass
 class _Bank:
-    """Results of one dtype that are tabled over the same index, side by side: one gather reads them all.
+    """A table of results of one dtype over the same index, side by side, so that one gather reads all of them.
 
     Attributes:
-        nodes: the operations whose results they are.
-        ahead: computes them, each [B, ...].
-        conditional: whether they depend on the condition, too.
-        shapes: of one sample's results.
-        table: [rows, sum of the sizes]: a row for a timestep, or for a timestep and distinct condition.
-        views: row → the results of a batch that is all in that row.
+        nodes: The operations with these results.
+        evaluate: A function that computes the results, each [B, ...].
+        conditional: Whether the results also depend on the condition.
+        shapes: Shapes of one sample's results.
+        table: Tensor [rows, sum of the sizes], with a row for each timestep, or each timestep and distinct condition.
+        views: Results for a batch that is all in one row, by row.
     """
 
     nodes: list[fx.Node]
-    ahead: Callable[..., Any]
+    evaluate: Callable[..., Any]
     conditional: bool
     shapes: list[torch.Size]
     table: Tensor
@@ -80,39 +83,39 @@ class _Bank:
 
     @property
     def sizes(self) -> list[int]:
-        """Elements of one sample's results."""
+        """Numbers of elements of one sample's results."""
         return [shape.numel() for shape in self.shapes]
 
 
 class Hoisted:
-    """A network whose calls do only what depends on x.
+    """A network whose calls compute only what depends on x.
 
     Args:
-        model: called as model(x, t, **kwargs). Its parameters are shared, not copied.
-        x: [B, ...], of the shape, dtype and device of every call.
-        timesteps: those of the walk.
-        kwargs: the keywords of every call; their tensors stay the same objects, and `refresh` reads new values.
-        memory: bytes that the tables may take; what would exceed them stays in the loop.
+        model: A module that is called as model(x, t, **kwargs). Its parameters are shared, not copied.
+        x: An input [B, ...] with the shape, dtype and device of every call.
+        timesteps: Timesteps of the run.
+        kwargs: Keywords of every call. Their tensors stay the same objects; `refresh` reads new values.
+        memory: Bytes for the tables, at most. Results that do not fit stay in the loop.
 
     Attributes:
-        counts: what left the loop.
+        counts: Numbers of operations that left the loop.
 
     Raises:
-        HoistError: why not.
+        HoistError: The network cannot be hoisted; says why.
     """
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         x: Tensor,
         timesteps: Sequence[int],
         kwargs: Mapping[str, Any] | None = None,
         memory: int = MEMORY,
     ) -> None:
-        _check(model)
-        self.model, self._training = model, model.training
+        self.model = _checked(model)
+        self._training = self.model.training
         self._kwargs = dict(kwargs or {})
         self._leaves = pytree.tree_leaves(self._kwargs)
         self._conditions = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
@@ -121,7 +124,7 @@ class Hoisted:
         self._position = torch.zeros(int(self._timesteps.max()) + 1, dtype=torch.int64, device=x.device)
         self._position[self._timesteps] = torch.arange(len(self._timesteps), device=x.device)
 
-        graph, root = trace(model, x, self._times(torch.zeros_like(self._timesteps[:1])), self._kwargs)
+        graph, root = trace(self.model, x, self._batch_of(torch.zeros_like(self._timesteps[:1])), self._kwargs)
         before = count_operations(graph.nodes)
         drop_neutral(graph)
         neutral = before - count_operations(graph.nodes)
@@ -131,7 +134,7 @@ class Hoisted:
         classes = classify(graph, len(self._leaves))
         self._graph, self._root = graph, root
         self._firsts, self._which = self._distinct()
-        self._stride = torch.tensor(len(self._firsts), device=x.device)  # a tensor: a recorded graph reads the new one
+        self._stride = torch.tensor(len(self._firsts), device=x.device)  # a recorded graph reads the tensor
         self._banks: list[_Bank] = []
         self._tabulate(graph, root, frontier_of(graph, classes), classes)
         self._constants: list[Tensor] = []
@@ -156,12 +159,12 @@ class Hoisted:
         )
 
     def __call__(self, x: Tensor, t: Tensor, row: int | None = None) -> Tensor:
-        """The network's output.
+        """Return the network's output.
 
         Args:
-            x: [B, ...].
-            t: int64 [B]: timesteps of the walk.
-            row: where all samples are at one step of the walk, its number: nothing is gathered then.
+            x: Input [B, ...].
+            t: Timesteps of the run, int64 [B].
+            row: Number of the step, where all samples are in the same step. Nothing is gathered then.
         """
         values: list[Tensor] = []
         index = None
@@ -174,19 +177,20 @@ class Hoisted:
             place = index * self._stride + self._which if bank.conditional else index
             pieces = bank.table.index_select(0, place).split(bank.sizes, dim=1)
             values += [piece.view(-1, *shape) for piece, shape in zip(pieces, bank.shapes, strict=True)]
-        return self._rest(x, t, *self._leaves, *values, *self._constants)[0]
+        output: Tensor = self._rest(x, t, *self._leaves, *values, *self._constants)[0]
+        return output
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def lay_out(self, memory_format: torch.memory_format) -> None:
-        """Keep the weights of convolutions in this memory format, as copies where they are in another."""
+        """Keep the weights of convolutions in this memory format; weights in another format are copied."""
         lay_out_weights(self._graph, classify(self._graph, len(self._leaves)), memory_format)
         self._split()
         self._constants = list(self._constants_ahead(None, None, *self._leaves))
         self._seen = self._fingerprints()
 
     def compile(self) -> Callable[[], None]:
-        """Run what is left through torch.compile, which the next call takes the time for; returns what undoes it."""
+        """Run the rest of the network through torch.compile, on the next call; return a function that undoes this."""
         plain = self._rest
         self._rest = torch.compile(plain, dynamic=False)
 
@@ -198,13 +202,13 @@ class Hoisted:
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> bool:
-        """Evaluate anew what belongs to other parameters or conditions than before; to be called before a walk.
+        """Evaluate again, before a run, what depends on changed parameters or conditions.
 
         Returns:
             Whether tensors moved, so that a recorded graph no longer holds.
 
         Raises:
-            HoistError: the network was switched between training and evaluation, or the tables outgrow their memory.
+            HoistError: The network was switched between training and evaluation, or the tables outgrow their memory.
         """
         if self.model.training != self._training:
             raise HoistError("it was switched between training and evaluation since it was traced")
@@ -240,7 +244,7 @@ class Hoisted:
         return moved
 
     def _split(self) -> list[fx.Node]:
-        """Divide the graph into what is evaluated ahead, whose results are returned, and the rest."""
+        """Divide the graph into a part that is evaluated ahead and the rest; return the nodes that cross the border."""
         frontier = frontier_of(self._graph, classes := classify(self._graph, len(self._leaves)))
         constants = [node for node in frontier if classes[node] <= CONDITION]
         self._constants_ahead = function_of(self._root, self._graph, constants)
@@ -255,15 +259,15 @@ class Hoisted:
         return _fingerprint(self._parameters), _fingerprint(self._conditions)
 
     def _whole(self, index: Tensor) -> Tensor:
-        """`index`, its last element repeated up to a whole batch."""
+        """Return `index` with its last element repeated up to a whole batch."""
         return index[torch.arange(self._batch, device=index.device).clamp(max=len(index) - 1)]
 
-    def _times(self, rows: Tensor) -> Tensor:
-        """The timesteps of these rows, the last repeated up to a whole batch."""
+    def _batch_of(self, rows: Tensor) -> Tensor:
+        """Return the timesteps of these rows, the last one repeated up to a whole batch."""
         return self._timesteps[self._whole(rows)]
 
     def _distinct(self) -> tuple[list[int], Tensor]:
-        """The first samples of every distinct condition, and for every sample which it is."""
+        """Return the first sample of every distinct condition, and the number of every sample's condition."""
         own = [leaf.reshape(self._batch, -1).cpu() for leaf in self._conditions if leaf.shape[:1] == (self._batch,)]
         firsts: dict[tuple[bytes, ...], int] = {}
         which = []
@@ -274,9 +278,9 @@ class Hoisted:
         return list(firsts.values()), torch.tensor(which, device=self._timesteps.device)
 
     def _tabulate(
-        self, graph: fx.Graph, root: nn.Module, frontier: list[fx.Node], classes: dict[fx.Node, frozenset]
+        self, graph: fx.Graph, root: nn.Module, frontier: list[fx.Node], classes: dict[fx.Node, frozenset[str]]
     ) -> None:
-        """Choose what is read from tables, and make room for it."""
+        """Choose the results that are read from tables, and allocate the tables."""
         taken = 0
         for conditional in (False, True):
             wanted = T | CONDITION if conditional else T
@@ -296,40 +300,40 @@ class Hoisted:
                     self._banks.append(_Bank(nodes, function_of(root, graph, nodes), conditional, shapes, table))
 
     def _row_wise(self, root: nn.Module, graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
-        """Those of `nodes` of which a sample's row depends on the sample's own timestep and condition alone."""
+        """Return the nodes whose result for a sample depends on that sample's timestep and condition alone."""
         if self._batch == 1 or not nodes:
             return nodes
-        ahead = function_of(root, graph, nodes)
+        evaluate = function_of(root, graph, nodes)
         rows = torch.arange(self._batch, device=self._timesteps.device) % len(self._timesteps)
         samples = torch.arange(self._batch, device=self._timesteps.device)
-        mixed = ahead(None, self._times(rows), *self._leaves)
+        mixed = evaluate(None, self._batch_of(rows), *self._leaves)
         kept = [True] * len(nodes)
-        for sample in (0, self._batch - 1):  # alone, and among its like
+        for sample in (0, self._batch - 1):
             alike = torch.full_like(samples, sample)
-            values = ahead(None, self._times(rows[alike]), *self._of_samples(alike))
+            values = evaluate(None, self._batch_of(rows[alike]), *self._of_samples(alike))
             for number, (value, other) in enumerate(zip(values, mixed, strict=True)):
                 expected = other[sample].expand_as(value).float()
                 kept[number] &= torch.allclose(value.float(), expected, rtol=1e-3, atol=1e-5)
         return [node for node, row_wise in zip(nodes, kept, strict=True) if row_wise]
 
     def _of_samples(self, samples: Tensor) -> list[Any]:
-        """The keywords' leaves, with the conditions of these samples."""
+        """Return the leaves of the keywords with the conditions of these samples."""
         return [
             leaf[samples] if isinstance(leaf, Tensor) and leaf.shape[:1] == (self._batch,) else leaf
             for leaf in self._leaves
         ]
 
     def _fill(self, bank: _Bank) -> None:
-        """Evaluate a bank's results for every row."""
+        """Fill a bank's table: evaluate its results for every row."""
         firsts = torch.tensor(self._firsts if bank.conditional else [0], device=self._timesteps.device)
         rows = len(self._timesteps) * len(firsts)
         for start in range(0, rows, self._batch):
             index = torch.arange(start, min(start + self._batch, rows), device=firsts.device)
-            times = self._times(index // len(firsts))
+            t = self._batch_of(index // len(firsts))
             leaves = self._leaves
             if bank.conditional:
                 leaves = self._of_samples(firsts[self._whole(index) % len(firsts)])
-            values = bank.ahead(None, times, *leaves)
+            values = bank.evaluate(None, t, *leaves)
             flat = torch.cat([value.reshape(self._batch, -1) for value in values], dim=1)
             bank.table[start : start + len(index)] = flat[: len(index)]
 
@@ -345,13 +349,13 @@ class Hoisted:
         return found
 
     def _verify(self, x: Tensor) -> None:
-        """Raise HoistError unless both ways of reading the tables give what the network gives."""
+        """Raise HoistError unless both ways of reading the tables give the network's output."""
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
         rows = torch.arange(self._batch, device=x.device) % len(self._timesteps)
-        for times, row in ((self._times(rows), None), (self._times(rows[:1]), 0)):
-            expected = pytree.tree_leaves(self.model(noise, times, **self._kwargs))[0]
+        for t, row in ((self._batch_of(rows), None), (self._batch_of(rows[:1]), 0)):
+            expected = pytree.tree_leaves(self.model(noise, t, **self._kwargs))[0]
             try:
-                got = self(noise, times, row)
+                got = self(noise, t, row)
             except Exception as error:
                 raise HoistError(f"what is left of it cannot run: {line_of(error)}") from error
             if not same_up_to_rounding(got, expected):
@@ -359,13 +363,14 @@ class Hoisted:
 
 
 def same_up_to_rounding(got: Tensor, expected: Tensor) -> bool:
-    """Whether two outputs differ by rounding alone: a wrong row or a frozen variable is off by far more."""
+    """Return whether two outputs differ by rounding alone; a wrong row or a frozen variable differs by far more."""
     scale = expected.float().abs().max().clamp(min=1e-6)
     allowed = 1e-3 if expected.dtype == torch.float32 else 5e-2
     return got.shape == expected.shape and bool((got.float() - expected.float()).abs().max() <= allowed * scale)
 
 
-def _check(model: nn.Module) -> None:
+def _checked(model: Model) -> nn.Module:
+    """Return the model if it is a module that can be traced; raise HoistError otherwise."""
     if not isinstance(model, nn.Module):
         raise HoistError(f"it is no torch.nn.Module but a {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
@@ -373,10 +378,11 @@ def _check(model: nn.Module) -> None:
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module):
             raise HoistError(f"its {type(module).__name__} has hooks, which a trace would leave out")
+    return model
 
 
 def _fingerprint(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Differs where a value differs: sums, since a write through .data leaves no other trace."""
+    """Return sums that differ where a value differs: a write through `.data` leaves no other trace."""
     if not tensors:
         return ()
     sums = []

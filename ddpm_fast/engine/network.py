@@ -1,16 +1,17 @@
-"""The network as the engine sees it: fixed buffers in, one checked tensor out."""
+"""The network as the sampling loop sees it: fixed buffers in, one checked tensor out."""
 
 import contextlib
 import itertools
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.engine.device import Model, device_of, dtype_of, resolve_device
+from ddpm_fast.engine.call import Call, same_value
+from ddpm_fast.engine.device import Model, device_of, dtype_of
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.hoist import Hoisted, same_up_to_rounding
 from ddpm_fast.engine.timer import seconds
@@ -19,76 +20,59 @@ from ddpm_fast.validate import line_of
 
 logger = logging.getLogger("ddpm_fast")
 
-
 _LAST: dict[int, torch.memory_format] = {4: torch.channels_last, 5: torch.channels_last_3d}
-_FASTER = 0.97  # of the time in contiguous memory: from there on channels_last is taken
-# What a trial found, for a network and all that it was tried with.
-_TRIALS: weakref.WeakKeyDictionary[nn.Module, dict[tuple, str]] = weakref.WeakKeyDictionary()
+_FASTER = 0.97  # channels_last is taken from this share of the contiguous call's time on
+# The faster memory format of every network, by all that the trial depended on.
+_TRIALS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
 
 class Network:
-    """Calls `model(x, t, **model_kwargs)` on buffers that never move.
+    """A model on buffers that never move.
 
     Args:
-        model: any callable that returns a tensor, an object with `.sample`, or a tuple that begins with a tensor.
-        shape: (B, C, ...).
-        out_channels: channels that the output must have.
-        model_kwargs: passed on; tensors are copied to the device once.
-        uncond_kwargs: with guidance, the same names for the unconditional half; the batch is then doubled,
-            conditional half first.
-        device, dtype: of what the network is given. Where its parameters have another dtype, it runs under autocast.
-        module: what is traced in the place of a model that only wraps it.
+        call: The model and what it is called with.
+        doubled: Whether the output has twice the channels of the input: the second half sets the variance.
 
     Attributes:
-        input: the x that the network reads next, `dtype`, [B or 2B, C, ...].
-        timestep: the t that it reads next, int64 [B or 2B].
+        call: The call as it was built; `update` changes the values of its keywords, not this attribute.
+        input: The x that the model reads next, in the call's dtype, [B or 2B, C, ...].
+        timestep: The t that the model reads next, int64 [B or 2B].
+        kwargs: The keywords of every call; their tensors are buffers.
+        hoisted: The part of the model that depends on x, once the rest is evaluated ahead; None before.
+        memory_format: Memory format of the input, "contiguous" or "channels_last".
     """
 
-    @torch.inference_mode(False)  # buffers made inside it could not be written outside
-    def __init__(
-        self,
-        model: Model,
-        shape: tuple[int, ...],
-        out_channels: int,
-        model_kwargs: Mapping[str, Any] | None = None,
-        uncond_kwargs: Mapping[str, Any] | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        module: nn.Module | None = None,
-    ) -> None:
-        if not callable(model):
-            raise TypeError(f"model must be a callable model(x, t, **model_kwargs), got {type(model).__name__}")
-        self.model = self._called = model
+    @torch.inference_mode(False)  # a buffer made in inference mode could not be written outside of that mode
+    def __init__(self, call: Call, doubled: bool = False) -> None:
+        self.call = call
+        self.device = call.device
+        self.guided = call.guided
+        self.batch = call.batch
         self.hoisted: Hoisted | None = None
         self.memory_format = "contiguous"
-        self._module = model if module is None else module
+        self._called = call.model
         self._prepared: tuple[Sequence[int], Execution, int | None] | None = None
-        self.guided = uncond_kwargs is not None
-        self.device = resolve_device(model, device)
-        if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating point torch.dtype such as torch.bfloat16, got {dtype!r}")
-        own_dtype = dtype_of(model)
-        self.dtype = dtype or own_dtype or torch.float32
-        self._own = own_dtype, device_of(model)
-        self._addresses = _addresses(self._module)
-        self._autocast = own_dtype is not None and own_dtype != self.dtype
-        if self._autocast and self.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"the model's parameters are {own_dtype}; to compute in {self.dtype}, convert the model with .to(...)"
-            )
-        _warn_if_training(model)
-        batch = shape[0] * (2 if self.guided else 1)
-        self.batch = shape[0]
-        self.input = torch.zeros(batch, *shape[1:], dtype=self.dtype, device=self.device)
-        self.timestep = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self.output_shape = (batch, out_channels, *shape[2:])
-        self.kwargs = self._static_kwargs(dict(model_kwargs or {}), uncond_kwargs)
+        own_dtype = dtype_of(call.model)
+        self._own = own_dtype, device_of(call.model)
+        self._autocast = own_dtype is not None and own_dtype != call.dtype
+        self._addresses = _addresses(call.module)
+        _warn_if_training(call.model)
+        shape = call.input_shape
+        self.input = torch.zeros(shape, dtype=call.dtype, device=call.device)
+        self.timestep = torch.zeros(shape[0], dtype=torch.int64, device=call.device)
+        self.output_shape = (shape[0], shape[1] * (2 if doubled else 1), *shape[2:])
+        self.kwargs = call.keywords()
 
     def __call__(self, row: int | None = None) -> Tensor:
-        """The model's output for the buffers as they are, its shape checked: [B or 2B, out_channels, ...].
+        """Return the model's output for the buffers as they are: [B or 2B, C or 2C, ...].
 
         Args:
-            row: number of the walk's step, where all samples are in the same; spares a hoisted network the lookup.
+            row: Number of the step in the run, where all samples are in the same step. It spares a hoisted model the
+                lookup of its tables.
+
+        Raises:
+            TypeError: The model returned neither a tensor nor an object with a tensor `.sample`.
+            ValueError: The output has another shape, or no floating point dtype.
         """
         with self._precision():
             if self.hoisted is not None:
@@ -109,37 +93,41 @@ class Network:
             raise ValueError(f"the model must return floating point numbers, got {output.dtype}")
         return output
 
-    def prepare(self, timesteps: Sequence[int], how: Execution, row: int | None = None) -> None:
-        """Hoist, lay out in memory and compile, as `how` says; what cannot be done is not, and the log says why.
+    def prepare(self, timesteps: Sequence[int], execution: Execution, row: int | None = None) -> None:
+        """Hoist, change the memory format and compile, as the options say.
+
+        What cannot be done is left out, and the log says why.
 
         Args:
-            timesteps: those of the walk.
-            how: its optimize, memory_format and compile.
-            row: as the calls of the walk will have it: None or a number.
+            timesteps: Timesteps of the run.
+            execution: The options `optimize`, `memory_format` and `compile` count.
+            row: The argument `row` of the calls to come: None or any number.
         """
-        self._prepared = timesteps, how, row
+        self._prepared = timesteps, execution, row
         self.timestep.fill_(int(timesteps[0]))
-        if how.optimize is not None:
-            self._hoist(timesteps, logging.INFO if how.optimize == "auto" else logging.WARNING)
-        if how.memory_format is not None:
-            self._lay_out(self._faster_format(row) if how.memory_format == "auto" else how.memory_format, row)
-        if how.compile:
+        if execution.optimize is not None:
+            self._hoist(timesteps, logging.INFO if execution.optimize == "auto" else logging.WARNING)
+        if execution.memory_format is not None:
+            automatic = execution.memory_format == "auto"
+            self._lay_out(self._faster_format(row) if automatic else execution.memory_format, row)
+        if execution.compile:
             self._compile(row)
 
     def refresh(self) -> bool:
-        """Bring up to date what was prepared, before a walk; whether tensors of recorded graphs have moved.
+        """Bring up to date, before a run, what was prepared; return whether tensors of recorded graphs have moved.
 
         Raises:
-            ValueError: the model has another dtype or is on another device than when this was built.
+            ValueError: The model has another dtype or is on another device than when the network was built.
         """
-        if (dtype_of(self.model), device_of(self.model)) != self._own:
+        model, module = self.call.model, self.call.module
+        if (dtype_of(model), device_of(model)) != self._own:
             raise ValueError(
                 f"the model was {_words(self._own)} when the sampler was built and is "
-                f"{_words((dtype_of(self.model), device_of(self.model)))} now: build another sampler"
+                f"{_words((dtype_of(model), device_of(model)))} now: build another sampler"
             )
-        if (addresses := _addresses(self._module)) != self._addresses:  # parameters were replaced
+        if (addresses := _addresses(module)) != self._addresses:  # parameters were replaced
             self._addresses = addresses
-            self.hoisted, self._called = None, self.model
+            self.hoisted, self._called = None, model
             if self._prepared is not None:
                 self.prepare(*self._prepared)
             return True
@@ -153,11 +141,34 @@ class Network:
             self.hoisted = None
             return True
 
+    def update(self, call: Call) -> None:
+        """Copy the keywords of `call` into the buffers.
+
+        Raises:
+            ValueError: A name, a shape, a dtype, or a value that is no tensor, has changed.
+        """
+        fresh = call.keywords()
+        if fresh.keys() != self.kwargs.keys():
+            raise ValueError(f"model_kwargs must keep the names {sorted(self.kwargs)}, got {sorted(fresh)}")
+        for name, value in fresh.items():
+            held = self.kwargs[name]
+            if isinstance(held, Tensor) and isinstance(value, Tensor):
+                if held.shape != value.shape or held.dtype != value.dtype:
+                    raise ValueError(
+                        f"model_kwargs[{name!r}] must keep shape {tuple(held.shape)} and {held.dtype}, "
+                        f"got {tuple(value.shape)} and {value.dtype}"
+                    )
+            elif isinstance(held, Tensor) or isinstance(value, Tensor) or not same_value(held, value):
+                raise ValueError(f"model_kwargs[{name!r}] was {held!r} when the sampler was built, got {value!r}")
+        for name, value in fresh.items():
+            if isinstance(value, Tensor):
+                self.kwargs[name].copy_(value)
+
     def _hoist(self, timesteps: Sequence[int], level: int) -> None:
-        """Take out of the calls what does not depend on x."""
+        """Evaluate ahead what does not depend on x; where that fails, log the reason at `level`."""
         try:
             with self._precision():
-                self.hoisted = Hoisted(self._module, self.input, timesteps, self.kwargs)  # type: ignore[arg-type]
+                self.hoisted = Hoisted(self.call.module, self.input, timesteps, self.kwargs)
         except HoistError as reason:
             logger.log(level, "the network is not hoisted: %s", reason)
 
@@ -171,7 +182,7 @@ class Network:
         self.memory_format = name
 
     def _lay_out(self, name: str, row: int | None, level: int = logging.WARNING) -> None:
-        """Use a memory format; contiguous memory where the network cannot."""
+        """Use a memory format; fall back to contiguous memory where the model cannot run in it."""
         if name == "channels_last" and self.input.dim() not in _LAST:
             raise ValueError(
                 "memory_format='channels_last' is for images [B, C, H, W] and volumes [B, C, D, H, W], got shape "
@@ -186,96 +197,49 @@ class Network:
                 self._set_format("contiguous")
 
     def _faster_format(self, row: int | None) -> str:
-        """The memory format in which a call is faster, tried once for a network, shape, precision and device."""
+        """Return the faster memory format; every network is tried once for a shape, precision and device."""
         if self.input.dim() not in _LAST:
             return "contiguous"
-        key = (tuple(self.input.shape), self.dtype, self.device, self.hoisted is None, torch.get_num_threads())
-        known = _TRIALS.setdefault(self._module, {}) if isinstance(self._module, nn.Module) else {}
-        if key not in known:
-            times = {"contiguous": float("inf"), "channels_last": float("inf")}
-            for _ in range(2):  # in turns, for a machine that slows down
-                for name in times:
+        key = (tuple(self.input.shape), self.call.dtype, self.device, self.hoisted is None, torch.get_num_threads())
+        module = self.call.module
+        formats = _TRIALS.setdefault(module, {}) if isinstance(module, nn.Module) else {}
+        if key not in formats:
+            durations = {"contiguous": float("inf"), "channels_last": float("inf")}
+            for _ in range(2):  # in turns, because a machine may slow down
+                for name in durations:
                     self._lay_out(name, row, logging.INFO)
                     if self.memory_format != name:
-                        known[key] = "contiguous"
-                        return known[key]
-                    times[name] = min(times[name], seconds(lambda: self(row), self.device))
-            faster = times["channels_last"] < _FASTER * times["contiguous"]
-            known[key] = "channels_last" if faster else "contiguous"
-        return known[key]
+                        formats[key] = "contiguous"
+                        return formats[key]
+                    durations[name] = min(durations[name], seconds(lambda: self(row), self.device))
+            faster = durations["channels_last"] < _FASTER * durations["contiguous"]
+            formats[key] = "channels_last" if faster else "contiguous"
+        return formats[key]
 
     def _compile(self, row: int | None) -> None:
-        """Run the network, or what is left of it, through torch.compile."""
+        """Run the model, or its hoisted rest, through torch.compile; undo that where the outputs differ."""
         expected = self(row).clone()
         called = self._called
         undo = None
         if self.hoisted is not None:
             undo = self.hoisted.compile()
         else:
-            self._called = torch.compile(self.model, dynamic=False)
+            self._called = torch.compile(self.call.model, dynamic=False)
         try:
-            why = None if same_up_to_rounding(self(row), expected) else "it gives other numbers then"
+            reason = None if same_up_to_rounding(self(row), expected) else "it gives other numbers then"
         except Exception as error:
-            why = line_of(getattr(error, "inner_exception", error))  # what torch.compile's own error is about
-        if why is not None:
-            logger.warning("the network is not compiled: %s", why)
+            reason = line_of(getattr(error, "inner_exception", error))  # torch.compile wraps the error that matters
+        if reason is not None:
+            logger.warning("the network is not compiled: %s", reason)
             self._called = called
             if undo is not None:
                 undo()
 
-    def _precision(self) -> contextlib.AbstractContextManager:
-        """Autocast where the network's parameters have another dtype than its input."""
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Return autocast where the model's parameters have another dtype than its input."""
         if self._autocast:
-            return torch.autocast(self.device.type, self.dtype)
+            return torch.autocast(self.device.type, self.call.dtype)
         return contextlib.nullcontext()
-
-    def update_kwargs(self, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> None:
-        """Copy new values into the buffers; names, shapes and everything that is no tensor must stay as they were."""
-        if uncond_kwargs is not None and not self.guided:
-            raise ValueError("uncond_kwargs belong to guidance, which this sampler was built without")
-        fresh = self._static_kwargs(dict(model_kwargs), uncond_kwargs)
-        if fresh.keys() != self.kwargs.keys():
-            raise ValueError(f"model_kwargs must keep the names {sorted(self.kwargs)}, got {sorted(fresh)}")
-        for name, value in fresh.items():
-            held = self.kwargs[name]
-            if isinstance(held, Tensor) and isinstance(value, Tensor):
-                if held.shape != value.shape or held.dtype != value.dtype:
-                    raise ValueError(
-                        f"model_kwargs[{name!r}] must keep shape {tuple(held.shape)} and {held.dtype}, "
-                        f"got {tuple(value.shape)} and {value.dtype}"
-                    )
-            elif isinstance(held, Tensor) or isinstance(value, Tensor) or not _same(held, value):
-                raise ValueError(f"model_kwargs[{name!r}] was {held!r} when the sampler was built, got {value!r}")
-        for name, value in fresh.items():
-            if isinstance(value, Tensor):
-                self.kwargs[name].copy_(value)
-
-    def _static_kwargs(self, cond: dict[str, Any], uncond: Mapping[str, Any] | None) -> dict[str, Any]:
-        if self.guided:
-            if uncond is None or cond.keys() != uncond.keys():
-                raise ValueError(
-                    f"uncond_kwargs must have the names of model_kwargs, {sorted(cond)}, got {sorted(uncond or {})}"
-                )
-            cond = {name: self._join(name, value, uncond[name]) for name, value in cond.items()}
-        return {
-            name: value.detach().to(self.device, copy=True) if isinstance(value, Tensor) else value
-            for name, value in cond.items()
-        }
-
-    def _join(self, name: str, cond: Any, uncond: Any) -> Any:
-        if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
-            if cond.shape != uncond.shape or not cond.dim() or len(cond) != self.batch:
-                raise ValueError(
-                    f"with guidance, model_kwargs[{name!r}] and uncond_kwargs[{name!r}] must have equal shapes "
-                    f"({self.batch}, ...), got {tuple(cond.shape)} and {tuple(uncond.shape)}"
-                )
-            return torch.cat([cond.to(self.device), uncond.to(self.device, cond.dtype)])
-        if isinstance(cond, Tensor) or isinstance(uncond, Tensor) or not _same(cond, uncond):
-            raise ValueError(
-                f"model_kwargs[{name!r}] and uncond_kwargs[{name!r}] must be two tensors or equal, "
-                f"got {cond!r} and {uncond!r}"
-            )
-        return cond
 
     def _shape_error(self, shape: tuple[int, ...]) -> str:
         hint = ""
@@ -286,8 +250,8 @@ class Network:
         return f"the model must return shape {self.output_shape}, got {shape}{hint}"
 
 
-def _addresses(model: Any) -> tuple[int, ...]:
-    """Where the model's parameters and buffers are in memory."""
+def _addresses(model: Model) -> tuple[int, ...]:
+    """Return where the model's parameters and buffers are in memory."""
     if not isinstance(model, nn.Module):
         return ()
     return tuple(_address(tensor) for tensor in itertools.chain(model.parameters(), model.buffers()))
@@ -302,11 +266,6 @@ def _address(tensor: Tensor) -> int:
 
 def _words(own: tuple[torch.dtype | None, torch.device | None]) -> str:
     return " on ".join(str(part) for part in own if part is not None) or "without parameters"
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two values that are no tensors are the same; containers only if they are one object."""
-    return a is b or (isinstance(a, (bool, int, float, str)) and type(a) is type(b) and a == b)
 
 
 def _warn_if_training(model: Model) -> None:

@@ -1,4 +1,4 @@
-"""Where a walk's noise comes from: Philox, keyed by each sample's seed, or torch generators in torch's own order."""
+"""The noise of a run: Philox, keyed by each sample's seed, or torch generators in torch's own order."""
 
 import math
 from collections.abc import Sequence
@@ -12,43 +12,47 @@ from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.seeding import seed_tensor
 from ddpm_fast.table import StepTable
 
-AHEAD = 1 << 16  # normals made at a time on the PyTorch path: one call serves several steps
+NORMALS_AT_ONCE = 1 << 16  # on the PyTorch path: one call makes the noise of several steps
 
 
 class Noise(Protocol):
-    """What a loop draws from.
+    """A source of noise for a sampling loop.
 
     Attributes:
-        in_kernel: whether the step kernel makes the steps' noise itself, from
-        seeds: int64 [B] on the loop's device.
+        in_kernel: Whether the step kernel makes the noise of the steps itself.
+        seeds: The seeds that the kernel makes noise from, int64 [B] on the loop's device.
     """
 
     in_kernel: bool
     seeds: Tensor | None
 
     def begin(self) -> None:
-        """Remember this place."""
+        """Remember the state of the source at the start of a run."""
 
     def restart(self) -> None:
-        """Go back to where it began."""
+        """Return to the state at the start of the run."""
 
     def x_T(self) -> Tensor:
-        """The start of the walk: [B, C, ...]."""
+        """Draw the start of the run: [B, C, ...]."""
 
     def z(self, step: int) -> Tensor | None:
-        """The noise of step number `step`, asked for in order; None where there is none or the kernel makes it."""
+        """Draw the noise of step number `step`; steps are asked for in order.
+
+        Returns:
+            [B, C, ...], or None where the step has no noise or the kernel makes the noise.
+        """
 
 
 class PhiloxNoise:
     """Noise that depends on (seed, timestep, element) alone (kernels/philox.py).
 
     Args:
-        seeds: one a sample.
-        shape: (B, C, ...).
-        table: the walk's rows.
-        device: of the noise.
-        backend: "torch" makes it ahead, for several steps at a time; "triton" leaves that of the steps to the step
-            kernel, and `z` gives None.
+        seeds: One seed for each sample.
+        shape: Shape of the batch, (B, C, ...).
+        table: The rows of the run.
+        device: Device of the noise.
+        backend: "torch" makes the noise of several steps at a time. "triton" leaves the noise of the steps to the step
+            kernel, so that `z` returns None.
     """
 
     def __init__(
@@ -65,22 +69,22 @@ class PhiloxNoise:
         self._block: Tensor | None = None
 
     def begin(self) -> None:
-        """Remember this place: nothing to do, no draw depends on another."""
+        """Do nothing: no draw depends on an earlier draw."""
 
     def restart(self) -> None:
-        """Go back to where it began: nothing to do."""
+        """Do nothing: no draw depends on an earlier draw."""
 
     def x_T(self) -> Tensor:
-        """The start of the walk: [B, C, ...]."""
+        """Draw the start of the run: [B, C, ...]."""
         return normal(self._seeds, torch.zeros_like(self._seeds), Stream.X_T, self.shape[1:], backend=self.backend)
 
     def z(self, step: int) -> Tensor | None:
-        """The noise of step number `step`, or None where there is none or the kernel makes it."""
+        """Return the noise of step number `step`, or None where there is none or the kernel makes the noise."""
         if self.in_kernel or not self._noisy[step]:
             return None
         if self._block is None or not 0 <= step - self._first < len(self._block):
             batch = self.shape[0]
-            ids = self._ids[step : step + max(1, AHEAD // math.prod(self.shape))]
+            ids = self._ids[step : step + max(1, NORMALS_AT_ONCE // math.prod(self.shape))]
             seeds, ids = self._seeds.repeat(len(ids)), ids.repeat_interleave(batch)
             flat = normal(seeds, ids, Stream.STEP, self.shape[1:], backend=self.backend)
             self._first, self._block = step, flat.unflatten(0, (-1, batch))
@@ -88,17 +92,21 @@ class PhiloxNoise:
 
 
 class GeneratorNoise:
-    """torch.randn in the order of a plain sampling loop: x_T first, then one draw at every step of `table.draws`.
+    """Noise of torch.randn in the order of a plain sampling loop: x_T, then one draw at every step of `table.draws`.
 
     Args:
-        generator: one for the batch, or a list with one a sample; each draws on its own device. From a CPU to a GPU
-            every draw is copied, and the host waits for it: seeds do without. None: torch's global generator of
+        generator: One generator for the batch, or a list with one for each sample. Each draws on its own device; a draw
+            on a CPU is copied to a GPU, and the host waits for the copy. None takes torch's global generator of
             `device`.
-        shape: (B, C, ...).
-        table: the walk's rows.
-        device: of the noise.
-        dtype: what is drawn in, where a plain loop draws in its network's dtype: other numbers than in float32.
-        copies: a loop that draws z for `copies` batches at once, and uses the first.
+        shape: Shape of the batch, (B, C, ...).
+        table: The rows of the run.
+        device: Device of the noise.
+        dtype: Dtype of the draws. A plain loop draws in its network's dtype, which gives other numbers than float32.
+        copies: Number of batches that the plain loop draws at once for z; the first batch is used.
+
+    Raises:
+        TypeError: There is something else than generators.
+        ValueError: There are more or fewer generators than samples, or one is on another GPU.
     """
 
     in_kernel = False
@@ -129,26 +137,26 @@ class GeneratorNoise:
         self.copies = copies
         self._draws = table.draws.tolist()
         self._states: list[Tensor] = []
-        # On a generator's own device and in its dtype; drawing into one place spares the allocation.
+        # On the generator's own device; one buffer for all draws spares the allocations.
         self._drawn: Tensor | None = None
 
     def begin(self) -> None:
-        """Remember this place."""
+        """Remember the generators' states."""
         self._states = self._get_states()
 
     def restart(self) -> None:
-        """Go back to where it began."""
+        """Set the generators back to the states that `begin` remembered."""
         if self.generator is None:
             global_generator(self.device).set_state(self._states[0])
         for g, state in zip(self._generators(), self._states, strict=False):
             g.set_state(state)
 
     def x_T(self) -> Tensor:
-        """The start of the walk: [B, C, ...]."""
+        """Draw the start of the run: [B, C, ...]."""
         return self._draw(self._empty(1))
 
     def z(self, step: int) -> Tensor | None:
-        """The noise of step number `step`, until the next is asked for; None where nothing is drawn."""
+        """Return the noise of step number `step`, None where nothing is drawn; the next draw overwrites it."""
         if not self._draws[step]:
             return None
         if self._drawn is None:
@@ -171,7 +179,7 @@ class GeneratorNoise:
         return torch.empty((copies * self.shape[0], *self.shape[1:]), dtype=self.dtype, device=device)
 
     def _draw(self, z: Tensor) -> Tensor:
-        """Draw into z; its first batch as float32 on the device of the walk."""
+        """Draw into z and return its first batch as float32 on the device of the run."""
         if isinstance(self.generator, Sequence):
             rows = (torch.randn(z[:1].shape, generator=g, device=g.device, dtype=self.dtype) for g in self.generator)
             return torch.cat([row.to(self.device, torch.float32) for row in rows])
@@ -181,7 +189,7 @@ class GeneratorNoise:
 
 
 def global_generator(device: torch.device) -> torch.Generator:
-    """torch's own generator of the device."""
+    """Return torch's global generator of the device."""
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     return torch.default_generator

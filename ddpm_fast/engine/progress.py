@@ -7,16 +7,20 @@ import torch
 from tqdm import tqdm as std_tqdm
 from tqdm.auto import tqdm
 
-Show: TypeAlias = bool | str | std_tqdm | None  # what `progress` may be
+Show: TypeAlias = bool | str | std_tqdm | None  # values that `progress` may have
 
 
-class Progress:
-    """Counts steps; on CUDA a step counts once the device has passed it, which an event tells without waiting.
+class ProgressBar:
+    """A bar that counts steps; on CUDA a step counts once the device has passed the step.
+
+    CUDA events tell how far the device is, without a synchronisation.
 
     Args:
-        total: steps.
-        show: True or a label, False, None for a bar on terminals only, or a tqdm bar to go on with.
-        every: on CUDA, steps between two events.
+        total: Steps of the run.
+        device: Device of the run.
+        show: True or a label shows a bar, False shows none, None shows a bar on terminals only. A tqdm bar is
+            continued.
+        every: Steps between two events on CUDA.
     """
 
     def __init__(self, total: int, device: torch.device, show: Show, every: int = 10) -> None:
@@ -29,15 +33,15 @@ class Progress:
         if device.type == "cuda" and not self._bar.disable:
             self._events = deque()
         self._every = every
-        self._steps = self._marked = 0
+        self._issued = self._marked = 0
 
     def advance(self, steps: int) -> None:
-        """Note that the host has issued `steps` more."""
+        """Count `steps` more steps that the host has issued."""
         if self._events is None:
             self._bar.update(steps)
             return
-        self._steps += steps
-        while self._marked + self._every <= self._steps:
+        self._issued += steps
+        while self._marked + self._every <= self._issued:
             self._marked += self._every
             event = torch.cuda.Event()
             event.record()
@@ -47,7 +51,7 @@ class Progress:
             self._bar.update(self._every)
 
     def close(self, finished: bool) -> None:
-        """End the bar; `finished` says that all steps are done."""
+        """Close the bar; with `finished`, fill it first."""
         if finished and not self._bar.disable:
             self._bar.update(self._bar.total - self._bar.n)
         self._bar.close()

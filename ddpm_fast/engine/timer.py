@@ -1,4 +1,4 @@
-"""How long a call takes."""
+"""A timer for calls, on the CPU and on CUDA."""
 
 import contextlib
 import time
@@ -11,7 +11,7 @@ from ddpm_fast.engine.graph import WARMUPS, CaptureError, StepGraph, can_capture
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """How long a call takes: the least of a few, on CUDA inside a graph if it can be recorded."""
+    """Return the seconds that a call takes: the least of three; on CUDA within a graph where one can be recorded."""
     calls = 1
     if can_capture(device):
         calls = 10
@@ -19,15 +19,15 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
             call = StepGraph(call, device).replay
     for _ in range(WARMUPS):
         call()
-    times = []
+    durations = []
     for _ in range(3):
         _wait(device)
         began = time.perf_counter()
         for _ in range(calls):
             call()
         _wait(device)
-        times.append((time.perf_counter() - began) / calls)
-    return min(times)
+        durations.append((time.perf_counter() - began) / calls)
+    return min(durations)
 
 
 def _wait(device: torch.device) -> None:

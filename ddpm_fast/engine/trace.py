@@ -1,4 +1,4 @@
-"""The graph of a network: traced, cleaned, and divided by what each operation depends on."""
+"""The graph of a network: traced, cleaned, and classified by what each operation depends on."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,16 +17,22 @@ _CONVOLUTIONS = (
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.conv3d.padding,
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 )  # fmt: skip
-# What autocast runs in the lower precision, of what has weights.
+# Operations with weights that autocast runs in the lower precision.
 _LOWERED = (*_CONVOLUTIONS, aten.linear.default, aten.matmul.default)
 
 
 class HoistError(Exception):
-    """Why a network runs as it is, in one line."""
+    """An error that says in one line why a network is not hoisted."""
 
 
 def trace(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> tuple[fx.Graph, nn.Module]:
-    """The network's graph, with placeholders for x, t and the leaves of kwargs, and the module that it refers to."""
+    """Return the network's graph and the module that the graph refers to.
+
+    The graph has placeholders for x, t and the leaves of kwargs.
+
+    Raises:
+        HoistError: The network cannot be traced, or a call does more than compute its output.
+    """
     try:
         with torch.enable_grad():
             root = torch.export.export(model, (x, t), dict(kwargs), strict=False).module()
@@ -34,7 +40,7 @@ def trace(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> 
         raise HoistError(f"torch.export cannot trace it: {line_of(error)}") from error
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    for node in root.graph.nodes:  # type: ignore[union-attr]
+    for node in root.graph.nodes:
         if node.op == "call_module":
             if node.users:
                 raise HoistError(f"its trace calls a module, {node.target}")
@@ -48,11 +54,11 @@ def trace(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> 
     found = [node for node in graph.nodes if node.op == "placeholder"]
     if len(found) != expected:
         raise HoistError(f"its trace has {len(found)} inputs instead of {expected}")
-    return graph, root  # type: ignore[return-value]
+    return graph, root
 
 
 def _refuse(node: fx.Node) -> None:
-    """Raise HoistError for what must happen anew in every call."""
+    """Raise HoistError for an operation that must run in every call."""
     operation: Any = node.target
     if operation._schema.is_mutable:
         raise HoistError(f"it writes into a tensor ({operation})")
@@ -67,7 +73,7 @@ def _refuse(node: fx.Node) -> None:
 
 
 def _is_neutral(node: fx.Node) -> bool:
-    """Whether the result is the first argument."""
+    """Return whether the operation's result is its first argument."""
     if node.target is aten.dropout.default:
         return bool(node.args[1] == 0 or not node.args[2])
     if not node.args or not isinstance(node.args[0], fx.Node):
@@ -90,9 +96,9 @@ def drop_neutral(graph: fx.Graph) -> None:
 
 
 def cast_weights(graph: fx.Graph, root: nn.Module, dtype: torch.dtype) -> int:
-    """Let the graph cast the weights that autocast would cast in every call, and return how many they are.
+    """Add to the graph the casts of weights that autocast makes in every call, and return their number.
 
-    They depend on parameters alone, so that they leave the loop.
+    The casts depend on parameters alone, so that they leave the loop.
     """
     casts: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
@@ -110,10 +116,12 @@ def cast_weights(graph: fx.Graph, root: nn.Module, dtype: torch.dtype) -> int:
     return len(casts)
 
 
-def lay_out_weights(graph: fx.Graph, classes: Mapping[fx.Node, frozenset], memory_format: torch.memory_format) -> None:
-    """Let the graph bring the weights of convolutions over as many dimensions into `memory_format`.
+def lay_out_weights(
+    graph: fx.Graph, classes: Mapping[fx.Node, frozenset[str]], memory_format: torch.memory_format
+) -> None:
+    """Add to the graph copies of convolution weights in `memory_format`, for convolutions of that many dimensions.
 
-    They depend on parameters alone, so that they leave the loop.
+    The copies depend on parameters alone, so that they leave the loop.
     """
     flat = memory_format == torch.contiguous_format
     dimensions = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
@@ -131,18 +139,18 @@ def lay_out_weights(graph: fx.Graph, classes: Mapping[fx.Node, frozenset], memor
             node.replace_input_with(weight, laid)
 
 
-def classify(graph: fx.Graph, conditions: int) -> dict[fx.Node, frozenset]:
-    """What every node depends on: a set of "x", "t" and "c"; empty for parameters."""
+def classify(graph: fx.Graph, conditions: int) -> dict[fx.Node, frozenset[str]]:
+    """Return what every node depends on: a set of "x", "t" and "c" (the condition); empty for parameters."""
     kinds = iter([X, T, *[CONDITION] * conditions])
-    classes: dict[fx.Node, frozenset] = {}
+    classes: dict[fx.Node, frozenset[str]] = {}
     for node in graph.nodes:
         own = next(kinds) if node.op == "placeholder" else frozenset()
         classes[node] = own.union(*(classes[source] for source in node.all_input_nodes))
     return classes
 
 
-def frontier_of(graph: fx.Graph, classes: Mapping[fx.Node, frozenset]) -> list[fx.Node]:
-    """The results without x that operations on x read."""
+def frontier_of(graph: fx.Graph, classes: Mapping[fx.Node, frozenset[str]]) -> list[fx.Node]:
+    """Return the nodes without x whose results operations on x read."""
     return [
         node
         for node in graph.nodes
@@ -154,13 +162,13 @@ def frontier_of(graph: fx.Graph, classes: Mapping[fx.Node, frozenset]) -> list[f
 
 
 def output_of(graph: fx.Graph) -> fx.Node:
-    """The network's first output."""
+    """Return the node of the network's first output."""
     (output,) = (node for node in graph.nodes if node.op == "output")
     return next(node for node in pytree.tree_leaves(output.args[0]) if isinstance(node, fx.Node))
 
 
 def needed_by(outputs: Sequence[fx.Node], stops: Iterable[fx.Node] = ()) -> set[fx.Node]:
-    """All nodes that the outputs need, not going beyond `stops`, which do not belong to it."""
+    """Return all nodes that the outputs need, up to but without the nodes `stops`."""
     stopped, found, open_ = set(stops), set(), list(outputs)
     while open_:
         node = open_.pop()
@@ -173,7 +181,7 @@ def needed_by(outputs: Sequence[fx.Node], stops: Iterable[fx.Node] = ()) -> set[
 def function_of(
     root: nn.Module, graph: fx.Graph, outputs: Sequence[fx.Node], given: Sequence[fx.Node] = ()
 ) -> Callable[..., Any]:
-    """A function of the graph's placeholders and of the results `given`, that returns the list of `outputs`."""
+    """Return a function of the graph's placeholders and of the results `given` that returns the list of `outputs`."""
     needed = needed_by(outputs, given)
     made = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}

@@ -1,4 +1,4 @@
-"""How many steps a speculative walk drafts at once: given, or chosen by the network's cost and how good guesses are."""
+"""Plans: how many steps a round drafts, given or chosen by the cost of network calls and the quality of guesses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,21 @@ from torch import Tensor
 from ddpm_fast.table import StepTable
 from ddpm_fast.validate import whole
 
-LARGEST = 1024  # drafts of a sample in one call
-WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # that are chosen from
-RANGES = (0, 25, 50, 100, 200, 400, 700)  # of t, in thousandths: a window is chosen for each
-PAYS = 1.03  # times faster than one step at a time: from there on speculating is worth it
+LARGEST = 1024  # drafts of one sample in one call
+WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # windows to choose from
+RANGES = (0, 25, 50, 100, 200, 400, 700)  # of t, in thousandths; a window is chosen for each range
+MIN_SPEEDUP = 1.03  # over one step at a time; with less, nothing is drafted
 
 
 @dataclass(frozen=True)
-class Windows:
-    """How many steps are drafted at once, by the timestep of the first.
+class WindowPlan:
+    """A plan: how many steps a round drafts, by the timestep of its first step.
 
     Attributes:
-        bounds: pairs (t, window), t ascending from 0: from timestep t upwards, `window` drafts.
+        bounds: Pairs (t, window), t ascending from 0. From timestep t upwards a round has `window` drafts.
+
+    Raises:
+        ValueError: The timesteps do not ascend from 0, or a window is not in 1 … 1024.
     """
 
     bounds: tuple[tuple[int, int], ...]
@@ -36,19 +39,19 @@ class Windows:
             raise ValueError(f"windows go by timesteps that ascend from 0, got {self.bounds}")
 
     @classmethod
-    def of(cls, value: Any) -> "Windows":
-        """From one window for all, or from {timestep: window}.
+    def of(cls, value: Any) -> "WindowPlan":
+        """Build a plan from one window for all timesteps, or from {timestep: window}.
 
         Raises:
-            ValueError, TypeError: a window that is no whole number in 1 … 1024; no window for timestep 0.
+            ValueError, TypeError: A window is no whole number in 1 … 1024, or there is no window for timestep 0.
         """
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
-            # JSON has texts for keys.
-            told = ((int(t) if isinstance(t, str) and t.isdecimal() else t, window) for t, window in value.items())
+            # The keys of JSON are texts.
+            items = ((int(t) if isinstance(t, str) and t.isdecimal() else t, window) for t, window in value.items())
             pairs = [
-                (whole("a timestep of the windows", t, 0), whole("window", window, 1, LARGEST)) for t, window in told
+                (whole("a timestep of the windows", t, 0), whole("window", window, 1, LARGEST)) for t, window in items
             ]
             return cls(tuple(sorted(pairs)))
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -56,61 +59,63 @@ class Windows:
         return cls(((0, whole("speculate", value, 1, LARGEST)),))
 
     def to_dict(self) -> dict[int, int]:
-        """As {timestep: window}."""
+        """Return {timestep: window}."""
         return dict(self.bounds)
 
     def rows(self, timesteps: NDArray[np.int64]) -> NDArray[np.int32]:
-        """The window of a round that begins with each of the steps."""
+        """Return the window of a round that begins with each of the steps."""
         starts, windows = zip(*self.bounds, strict=True)
         return np.array(windows, np.int32)[np.searchsorted(starts, timesteps, side="right") - 1]
 
     @property
     def sequential(self) -> bool:
-        """Whether nothing is speculated on."""
+        """Whether every round has one draft, so that nothing is speculated on."""
         return all(window == 1 for _, window in self.bounds)
 
 
 class GuessErrors:
-    """How far the origin estimates of a walk are from those of some steps before.
+    """Distances of a run's x0 predictions from the predictions of earlier steps.
 
-    Fed with the estimates in the order of the steps, it finds |D|^2 of every step for a guess that is `lag` steps old.
+    `add` takes the predictions in the order of the steps. `squares` then holds |D|^2 of every step for a guess that is
+    `lag` steps old.
 
     Args:
-        table: the rows of the walk.
-        reach: the longest lag.
+        table: The rows of the run.
+        reach: The longest lag.
     """
 
     def __init__(self, table: StepTable, reach: int) -> None:
         noisy = table.sigma != 0
         self._scale = np.where(noisy, (table.c_x0 + table.c_out / table.b) / np.where(noisy, table.sigma, 1), 0.0)
         self._recent: list[Tensor] = []
-        self.squares = np.full((len(table), reach), np.inf)  # [S, lag - 1]; nothing is known before the first
+        self.squares = np.full((len(table), reach), np.inf)  # [S, lag - 1]; there is no guess before the first step
         self._row = 0
 
-    def add(self, origins: Tensor) -> None:
-        """The estimates of the next steps: [K, ...]."""
-        for origin in origins.flatten(1):
+    def add(self, predictions: Tensor) -> None:
+        """Add the x0 predictions of the next steps, [K, ...]."""
+        for x0 in predictions.flatten(1):
             if self._recent:
-                apart = (torch.stack(self._recent[::-1]) - origin).square().sum(1)
-                self.squares[self._row, : len(apart)] = self._scale[self._row] ** 2 * apart.double().cpu().numpy()
-            self._recent = [*self._recent, origin][-self.squares.shape[1] :]
+                squares = (torch.stack(self._recent[::-1]) - x0).square().sum(1)
+                self.squares[self._row, : len(squares)] = self._scale[self._row] ** 2 * squares.double().cpu().numpy()
+            self._recent = [*self._recent, x0][-self.squares.shape[1] :]
             self._row += 1
 
 
 def acceptance(squares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """2 Phi(-|D| / 2): how often a draft at that distance is accepted."""
-    return torch.special.erfc(torch.from_numpy(np.sqrt(squares / 8))).numpy()
+    """Return 2 Phi(-|D| / 2), the probability that a draft at distance |D| is accepted."""
+    probability: NDArray[np.float64] = torch.special.erfc(torch.from_numpy(np.sqrt(squares / 8))).numpy()
+    return probability
 
 
 def expected_cost(
     windows: NDArray[np.int32], accepted: NDArray[np.float64], costs: Mapping[int, float]
 ) -> NDArray[np.float64]:
-    """What the walk from each step on costs with these windows: [S + 1].
+    """Return the expected cost of the rest of the run, from each step on: [S + 1].
 
     Args:
-        windows: [S].
-        accepted: probability that the draft of a step is accepted with a guess `lag` steps old: [S, lag - 1].
-        costs: of a call with so many drafts.
+        windows: Window of a round that begins with each step, [S].
+        accepted: Probability that a step's draft is accepted with a guess that is `lag` steps old, [S, lag - 1].
+        costs: Cost of a call, by the number of drafts.
     """
     steps = len(windows)
     left = np.zeros(steps + 1)
@@ -120,7 +125,7 @@ def expected_cost(
 
 
 def best_windows(accepted: NDArray[np.float64], costs: Mapping[int, float]) -> NDArray[np.int32]:
-    """The window of every step that makes the expected cost least, by dynamic programming: [S]."""
+    """Return the windows of least expected cost, found by dynamic programming: [S]."""
     steps = len(accepted)
     left, best = np.zeros(steps + 1), np.ones(steps, np.int32)
     for row in range(steps - 1, -1, -1):
@@ -133,24 +138,25 @@ def best_windows(accepted: NDArray[np.float64], costs: Mapping[int, float]) -> N
 def _round_cost(
     row: int, width: int, left: NDArray[np.float64], accepted: NDArray[np.float64], costs: Mapping[int, float]
 ) -> float:
-    """A round from `row` on and what then is left: it ends with the first rejection, or with its last draft."""
+    """Return the cost of a round from `row` on and of the rest of the run; a rejection ends the round."""
     count = min(width, len(accepted) - row)
-    ahead = np.arange(count)
-    alive = np.concatenate([[1.0], np.cumprod(accepted[row + ahead, ahead])])  # all of the first k were accepted
+    drafts = np.arange(count)
+    alive = np.concatenate([[1.0], np.cumprod(accepted[row + drafts, drafts])])  # the first k are all accepted
     ends = alive[:-1] - alive[1:]
     ends[-1] = alive[-2]
     return costs[width] + float(ends @ left[row + 1 : row + 1 + count])
 
 
-def choose_windows(table: StepTable, squares: NDArray[np.float64], costs: Mapping[int, float]) -> Windows:
-    """The windows for a network of these costs, constant over ranges of t; of one step where others do not pay.
+def choose_windows(table: StepTable, squares: NDArray[np.float64], costs: Mapping[int, float]) -> WindowPlan:
+    """Return the plan for a network of these costs; windows of one step where others do not pay.
 
-    From the windows that are best for every step by itself, averaged over each range, by halving and doubling.
+    A plan has one window for each range of t. The search starts from the best window of every step by itself, averaged
+    over each range, and then halves and doubles windows.
 
     Args:
-        table: the rows of the walk.
-        squares: |D|^2 of every step and lag (`GuessErrors`), up to the widest of costs.
-        costs: seconds of a call with so many drafts of every sample, for some of WIDTHS.
+        table: The rows of the run.
+        squares: |D|^2 of every step and lag (`GuessErrors`), up to the widest of the costs.
+        costs: Seconds of a call, by the number of drafts of every sample, for some of WIDTHS.
     """
     accepted = acceptance(squares)
     best = best_windows(accepted, costs)
@@ -176,7 +182,7 @@ def choose_windows(table: StepTable, squares: NDArray[np.float64], costs: Mappin
                     break
         if least == before:
             break
-    if len(table) * costs[1] < PAYS * least:
-        return Windows(((0, 1),))
+    if len(table) * costs[1] < MIN_SPEEDUP * least:
+        return WindowPlan(((0, 1),))
     kept = [k for k in range(len(starts)) if k == 0 or widths[k] != widths[k - 1]]
-    return Windows(tuple((starts[k], widths[k]) for k in kept))
+    return WindowPlan(tuple((starts[k], widths[k]) for k in kept))

@@ -222,11 +222,10 @@ class Trainer:
         """Draw samples with the averaged weights, of all classes in turn, and write `samples.png`."""
         seeds, steps = range(self.samples), min(50, self.diffusion.num_train_timesteps)
         shape = (len(seeds), self.network.channels, self.network.image_size, self.network.image_size)
-        conditioning = None
-        if self.network.num_classes is not None:
-            conditioning = {"class_labels": torch.arange(self.samples) % self.network.num_classes}
+        classes = self.network.num_classes
+        labels = None if classes is None else {"class_labels": torch.arange(self.samples) % classes}
         x = sample(
-            self.ema, shape, seeds=seeds, model_kwargs=conditioning, config=self.diffusion, sampler="ddim",
+            self.ema, shape, seeds=seeds, model_kwargs=labels, config=self.diffusion, sampler="ddim",
             num_inference_steps=steps, device=self.device, progress=False,
         )  # fmt: skip
         images.save(

@@ -26,7 +26,7 @@ from diffusers.schedulers import scheduling_ddpm
 from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_fast import accelerate
-from ddpm_fast.adapters.walk import is_globally_seeded
+from ddpm_fast.adapters.runner import is_globally_seeded
 from tests.adapters.diffusers_models import Denoiser, transformer, unet, vae, vqvae
 
 # Images lie in [0, 1]. Measured: 1e-6 over 1000 steps; more where a step divides by a small sqrt(alpha_bar) unclipped.
@@ -249,11 +249,11 @@ def test_nothing_that_was_given_is_changed():
 def test_the_same_call_again_builds_nothing_new():
     fast = accelerate(ddpm())
     images(fast, num_inference_steps=3)
-    loop = fast._walker.last_loop
+    loop = fast._runner.last_loop
     images(fast, num_inference_steps=3)
-    assert fast._walker.last_loop is loop
+    assert fast._runner.last_loop is loop
     images(fast, num_inference_steps=4)
-    assert fast._walker.last_loop is not loop
+    assert fast._runner.last_loop is not loop
     before = images(fast, num_inference_steps=3)
     fast.scheduler = DDPMScheduler(beta_end=0.01)
     assert np.abs(images(fast, num_inference_steps=3) - before).max() > 1e-3  # a new table is noticed
@@ -303,7 +303,7 @@ def test_offload_hooks_are_left_alone():
     fast = accelerate(stock)
     assert np.abs(images(fast, num_inference_steps=4) - expected).max() <= SAME
     assert Counting.calls == 4
-    assert fast._walker.last_loop.execution == "eager"
+    assert fast._runner.last_loop.mode == "eager"
     remove_hook_from_module(stock.unet)
 
 
@@ -340,7 +340,7 @@ def test_subclasses():
         accelerate(Changed(unet(), DDPMScheduler()))
     twice = accelerate(fast, noise="philox")
     assert isinstance(twice, Mine)
-    assert twice._walker.options.noise == "philox"
+    assert twice._runner.options.noise == "philox"
 
 
 def dit(scheduler, learned=True):
@@ -366,9 +366,9 @@ def test_dit(scheduler, guidance, learned):
 def test_dit_with_other_labels_keeps_its_loop():
     fast = accelerate(dit(DDIMScheduler(clip_sample=False)))
     first = fast([7, 3], 4.0, generator(), 4, "np").images
-    loop = fast._walker.last_loop
+    loop = fast._runner.last_loop
     second = fast([7, 900], 4.0, generator(), 4, "np").images
-    assert fast._walker.last_loop is loop
+    assert fast._runner.last_loop is loop
     assert np.array_equal(first[0], second[0])
     assert np.abs(first[1] - second[1]).max() > 1e-4
     assert fast.get_label_ids(["cock"]) == [7]

@@ -259,16 +259,16 @@ def test_the_loop_is_kept():
     fast = accelerate(made())
     call = lambda: fast.p_sample_loop(network(3), SHAPE, device="cpu", model_kwargs={"y": ONE})  # noqa: E731
     call()
-    first = fast._walker.last_loop
+    first = fast._runner.last_loop
     call()
-    assert fast._walker.last_loop is not first  # another network
+    assert fast._runner.last_loop is not first  # another network
     one = network(3)
     kept = []
     for y in (ONE, ONE + 0.5):
         torch.manual_seed(0)
         kept.append(fast.p_sample_loop(one, SHAPE, device="cpu", model_kwargs={"y": y}))
-        first = fast._walker.last_loop if len(kept) == 1 else first
-    assert fast._walker.last_loop is first
+        first = fast._runner.last_loop if len(kept) == 1 else first
+    assert fast._runner.last_loop is first
     assert not torch.allclose(*kept)
 
 
@@ -362,5 +362,5 @@ def test_hoisted(rescale, kwargs):
     for one in (theirs, fast):
         torch.manual_seed(0)
         images.append(one.p_sample_loop(network, SHAPE, **call))
-    assert fast._walker.last_loop.network.hoisted.counts.of_t >= 3
+    assert fast._runner.last_loop.network.hoisted.counts.of_t >= 3
     assert torch.allclose(*images, atol=1e-5)

@@ -113,7 +113,7 @@ def test_accelerated_pipelines():
     fast = accelerate(stock, optimize="hoist")
     options = {"batch_size": 2, "num_inference_steps": 10, "output_type": "pt"}
     images = [one(generator=torch.manual_seed(0), **options).images for one in (stock, fast)]
-    assert fast._walker.last_loop.network.hoisted is not None
+    assert fast._runner.last_loop.network.hoisted is not None
     assert torch.allclose(*images, atol=1e-4)
 
 
@@ -123,7 +123,7 @@ def test_accelerated_dit():
     for labels in ([1, 7], [3, 3]):
         options = {"class_labels": labels, "num_inference_steps": 5, "output_type": "np"}
         images = [torch.tensor(one(generator=torch.manual_seed(0), **options).images) for one in (pipeline, fast)]
-        assert fast._walker.last_loop.network.hoisted.counts.of_both > 0
+        assert fast._runner.last_loop.network.hoisted.counts.of_both > 0
         assert torch.allclose(*images, atol=1e-4)
 
 
@@ -135,7 +135,7 @@ def test_accelerated_lucidrains():
     for one in (theirs, fast):
         torch.manual_seed(0)
         images.append(one.sample(2))
-    assert fast._walker.last_loop.network.hoisted is not None
+    assert fast._runner.last_loop.network.hoisted is not None
     assert torch.allclose(*images, atol=1e-4)
 
 

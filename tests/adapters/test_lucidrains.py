@@ -279,12 +279,12 @@ def test_the_loop_is_kept():
     fast = accelerate(calm(self_condition=True))
     torch.manual_seed(0)
     first = fast.sample(2)
-    loop = fast._walker.last_loop
+    loop = fast._runner.last_loop
     torch.manual_seed(0)
     assert torch.equal(fast.sample(2), first)
-    assert fast._walker.last_loop is loop
+    assert fast._runner.last_loop is loop
     fast.sample(3)
-    assert fast._walker.last_loop is not loop
+    assert fast._runner.last_loop is not loop
 
 
 def test_philox_depends_on_the_sample_alone():

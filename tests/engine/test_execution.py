@@ -53,17 +53,17 @@ def plain():
 class TestAuto:
     def test_hoists_once_that_pays(self, monkeypatch):
         """After as many steps as take longer than tracing; the samples stay the same, bit by bit."""
-        monkeypatch.setattr(ddpm_fast.engine.loop, "PAYS", 25)
+        monkeypatch.setattr(ddpm_fast.engine.loop, "HOIST_AFTER", 25)
         sampler = Sampler(Net(), SHAPE, **OPTIONS)
         images, hoisted = [], []
         for _ in range(5):
             images.append(sampler(seeds=1, progress=False))
-            hoisted.append(sampler.network.hoisted is not None)
+            hoisted.append(sampler.loop.network.hoisted is not None)
         assert hoisted == [False, False, False, True, True]
         assert all(torch.equal(image, images[0]) for image in images)
 
     def test_says_quietly_what_cannot_be_hoisted(self, monkeypatch, caplog):
-        monkeypatch.setattr(ddpm_fast.engine.loop, "PAYS", 0)
+        monkeypatch.setattr(ddpm_fast.engine.loop, "HOIST_AFTER", 0)
         with caplog.at_level(logging.INFO, "ddpm_fast"):
             sampler = Sampler(lambda x, t: torch.tanh(x), SHAPE, device="cpu", **OPTIONS)
             for _ in range(2):
@@ -73,8 +73,8 @@ class TestAuto:
         assert "it is no torch.nn.Module but a function" in said.message
 
     def test_none_never_does(self, monkeypatch):
-        monkeypatch.setattr(ddpm_fast.engine.loop, "PAYS", 0)
-        assert drawn(Net(), optimize=None)[0].network.hoisted is None
+        monkeypatch.setattr(ddpm_fast.engine.loop, "HOIST_AFTER", 0)
+        assert drawn(Net(), optimize=None)[0].loop.network.hoisted is None
 
 
 class TestMemoryFormat:
@@ -83,7 +83,7 @@ class TestMemoryFormat:
     def test_channels_last_gives_the_same_samples(self, optimize, dtype):
         expected = drawn(Net(), dtype=dtype)[1]
         sampler, got = drawn(Net(), memory_format="channels_last", optimize=optimize, dtype=dtype)
-        assert sampler.network.input.is_contiguous(memory_format=torch.channels_last)
+        assert sampler.loop.network.input.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(got, expected, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0)
 
     def test_the_hoisted_weights_are_copies_and_follow_the_model(self):
@@ -91,7 +91,7 @@ class TestMemoryFormat:
         before = [(p.data_ptr(), p.stride()) for p in model.parameters()]
         sampler, first = drawn(model, memory_format="channels_last")
         assert [(p.data_ptr(), p.stride()) for p in model.parameters()] == before
-        weights = [value for value in sampler.network.hoisted._constants if value.dim() == 4]
+        weights = [value for value in sampler.loop.network.hoisted._constants if value.dim() == 4]
         assert len(weights) == 2
         assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
         with torch.no_grad():
@@ -103,22 +103,22 @@ class TestMemoryFormat:
     def test_volumes_have_it_and_sequences_have_not(self):
         expected = drawn(Net(3), (2, 3, 4, 4, 4))[1]
         sampler, got = drawn(Net(3), (2, 3, 4, 4, 4), memory_format="channels_last")
-        assert sampler.network.input.is_contiguous(memory_format=torch.channels_last_3d)
+        assert sampler.loop.network.input.is_contiguous(memory_format=torch.channels_last_3d)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
         with pytest.raises(ValueError, match=r"channels_last.* got shape \(2, 3, 16\)"):
             Sampler(Net(1), (2, 3, 16), memory_format="channels_last", **OPTIONS)
-        assert drawn(Net(1), (2, 3, 16), memory_format="auto")[0].network.memory_format == "contiguous"
+        assert drawn(Net(1), (2, 3, 16), memory_format="auto")[0].loop.network.memory_format == "contiguous"
 
     @pytest.mark.parametrize("optimize", [None, "hoist"])
     def test_a_network_that_cannot_stays_contiguous_and_says_so(self, optimize, caplog):
         sampler, got = drawn(Viewing(), memory_format="channels_last", optimize=optimize)
-        assert sampler.network.memory_format == "contiguous"
+        assert sampler.loop.network.memory_format == "contiguous"
         assert "the network cannot run in channels_last: view size is not compatible" in caplog.text
         torch.testing.assert_close(got, drawn(Viewing())[1], atol=1e-5, rtol=0)
 
     def test_auto_takes_what_the_network_can(self, caplog):
         sampler, got = drawn(Viewing(), memory_format="auto")
-        assert sampler.network.memory_format == "contiguous"
+        assert sampler.loop.network.memory_format == "contiguous"
         assert "channels_last" not in caplog.text
         torch.testing.assert_close(got, drawn(Viewing())[1], atol=1e-5, rtol=0)
 
@@ -144,7 +144,7 @@ class TestMemoryFormat:
         monkeypatch.setattr(ddpm_fast.engine.network.Network, "prepare", watched)
         for _ in range(2):
             sampler, got = drawn(model, memory_format="auto")
-            assert sampler.network.memory_format == faster
+            assert sampler.loop.network.memory_format == faster
             torch.testing.assert_close(got, plain, atol=1e-5, rtol=0)
         assert tried == ["contiguous", "channels_last"] * 2  # by the first of the two samplers
         drawn(model, (1, 3, 8, 8), memory_format="auto")
@@ -152,7 +152,7 @@ class TestMemoryFormat:
 
     def test_the_trial_for_real(self, plain):
         sampler, got = drawn(Net(), memory_format="auto")
-        assert sampler.network.memory_format in ("contiguous", "channels_last")
+        assert sampler.loop.network.memory_format in ("contiguous", "channels_last")
         torch.testing.assert_close(got, plain, atol=1e-5, rtol=0)
 
 
@@ -160,8 +160,8 @@ class TestCompile:
     @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on a CPU")
     def test_a_compiled_network_gives_the_same_samples(self, plain):
         sampler, got = drawn(Net(), compile=True)
-        assert sampler.network.hoisted is not None
-        assert hasattr(sampler.network.hoisted._rest, "_torchdynamo_orig_callable")
+        assert sampler.loop.network.hoisted is not None
+        assert hasattr(sampler.loop.network.hoisted._rest, "_torchdynamo_orig_callable")
         torch.testing.assert_close(got, plain, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("broken", ["raises", "wrong"])
@@ -226,7 +226,7 @@ class TestReplacedParameters:
                 made.append(pool)
                 self.replay = body
 
-        monkeypatch.setattr(ddpm_fast.engine.loop, "can_capture", lambda device: True)
+        monkeypatch.setattr("ddpm_fast.engine.base.can_capture", lambda device: True)
         monkeypatch.setattr(ddpm_fast.engine.loop, "StepGraph", Recorded)
         model = Net()
         sampler = Sampler(model, SHAPE, **OPTIONS)
@@ -252,9 +252,9 @@ class Full:
 
     def __init__(self, body, device, pool):
         steps = []
-        loop_step = ddpm_fast.engine.loop.Loop._iterate
+        loop_step = ddpm_fast.engine.loop.Loop._step
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ddpm_fast.engine.loop.Loop, "_iterate", lambda *args: (steps.append(1), loop_step(*args)))
+            patch.setattr(ddpm_fast.engine.loop.Loop, "_step", lambda *args: (steps.append(1), loop_step(*args)))
             body()
         if len(steps) > Full.most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
@@ -264,7 +264,7 @@ class Full:
 class TestOutOfMemory:
     @pytest.fixture(autouse=True)
     def full(self, monkeypatch):
-        monkeypatch.setattr(ddpm_fast.engine.loop, "can_capture", lambda device: True)
+        monkeypatch.setattr("ddpm_fast.engine.base.can_capture", lambda device: True)
         monkeypatch.setattr(ddpm_fast.engine.loop, "StepGraph", Full)
 
     @pytest.mark.parametrize(

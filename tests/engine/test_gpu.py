@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
-from ddpm_fast.adapters.walk import Options, Walker
+from ddpm_fast.adapters.runner import Options, Runner
 from ddpm_fast.config import SamplerConfig
+from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.kernels import normal, q_sample, to_uint8
 from ddpm_fast.kernels.philox import Stream
@@ -277,18 +278,19 @@ def test_hoisted_conditions_and_parameters_are_seen_by_the_next_replay():
 
 def test_graphs_of_several_shapes_share_their_memory():
     """Interleaved walks of three batch sizes: what one graph leaves in the pool, another overwrites."""
-    walker = Walker(Options("philox", Execution(execution="graph")))
+    runner = Runner(Options("philox", Execution(execution="graph")))
     model, table = Net().cuda(), build_table(SamplerConfig(num_inference_steps=20))
     alone = {}
     for batch in (1, 16, 64, 16, 1, 64, 1):
         shape = (batch, 3, 32, 32)
-        with walker.alone() as own:
-            loop = own.loop(model, shape, table, Clipping(1.0), owner=model, device=torch.device("cuda", 0))
+        with runner.alone() as own:
+            call = Call.of(model, shape, device="cuda:0")
+            loop = own.loop(call, table, Clipping(1.0), owner=model)
             x = loop.run(own.noise(None, loop, seeds=7), progress=False)
         if batch not in alone:
             alone[batch] = sample(model, shape, seeds=7, num_inference_steps=20, execution="eager", progress=False)
         torch.testing.assert_close(x, alone[batch], atol=1e-4, rtol=0)
-    assert len(walker._loops) == 3
+    assert len(runner._loops) == 3
 
 
 def test_where_memory_ends_the_message_says_what_was_needed(caplog):

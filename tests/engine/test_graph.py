@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ddpm_fast.engine.loop
-from ddpm_fast.engine.graph import WARMUPS, CaptureError, _first
+from ddpm_fast.engine.graph import WARMUPS, CaptureError, root_cause
 from ddpm_fast.sample import Sampler, sample
 from ddpm_fast.validate import line_of
 from tests.support.networks import Wavy
@@ -38,7 +38,7 @@ class Refused:
 
 @pytest.fixture
 def recording(monkeypatch):
-    monkeypatch.setattr(ddpm_fast.engine.loop, "can_capture", lambda device: True)
+    monkeypatch.setattr("ddpm_fast.engine.base.can_capture", lambda device: True)
     monkeypatch.setattr(ddpm_fast.engine.loop, "StepGraph", Replayed)
     Replayed.made = Replayed.replays = 0
 
@@ -108,7 +108,7 @@ def test_the_reason_of_a_broken_capture_is_the_first_error():
 
     with pytest.raises(RuntimeError) as error:
         capture()
-    assert line_of(_first(error.value)) == "operation not permitted when stream is capturing"
+    assert line_of(root_cause(error.value)) == "operation not permitted when stream is capturing"
     assert line_of(RuntimeError()) == "RuntimeError"
 
 

@@ -243,7 +243,7 @@ def test_guided_samples_are_the_same(net):
         "uncond_kwargs": {"c": torch.zeros(3, 5)},
     }  # fmt: skip
     plain, hoisted = (Sampler(net, SHAPE, optimize=optimize, **options) for optimize in (None, "hoist"))
-    assert hoisted.network.hoisted.counts.tables == 2
+    assert hoisted.loop.network.hoisted.counts.tables == 2
     assert close(hoisted(seeds=0, progress=False), plain(seeds=0, progress=False))
 
 
@@ -252,7 +252,7 @@ def test_the_embedded_network():
     plain, hoisted = (
         Sampler(model, (2, 1, 32, 32), num_inference_steps=10, optimize=optimize) for optimize in (None, "hoist")
     )
-    counts = hoisted.network.hoisted.counts
+    counts = hoisted.loop.network.hoisted.counts
     print(counts)
     assert counts.after < 0.7 * counts.before
     assert counts.tables == 18
@@ -264,7 +264,7 @@ def test_under_autocast(net):
         Sampler(net, SHAPE, num_inference_steps=10, dtype=torch.bfloat16, optimize=optimize)
         for optimize in (None, "hoist")
     )
-    counts = hoisted.network.hoisted.counts
+    counts = hoisted.loop.network.hoisted.counts
     assert counts.before == counts.neutral + counts.of_t + counts.of_condition + counts.of_both + counts.after
     assert counts.of_condition >= 6  # weight and bias of the convolution and of the time embedding's linears
     difference = (hoisted(seeds=0, progress=False) - plain(seeds=0, progress=False)).abs().max()

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ddpm_fast.engine.progress import Progress
+from ddpm_fast.engine.progress import ProgressBar
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def shown(monkeypatch, show, steps=(5,), finished=True, device=CPU, stream=None,
     """What a bar of five steps writes on stderr."""
     stream = io.StringIO() if stream is None else stream
     monkeypatch.setattr(sys, "stderr", stream)
-    bar = Progress(5, device, show, **options)
+    bar = ProgressBar(5, device, show, **options)
     for count in steps:
         bar.advance(count)
     bar.close(finished)
@@ -77,7 +77,7 @@ def test_on_cuda_a_step_counts_once_the_device_has_passed_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(FakeEvent, "made", [], raising=False)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    bar = Progress(100, torch.device("cuda"), True, every=10)
+    bar = ProgressBar(100, torch.device("cuda"), True, every=10)
     counts = []
     for step in range(1, 51):
         if step in (25, 41):  # the device has passed all but the newest event

@@ -17,7 +17,7 @@ OPTIONS = {"num_inference_steps": 10, "backend": "torch"}
 
 @pytest.fixture(autouse=True)
 def recording(monkeypatch):
-    monkeypatch.setattr(ddpm_fast.engine.loop, "can_capture", lambda device: True)
+    monkeypatch.setattr("ddpm_fast.engine.base.can_capture", lambda device: True)
     monkeypatch.setattr(ddpm_fast.engine.loop, "StepGraph", RecordedGraph)
     # As with Triton's kernels: the step makes its own noise, so that several steps fit in one recording.
     monkeypatch.setattr(PhiloxNoise, "in_kernel", property(lambda self: True, lambda self, value: None), raising=False)
@@ -80,7 +80,7 @@ def test_new_conditions_and_parameters(optimize):
     conditions[0] = conditions[0, 0]
     conditions[3] = conditions[3, 0]
     sampler = Sampler(model, SHAPE, execution="graph", optimize=optimize, model_kwargs={"c": conditions[0]}, **OPTIONS)
-    assert (sampler.network.hoisted is not None) == (optimize is not None)
+    assert (sampler.loop.network.hoisted is not None) == (optimize is not None)
     for seed, c in enumerate(conditions):
         images = sampler(seeds=seed, model_kwargs={"c": c}, progress=False)
         torch.testing.assert_close(images, eager(model, seeds=seed, model_kwargs={"c": c}), atol=1e-5, rtol=0)
@@ -92,14 +92,14 @@ def test_new_conditions_and_parameters(optimize):
 
 def test_a_rebound_buffer_is_seen(monkeypatch):
     """The planted mistake: x' in a new tensor; calling the function again would hide it."""
-    right = Loop._iterate
+    right = Loop._step
 
     def rebinding(self, *args, **kwargs):
         right(self, *args, **kwargs)
         self.x = self.x.clone()
 
     expected = eager(Wavy(2, 2), seeds=1)
-    monkeypatch.setattr(Loop, "_iterate", rebinding)
+    monkeypatch.setattr(Loop, "_step", rebinding)
     torch.testing.assert_close(eager(Wavy(2, 2), seeds=1), expected)
     wrong = Sampler(Wavy(2, 2), SHAPE, execution="graph", **OPTIONS)(seeds=1, progress=False)
     assert (wrong - expected).abs().max() > 0.1

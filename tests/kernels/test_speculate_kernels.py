@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from ddpm_fast.config import SamplerConfig
+from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.noise import PhiloxNoise
 from ddpm_fast.kernels import philox, speculate
 from ddpm_fast.kernels.dispatch import interpreting
 from ddpm_fast.kernels.speculate import Outcome, Progress
 from ddpm_fast.speculation.loop import SpeculativeLoop
-from ddpm_fast.speculation.windows import Windows
+from ddpm_fast.speculation.windows import WindowPlan
 from ddpm_fast.table import Clipping, build_table
 
 SHAPES = [(4, 1), (4, 2, 9), (3, 3, 8, 9), (2, 3, 31, 32)]
@@ -205,14 +206,14 @@ def test_whole_walks(guided, kernel_device):
     shape, found = (2, 1, 4, 4), {}
     table = build_table(SamplerConfig(num_train_timesteps=30))
     for backend, device in (("torch", torch.device("cpu")), ("triton", kernel_device)):
-        loop = SpeculativeLoop(
-            lambda x, t: 0.4 * x * (1 + t.view(-1, 1, 1, 1) / 100), shape, table=table, clipping=Clipping(1.0),
-            windows=Windows.of({0: 2, 10: 4, 20: 8}), device=device, how=Execution(backend=backend, optimize=None),
-            guidance=torch.tensor([1.0, 2.0], device=device) if guided else None,
-            uncond_kwargs={} if guided else None,
+        call = Call.of(
+            lambda x, t: 0.4 * x * (1 + t.view(-1, 1, 1, 1) / 100), shape, device=device,
+            guidance_scale=[1.0, 2.0] if guided else None, uncond_kwargs={} if guided else None,
         )  # fmt: skip
+        plan, execution = WindowPlan.of({0: 2, 10: 4, 20: 8}), Execution(backend=backend, optimize=None)
+        loop = SpeculativeLoop(call, table, Clipping(1.0), plan, execution=execution)
         x = loop.run(PhiloxNoise([3, 4], shape, table, device, backend), progress=False)
-        found[backend] = x.cpu(), loop.last
+        found[backend] = x.cpu(), loop.speculation
     (x, did), (expected, expected_did) = found["triton"], found["torch"]
     torch.testing.assert_close(x, expected, rtol=1e-3, atol=2e-3)
     assert did.windows == expected_did.windows

@@ -8,9 +8,10 @@ import torch
 from scipy import stats
 
 from ddpm_fast.config import SamplerConfig
+from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.noise import PhiloxNoise
 from ddpm_fast.speculation.loop import SpeculativeLoop
-from ddpm_fast.speculation.windows import Windows
+from ddpm_fast.speculation.windows import WindowPlan
 from ddpm_fast.table import Clipping, build_table
 
 CPU = torch.device("cpu")
@@ -110,11 +111,11 @@ def mixture_law(points=1501, reach=7.0):
 def walk(model, batch, size, windows, table=TABLE, spoil=None, seed=0, loops=None):
     """`batch` samples of `size` coordinates, and what the walk did; `spoil(loop)` may break it."""
     shape = (batch, 1, size)
-    loop = SpeculativeLoop(model, shape, table=table, clipping=Clipping(), windows=Windows.of(windows), device=CPU)
+    loop = SpeculativeLoop(Call.of(model, shape, device=CPU), table, Clipping(), WindowPlan.of(windows))
     if spoil is not None:
         spoil(loop)
     noise = PhiloxNoise(list(range(seed, seed + batch)), shape, table, CPU, "torch")
-    return loop.run(noise, progress=False)[:, 0].double(), loop.last
+    return loop.run(noise, progress=False)[:, 0].double(), loop.speculation
 
 
 def mixture_p_value(x):

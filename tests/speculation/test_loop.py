@@ -10,6 +10,7 @@ from scipy import stats
 
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
+from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.graph import CaptureError
 from ddpm_fast.engine.noise import PhiloxNoise
 from ddpm_fast.kernels.speculate import Outcome, Progress
@@ -18,7 +19,7 @@ from ddpm_fast.models.ideal import IdealDenoiser
 from ddpm_fast.sample import Sampler, sample
 from ddpm_fast.speculation import loop as speculation
 from ddpm_fast.speculation.loop import SpeculativeLoop
-from ddpm_fast.speculation.windows import Windows
+from ddpm_fast.speculation.windows import WindowPlan
 from ddpm_fast.table import Clipping, StepTable, build_table
 from tests.engine.test_graph import Replayed
 from tests.speculation.problems import (
@@ -110,12 +111,11 @@ def one_step(length, chains, size=3):
         np.array([1, 0]), {"b": [1, 1], "c_x0": [0.5, 0], "c_x": [0.5, 1], "sigma": [0.5, 0]}, draws=[True, False]
     )
     shape = (chains, 1, size)
-    loop = SpeculativeLoop(
-        lambda x, t: away.expand_as(x), shape, table=table, clipping=Clipping(), windows=Windows.of(2), device=CPU
-    )
+    call = Call.of(lambda x, t: away.expand_as(x), shape, device=CPU)
+    loop = SpeculativeLoop(call, table, Clipping(), WindowPlan.of(2))
     noise = PhiloxNoise(list(range(chains)), shape, table, CPU, "torch")
     x = loop.run(noise, torch.zeros(shape), **QUIET)
-    return ((x - 0.5 * away) / 0.5)[:, 0].double(), 1 - loop.last.acceptance[0]
+    return ((x - 0.5 * away) / 0.5)[:, 0].double(), 1 - loop.speculation.acceptance[0]
 
 
 @pytest.mark.parametrize("length", [0.1, 0.5, 1.0, 2.0, 4.0])
@@ -213,12 +213,11 @@ def test_a_walk_of_plain_steps_is_the_sequential_walk(name):
     config = SamplerConfig(**fields)
     expected = sample(model, (3, 1, 8, 8), seeds=5, config=config, **QUIET)
     table = build_table(config)
-    loop = SpeculativeLoop(
-        model, (3, 1, 8, 8), table=table, clipping=Clipping.of(config), windows=Windows.of(1), device=CPU
-    )
+    call = Call.of(model, (3, 1, 8, 8), device=CPU)
+    loop = SpeculativeLoop(call, table, Clipping.of(config), WindowPlan.of(1))
     x = loop.run(PhiloxNoise([5, 6, 7], (3, 1, 8, 8), table, CPU, "torch"), **QUIET)
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
-    assert loop.last.calls == len(table)
+    assert loop.speculation.calls == len(table)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -358,12 +357,12 @@ def test_nan_is_reported_with_its_sample():
 
 
 def test_windows():
-    windows = Windows.of({0: 2, 100: 8, 500: 32})
+    windows = WindowPlan.of({0: 2, 100: 8, 500: 32})
     assert windows.rows(np.array([999, 500, 499, 100, 99, 0])).tolist() == [32, 32, 8, 8, 2, 2]
-    assert Windows.of(json.loads(json.dumps({"0": 2, "100": 8, "500": 32}))) == windows
-    assert Windows.of(windows.to_dict()) == windows
+    assert WindowPlan.of(json.loads(json.dumps({"0": 2, "100": 8, "500": 32}))) == windows
+    assert WindowPlan.of(windows.to_dict()) == windows
     assert not windows.sequential
-    assert Windows.of(1).sequential
+    assert WindowPlan.of(1).sequential
 
 
 # Graphs, with a stand-in for the recording
@@ -371,7 +370,7 @@ def test_windows():
 
 @pytest.fixture
 def recording(monkeypatch):
-    monkeypatch.setattr(speculation, "can_capture", lambda device: True)
+    monkeypatch.setattr("ddpm_fast.engine.base.can_capture", lambda device: True)
     monkeypatch.setattr(speculation, "StepGraph", Replayed)
     Replayed.made = Replayed.replays = 0
 

@@ -1,0 +1,189 @@
+"""The call of a model: all that the model is given besides x and t, for one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_fast.engine.device import Model, dtype_of, resolve_device
+from ddpm_fast.validate import per_sample
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A model with the keywords, the batch, the device and the precision that it is called with.
+
+    Attributes:
+        model: Any callable `model(x, t, **kwargs)`.
+        shape: Shape of the batch, (B, C, ...).
+        kwargs: Keywords of the model; with guidance, of the conditional half.
+        uncond_kwargs: Keywords of the unconditional half. None means that the model is not guided.
+        guidance: Guidance scale of every sample, float32 [B]. None without guidance.
+        device: Device of the batch.
+        dtype: Dtype of the model's input. Where the model's parameters have another dtype, the model runs under
+            autocast.
+        module: Module that is traced in place of a model that only wraps a module.
+    """
+
+    model: Model
+    shape: tuple[int, ...]
+    kwargs: Mapping[str, Any]
+    uncond_kwargs: Mapping[str, Any] | None
+    guidance: Tensor | None
+    device: torch.device
+    dtype: torch.dtype
+    module: Model
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        shape: tuple[int, ...],
+        *,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        module: nn.Module | None = None,
+    ) -> Call:
+        """Build a call from what a user gives, and check all of it.
+
+        Args:
+            model, shape: See the attributes.
+            model_kwargs, uncond_kwargs: Keywords of the model; tensors may be on any device.
+            guidance_scale: One number, or one for each sample.
+            device: Device of the batch. None takes the model's own device, else CUDA where there is a GPU.
+            dtype: Dtype of the model's input. None takes the dtype of the model's parameters, else float32.
+            module: See the attributes. None takes the model itself.
+
+        Raises:
+            TypeError: The model is not callable.
+            ValueError: The device, the dtype, the keywords or the guidance scale do not fit the model or the batch.
+        """
+        if not callable(model):
+            raise TypeError(f"model must be a callable model(x, t, **model_kwargs), got {type(model).__name__}")
+        resolved = resolve_device(model, device)
+        if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating point torch.dtype such as torch.bfloat16, got {dtype!r}")
+        if (guidance_scale is None) != (uncond_kwargs is None):
+            raise ValueError("guidance_scale and uncond_kwargs belong together: give both or neither")
+        own = dtype_of(model)
+        lowered = dtype in (torch.bfloat16, torch.float16)
+        if own is not None and dtype not in (None, own) and not lowered:
+            raise ValueError(
+                f"the model's parameters are {own}; to compute in {dtype}, convert the model with .to(...)"
+            )
+        call = cls(
+            model, shape, {}, None, per_sample("guidance_scale", guidance_scale, shape[0], resolved),
+            resolved, dtype or own or torch.float32, model if module is None else module,
+        )  # fmt: skip
+        return call._with(model_kwargs or {}, uncond_kwargs)
+
+    @property
+    def guided(self) -> bool:
+        """Whether every step needs a conditional and an unconditional output."""
+        return self.uncond_kwargs is not None
+
+    @property
+    def batch(self) -> int:
+        """Samples in the batch, B."""
+        return self.shape[0]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the model's input: [B, C, ...], or [2B, C, ...] with guidance, the conditional half first."""
+        return (self.batch * (2 if self.guided else 1), *self.shape[1:])
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the keywords of one call: tensors on the device, with guidance both halves in one batch.
+
+        Raises:
+            ValueError: The two halves' keywords do not fit together.
+        """
+        joined = dict(self.kwargs)
+        if self.uncond_kwargs is not None:
+            if self.kwargs.keys() != self.uncond_kwargs.keys():
+                raise ValueError(
+                    f"uncond_kwargs must have the names of model_kwargs, {sorted(self.kwargs)}, "
+                    f"got {sorted(self.uncond_kwargs)}"
+                )
+            joined = {name: self._joined(name, value, self.uncond_kwargs[name]) for name, value in self.kwargs.items()}
+        return {
+            name: value.detach().to(self.device, copy=True) if isinstance(value, Tensor) else value
+            for name, value in joined.items()
+        }
+
+    def with_kwargs(self, kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> Call:
+        """Return the same call with other keywords.
+
+        Raises:
+            ValueError: The call is not guided, but there are unconditional keywords; or the two halves do not fit.
+        """
+        if uncond_kwargs is not None and not self.guided:
+            raise ValueError("uncond_kwargs belong to guidance, which this sampler was built without")
+        return self._with(kwargs, {} if uncond_kwargs is None and self.guided else uncond_kwargs)
+
+    def first(self) -> Call:
+        """Return the call for the first sample of the batch."""
+        return self._batched(1, lambda tensor: tensor[:1])
+
+    def repeated(self, times: int) -> Call:
+        """Return the call for `times` copies of every sample, the copies of one sample side by side."""
+        return self._batched(self.batch * times, lambda tensor: tensor.repeat_interleave(times, 0))
+
+    def _with(self, kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> Call:
+        """Return the call with copies of these keywords, so that later changes of the caller's tensors do not count."""
+
+        def copied(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+
+        uncond = None if uncond_kwargs is None else copied(uncond_kwargs)
+        call = replace(self, kwargs=copied(kwargs), uncond_kwargs=uncond)
+        call.keywords()
+        return call
+
+    def _batched(self, batch: int, change: Callable[[Tensor], Tensor]) -> Call:
+        """Return the call for another batch: `change` maps every tensor that has one entry for each sample."""
+        mapped: dict[int, Any] = {}  # by identity: what the two halves share stays shared
+
+        def of(value: V) -> V:
+            if id(value) not in mapped:
+                new: Any = value
+                if isinstance(value, Mapping):
+                    new = {name: of(each) for name, each in value.items()}
+                elif isinstance(value, Tensor) and value.dim() and len(value) == self.batch:
+                    new = change(value)
+                mapped[id(value)] = new
+            return mapped[id(value)]  # type: ignore[no-any-return]
+
+        return replace(
+            self, shape=(batch, *self.shape[1:]), kwargs=of(self.kwargs), uncond_kwargs=of(self.uncond_kwargs),
+            guidance=of(self.guidance),
+        )  # fmt: skip
+
+    def _joined(self, name: str, cond: Any, uncond: Any) -> Any:
+        if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
+            if cond.shape != uncond.shape or not cond.dim() or len(cond) != self.batch:
+                raise ValueError(
+                    f"with guidance, model_kwargs[{name!r}] and uncond_kwargs[{name!r}] must have equal shapes "
+                    f"({self.batch}, ...), got {tuple(cond.shape)} and {tuple(uncond.shape)}"
+                )
+            return torch.cat([cond.to(self.device), uncond.to(self.device, cond.dtype)])
+        if isinstance(cond, Tensor) or isinstance(uncond, Tensor) or not same_value(cond, uncond):
+            raise ValueError(
+                f"model_kwargs[{name!r}] and uncond_kwargs[{name!r}] must be two tensors or equal, "
+                f"got {cond!r} and {uncond!r}"
+            )
+        return cond
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Return whether two values that are no tensors are the same; containers are the same only as one object."""
+    return a is b or (isinstance(a, (bool, int, float, str)) and type(a) is type(b) and a == b)
