@@ -113,7 +113,7 @@ class SamplerConfig:
         self._check_betas()
         self._check_timesteps()
 
-    def _set(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: object) -> None:
         """Set a field of the frozen instance."""
         object.__setattr__(self, name, value)
 
@@ -150,7 +150,7 @@ class SamplerConfig:
         self.inference_timesteps()
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any], base: "SamplerConfig | None" = None) -> "SamplerConfig":
+    def from_options(cls, options: Mapping[str, object], base: "SamplerConfig | None" = None) -> "SamplerConfig":
         """Build a configuration from keyword arguments, on top of `base`.
 
         A number of steps or a spacing among the options replaces explicit timesteps of the base. Explicit timesteps

@@ -6,6 +6,7 @@ execution, …) and the fields of `SamplerConfig`. The configuration of a checkp
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,11 +82,8 @@ def denoise(
         ValueError, TypeError: An argument does not fit. Raised before any network call.
     """
     _check_images("x_0", x_0)
-    config, options = _split_options(config, options)
-    config = from_level(config, t)
-    seeds = _resolve_and_log(seeds, len(x_0))
-    sampler = Sampler(model, x_0.shape, config=config, **options)
-    start = noised(x_0.to(sampler.device), int(config.inference_timesteps()[0]), config, seeds)
+    sampler, seeds = _sampler_from_level(model, x_0.shape, t, seeds, config, options)
+    start = noised(x_0.to(sampler.device), int(sampler.config.inference_timesteps()[0]), sampler.config, seeds)
     return sampler(seeds=seeds, x_T=start, progress=progress)
 
 
@@ -135,13 +133,10 @@ def interpolate(
     _check_images("x_a", x_a)
     _check_images("x_b", x_b)
     check_mixture(x_a, x_b, lam, mixing)
-    config, options = _split_options(config, options)
-    config = from_level(config, t)
-    seeds = _resolve_and_log(seeds, len(x_a))
-    sampler = Sampler(model, x_a.shape, config=config, **options)
+    sampler, seeds = _sampler_from_level(model, x_a.shape, t, seeds, config, options)
     start = mixture(
         x_a.to(sampler.device), x_b.to(sampler.device), lam,
-        config=config, mixing=mixing, shared_noise=shared_noise, rescale=rescale, seeds=seeds,
+        config=sampler.config, mixing=mixing, shared_noise=shared_noise, rescale=rescale, seeds=seeds,
     )  # fmt: skip
     return sampler(seeds=seeds, x_T=start, progress=progress)
 
@@ -222,7 +217,7 @@ def inpaint(
     _check_images("known", known)
     config, options = _split_options(config, options)
     table = resampled(config, resamplings, jump_length)
-    sampler = Sampler(model, known.shape, config=config, table=table, **options)
+    sampler: Sampler[Tensor] = Sampler(model, known.shape, config=config, table=table, **options)
     return sampler(seeds=seeds, known=known, mask=mask, progress=progress)
 
 
@@ -256,7 +251,7 @@ def invert(
     _check_images("x_0", x_0)
     config, options = _split_options(config, options)
     config = replace(config, clip_sample=False, thresholding=False, sampler="ddim", eta=0.0)
-    sampler = Sampler(model, x_0.shape, config=config, table=inverted(config), **options)
+    sampler: Sampler[Tensor] = Sampler(model, x_0.shape, config=config, table=inverted(config), **options)
     return sampler(seeds=0, x_T=x_0, progress=progress)  # the seed has no effect, since no row draws noise
 
 
@@ -266,9 +261,9 @@ def from_level(config: SamplerConfig, t: int) -> SamplerConfig:
     visited = config.inference_timesteps()
     left = visited[visited <= t]
     if not len(left):
-        raise ValueError(f"t must be at least the last timestep of the walk, {visited[-1]}, got {t}")
+        raise ValueError(f"t must be at least the last timestep of the run, {visited[-1]}, got {t}")
     if config.previous_timestep == "stride" and len(left) < len(visited):
-        raise ValueError("previous_timestep='stride' counts on the whole walk: take 'spacing'")
+        raise ValueError("previous_timestep='stride' needs the whole run: take 'spacing'")
     return replace(config, timesteps=tuple(left.tolist()), num_inference_steps=None)
 
 
@@ -290,7 +285,7 @@ def resampled(config: SamplerConfig, resamplings: int, jump_length: int) -> Step
     if resamplings == 1:
         return plain
     if plain.learned:
-        raise ValueError(f"resamplings need a sigma that is known ahead, not variance_type={config.variance_type!r}")
+        raise ValueError(f"resamplings need a sigma that the table holds, not variance_type={config.variance_type!r}")
     rows, jumps = _back_and_forth(len(plain), resamplings, jump_length)
     alpha_bars = config.alphas_cumprod()[plain.timestep]
     target = plain.known_scale[rows] ** 2
@@ -366,20 +361,24 @@ def _split_options(config: SamplerConfig | None, options: dict[str, Any]) -> tup
     return SamplerConfig.from_options(changes, config), {n: value for n, value in options.items() if n not in fields}
 
 
+def _sampler_from_level(
+    model: Model, shape: Sequence[int], t: int, seeds: Seeds, config: SamplerConfig | None, options: dict[str, Any]
+) -> tuple[Sampler[Tensor], list[int]]:
+    """Return the sampler of a run's last part, from level t on, and one seed a sample. Drawn seeds are logged."""
+    config, options = _split_options(config, options)
+    config = from_level(config, t)
+    resolved = resolve_seeds(seeds, shape[0])
+    if seeds is None:
+        logger.info("drew seeds %d … %d", resolved[0], resolved[-1])
+    return Sampler(model, shape, config=config, **options), resolved
+
+
 def _check_images(name: str, images: Tensor) -> None:
     """Raise ValueError unless `images` is a finite float tensor [B, C, ...]."""
     if not isinstance(images, Tensor) or images.dim() < 2:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"{name} must be a float tensor of shape (batch, channels, ...), got {got}")
     checked_start(images, tuple(images.shape), name)
-
-
-def _resolve_and_log(seeds: Seeds, count: int) -> list[int]:
-    """Return one seed a sample; log the seeds if they were drawn here."""
-    resolved = resolve_seeds(seeds, count)
-    if seeds is None:
-        logger.info("drew seeds %d … %d", resolved[0], resolved[-1])
-    return resolved
 
 
 def _forward_noise(x: Tensor, t: int, seeds: Seeds, visit: int) -> Tensor:

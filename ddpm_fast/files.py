@@ -6,13 +6,15 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
+
+StrPath: TypeAlias = str | os.PathLike[str]
 
 PART_PREFIX = ".ddpm_fast."
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def whole_file(path: StrPath) -> Iterator[Path]:
     """Yield a temporary path beside `path`; the file moves to `path` when the block ends without an error.
 
     After an interruption, a full disk or an exception, `path` keeps its former contents.
@@ -43,19 +45,19 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_parts(folder: str | os.PathLike) -> None:
+def remove_parts(folder: StrPath) -> None:
     """Remove unfinished files of `whole_file` that killed processes left in a folder with no other writer."""
     for part in Path(folder).glob(f"{PART_PREFIX}*.part"):
         part.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: StrPath, value: object) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with whole_file(path) as part:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def check_writable(path: str | os.PathLike, folder: bool = False) -> None:
+def check_writable(path: StrPath, folder: bool = False) -> None:
     """Raise OSError now if `path` (or, with `folder`, files inside it) could not be written later."""
     target = Path(path)
     parent = target if folder else target.parent

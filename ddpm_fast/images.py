@@ -1,10 +1,10 @@
 """Samples on disk: a PNG grid, a folder of PNGs, or an .npz, each with metadata about how it was made."""
 
+import contextlib
 import json
 import math
-import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from ddpm_fast.files import check_writable, whole_file
+from ddpm_fast.files import StrPath, check_writable, whole_file
 
 Bytes = NDArray[np.uint8]
 
@@ -26,7 +26,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def output_kind(path: str | os.PathLike) -> str:
+def output_kind(path: StrPath) -> str:
     """Return the form of output that the suffix asks for: "grid" (.png), "npz" (.npz) or "folder" (no suffix)."""
     suffix = Path(path).suffix.lower()
     kinds = {".png": "grid", ".npz": "npz", "": "folder"}
@@ -35,7 +35,7 @@ def output_kind(path: str | os.PathLike) -> str:
     return kinds[suffix]
 
 
-def check_output(path: str | os.PathLike, shape: tuple[int, ...], seeds: Sequence[int]) -> str:
+def check_output(path: StrPath, shape: tuple[int, ...], seeds: Sequence[int]) -> str:
     """Return the kind of output; raise now the errors that would otherwise come after hours of sampling.
 
     Args:
@@ -55,7 +55,7 @@ def check_output(path: str | os.PathLike, shape: tuple[int, ...], seeds: Sequenc
     return kind
 
 
-def save(path: str | os.PathLike, images: Bytes, seeds: Sequence[int], about: dict[str, Any]) -> None:
+def save(path: StrPath, images: Bytes, seeds: Sequence[int], about: Mapping[str, object]) -> None:
     """Write uint8 images [N, H, W, C] to `path`, in the form that its suffix asks for.
 
     `about` and the seeds are stored as JSON, in the PNG text chunk or npz array "ddpm_fast".
@@ -72,7 +72,7 @@ def save(path: str | os.PathLike, images: Bytes, seeds: Sequence[int], about: di
             save_png(Path(path) / f"{seed:06d}.png", image, {**about, "seeds": [seed]})
 
 
-def save_png(path: str | os.PathLike, image: Bytes, metadata: dict[str, Any]) -> None:
+def save_png(path: StrPath, image: Bytes, metadata: Mapping[str, object]) -> None:
     """Write one uint8 image [H, W, C] with its metadata."""
     info = PngImagePlugin.PngInfo()
     info.add_text(METADATA, json.dumps(metadata))
@@ -81,13 +81,16 @@ def save_png(path: str | os.PathLike, image: Bytes, metadata: dict[str, Any]) ->
         picture.save(part, format="PNG", pnginfo=info)
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+def read_metadata(path: StrPath) -> dict[str, Any]:
     """Read the metadata of the PNG or npz at `path`."""
     if Path(path).suffix.lower() == ".npz":
         with np.load(path) as arrays:
-            return json.loads(str(arrays[METADATA]))
-    with Image.open(path) as picture:
-        return json.loads(picture.text[METADATA])  # type: ignore[attr-defined]
+            text = str(arrays[METADATA])
+    else:
+        with Image.open(path) as picture:
+            text = picture.text[METADATA]
+    metadata: dict[str, Any] = json.loads(text)
+    return metadata
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -95,7 +98,7 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
 
 
-def read(paths: Sequence[str | os.PathLike], shape: tuple[int, ...]) -> tuple[Bytes, list[str]]:
+def read(paths: Sequence[StrPath], shape: tuple[int, ...]) -> tuple[Bytes, list[str]]:
     """Read pictures of `shape` (C, H, W) from files, folders and arr_0 of .npz.
 
     Returns:
@@ -107,12 +110,7 @@ def read(paths: Sequence[str | os.PathLike], shape: tuple[int, ...]) -> tuple[By
     pictures: list[Bytes] = []
     names: list[str] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            files = pictures_in(path)
-            if not files:
-                raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
-        else:
-            files = [path]
+        files = _all_pictures_in(path) if path.is_dir() else [path]
         for file in files:
             pixels = _read_npz(file) if file.suffix.lower() == ".npz" else _read_picture(file, shape[0])[None]
             channels, height, width = shape
@@ -124,44 +122,53 @@ def read(paths: Sequence[str | os.PathLike], shape: tuple[int, ...]) -> tuple[By
     return np.concatenate(pictures), names
 
 
-def shape_of(path: str | os.PathLike) -> tuple[int, int, int]:
+def shape_of(path: StrPath) -> tuple[int, int, int]:
     """Return (C, H, W) of a picture, or of the first picture in a folder.
 
     C is 1 for a grey picture, 4 for a transparent one, and 3 otherwise.
     """
     file = Path(path)
     if file.is_dir():
-        pictures = pictures_in(file)
-        if not pictures:
-            raise ValueError(f"{path} holds no picture ({', '.join(SUFFIXES)})")
-        file = pictures[0]
-    if not file.is_file():
-        raise ValueError(f"{file} is not there")
-    try:
-        with Image.open(file) as picture:
-            channels = {"1": 1, "L": 1, "I;16": 1, "LA": 4, "RGBA": 4}.get(picture.mode, 3)
-            return channels, picture.height, picture.width
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+        file = _all_pictures_in(file)[0]
+    with _open_picture(file) as picture:
+        channels = {"1": 1, "L": 1, "I;16": 1, "LA": 4, "RGBA": 4}.get(picture.mode, 3)
+        return channels, picture.height, picture.width
 
 
-def _read_picture(path: Path, channels: int) -> Bytes:
-    if channels not in MODES:
-        raise ValueError(f"a picture has {sorted(MODES)} channels, the model takes {channels}: give an .npz")
+def _all_pictures_in(folder: Path) -> list[Path]:
+    """Return the pictures of a folder; raise ValueError if there are none."""
+    pictures = pictures_in(folder)
+    if not pictures:
+        raise ValueError(f"{folder} holds no picture ({', '.join(SUFFIXES)})")
+    return pictures
+
+
+@contextlib.contextmanager
+def _open_picture(path: Path) -> Iterator[Image.Image]:
+    """Open a picture; raise ValueError if the file is missing or unreadable."""
     if not path.is_file():
         raise ValueError(f"{path} is not there")
     try:
         with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert(MODES[channels]))
+            yield picture
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _read_picture(path: Path, channels: int) -> Bytes:
+    """Read a picture with `channels` channels: uint8 [H, W, C]."""
+    if channels not in MODES:
+        raise ValueError(f"a picture has {sorted(MODES)} channels, the model takes {channels}: give an .npz")
+    with _open_picture(path) as picture:
+        pixels = np.asarray(picture.convert(MODES[channels]))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _read_npz(path: Path) -> Bytes:
+    """Read arr_0 of an .npz: uint8 [N, H, W, C]."""
     try:
         with np.load(path) as arrays:
-            pixels = arrays["arr_0"]
+            pixels: Bytes = arrays["arr_0"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):

@@ -61,7 +61,7 @@ def bits_per_dimension(
     *,
     batch_size: int = 64,
     seeds: Seeds = 0,
-    model_kwargs: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, object] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     config: SamplerConfig | None = None,
@@ -92,35 +92,44 @@ def bits_per_dimension(
     whole("batch_size", batch_size, 1)
     table, all_seeds = build_table(config), resolve_seeds(seeds, len(x_0))
     variances = _variances(config)
-    batches = []
-    starts = range(0, len(x_0), batch_size)
+    batches = _batches(x_0, model_kwargs or {}, all_seeds, batch_size)
+    results = []
     network: Network | None = None
     bar: ProgressBar | None = None
     try:
-        for start in starts:
-            rows = slice(start, start + batch_size)
-            images = x_0[rows]
-            kwargs = {
-                name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == x_0.shape[:1] else value
-                for name, value in (model_kwargs or {}).items()
-            }
+        for images, kwargs, batch_seeds in batches:
             if network is None or len(images) != network.batch:
                 call = Call.of(model, tuple(images.shape), model_kwargs=kwargs, device=device, dtype=dtype)
                 network = Network(call, table.doubled)
             else:
                 network.update(network.call.with_kwargs(kwargs, None))
             if bar is None:
-                bar = ProgressBar(len(table) * len(starts), network.device, progress)
+                bar = ProgressBar(len(table) * len(batches), network.device, progress)
             with on_device(network.device), torch.no_grad():
                 images = images.to(network.device)
-                batches.append(_terms(network, images, table, variances, config, all_seeds[rows], bar))
+                results.append(_terms(network, images, table, variances, config, batch_seeds, bar))
     finally:
         if bar is not None:
-            bar.close(len(batches) == len(starts))
+            bar.close(len(results) == len(batches))
     prior = prior_bits(x_0, float(config.alphas_cumprod()[table.timestep[0]])).cpu().numpy()
-    terms, epsilon_mse, x0_mse = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))
+    terms, epsilon_mse, x0_mse = (torch.cat(column).cpu().numpy() for column in zip(*results, strict=True))
     total = prior + terms.sum(1)
     return Likelihood(total, prior, terms, epsilon_mse, x0_mse, table.timestep, all_seeds)
+
+
+def _batches(
+    x_0: Tensor, model_kwargs: Mapping[str, object], seeds: list[int], size: int
+) -> list[tuple[Tensor, dict[str, object], list[int]]]:
+    """Return images, keywords and seeds in batches. Tensors with a row an image are cut, other keywords repeated."""
+    batches = []
+    for start in range(0, len(x_0), size):
+        rows = slice(start, start + size)
+        kwargs = {
+            name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == x_0.shape[:1] else value
+            for name, value in model_kwargs.items()
+        }
+        batches.append((x_0[rows], kwargs, seeds[rows]))
+    return batches
 
 
 def _terms(
@@ -203,7 +212,8 @@ def log_decoder(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     flipped = below > 0  # where both distribution functions are near 1, use the other tail, which keeps the digits
     above, below = torch.where(flipped, -below, above), torch.where(flipped, -above, below)
     high, low = torch.special.log_ndtr(above), torch.special.log_ndtr(below)
-    return (high + torch.log1p(-torch.exp(low - high))).clamp(min=math.log(SMALLEST))
+    log_p: Tensor = high + torch.log1p(-torch.exp(low - high))
+    return log_p.clamp(min=math.log(SMALLEST))
 
 
 def _check(config: SamplerConfig, x_0: Tensor) -> None:
@@ -214,7 +224,7 @@ def _check(config: SamplerConfig, x_0: Tensor) -> None:
     if small and len(config.inference_timesteps()) < 2:
         raise ValueError(f"one step of variance_type={config.variance_type!r} has no beta_tilde: take 'fixed_large'")
     if config.thresholding or config.temperature != 1:
-        raise ValueError("the bound is that of a walk at temperature 1 without dynamic thresholding")
+        raise ValueError("the bound is that of a run at temperature 1 without dynamic thresholding")
     if not isinstance(x_0, Tensor) or x_0.dim() < 2:
         raise ValueError("x_0 must be a float tensor of shape (images, channels, ...)")
     checked_start(x_0, tuple(x_0.shape), "x_0")

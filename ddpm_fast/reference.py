@@ -99,12 +99,22 @@ class Diffusion:
         share = (v + 1) / 2
         return torch.exp(share * torch.log(self.betas[t]) + (1 - share) * torch.log(self._beta_tilde(t)))
 
-    def sample(self, model: Model, x_T: Tensor, noises: Sequence[Tensor], **options) -> list[Tensor]:
+    def sample(
+        self,
+        model: Model,
+        x_T: Tensor,
+        noises: Sequence[Tensor],
+        prediction_type: str = "epsilon",
+        variance_type: str = "fixed_small",
+        clip: float | None = 1.0,
+        temperature: float = 1.0,
+    ) -> list[Tensor]:
         """Run Algorithm 2 and return [x_{T-1}, …, x_0]. `noises` holds the noise of each step, first step first."""
         x = x_T
         states: list[Tensor] = []
         for t in reversed(range(len(self.betas))):
-            x = self.p_sample(model, x, t, noises[len(states)], **options)
+            noise = noises[len(states)]
+            x = self.p_sample(model, x, t, noise, prediction_type, variance_type, clip, temperature)
             states.append(x)
         return states
 
@@ -138,7 +148,9 @@ class Diffusion:
         return states
 
     def _alpha_bar_before(self, t: int) -> Tensor:
+        """Return alpha_bar of the step before t, 1 for the first step."""
         return self.alphas_bar[t - 1] if t > 0 else torch.ones_like(self.alphas_bar[0])
 
     def _beta_tilde(self, t: int) -> Tensor:
+        """Return beta_tilde_t, the posterior variance   (7)"""
         return (1 - self._alpha_bar_before(t)) / (1 - self.alphas_bar[t]) * self.betas[t]

@@ -19,7 +19,8 @@ def linear(steps: int, beta_start: float, beta_end: float) -> Array:
 
 def scaled_linear(steps: int, beta_start: float, beta_end: float) -> Array:
     """Return a beta whose square root rises linearly (latent diffusion, Rombach et al. 2022)."""
-    return np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
+    root: Array = np.linspace(beta_start**0.5, beta_end**0.5, steps)
+    return root**2
 
 
 def squaredcos_cap_v2(steps: int, beta_start: float, beta_end: float) -> Array:
@@ -29,7 +30,8 @@ def squaredcos_cap_v2(steps: int, beta_start: float, beta_end: float) -> Array:
     """
     t = np.arange(steps + 1) / steps
     alpha_bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    betas: Array = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    return betas
 
 
 def sigmoid(steps: int, beta_start: float, beta_end: float) -> Array:
@@ -49,7 +51,8 @@ def sigmoid_alpha_bar(steps: int, beta_start: float, beta_end: float) -> Array:
     t = np.arange(steps + 1) / steps
     low, high = _sigmoid(np.array([start, end]))
     alpha_bar = (high - _sigmoid(start + t * (end - start))) / (high - low)
-    return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
+    betas: Array = np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
+    return betas
 
 
 BETA_SCHEDULES: dict[str, Callable[[int, float, float], Array]] = {
@@ -88,4 +91,5 @@ def rescale_zero_terminal_snr(betas: Array) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
+    """Return 1 / (1 + exp(-x))."""
     return 1 / (1 + np.exp(-x))

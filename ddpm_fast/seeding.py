@@ -62,6 +62,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def _parse_range(part: str, text: str) -> Iterable[int]:
+    """Parse one seed or one range of seeds. `text` is the whole input, for the error message."""
     first, dash, last = part.strip().partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()):
         raise ValueError(f"seeds look like 7, 0-15 or 1,4,9-12, got {text!r}")

@@ -6,7 +6,6 @@ A sampler's own timesteps stay integers t = 0 … T - 1. Only the network's argu
 """
 
 import itertools
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +42,7 @@ class Retimed(nn.Module):
         self.register_buffer("times", times.to(device).view(torch.int32), persistent=False)
         self.train(model.training)
 
-    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, t: Tensor, **kwargs: object) -> object:
         """Return the network's output at x [B, C, ...] and timesteps t, int64 [B]. Keywords go to the network."""
         return self.model(x, self.times[t].view(torch.float32), **kwargs)
 

@@ -5,7 +5,7 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -15,30 +15,32 @@ OUTPUTS = ("sample", "result", "x0", "trajectory")
 DEFAULT_FRAMES = 10
 
 
-def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     allowed = list(allowed)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
 
-def within(name: str, value: Any, low: float, high: float, ends: str = "[]") -> float:
+def within(name: str, value: object, low: float, high: float, ends: str = "[]") -> float:
     """Return `value` as a float; raise ValueError unless it is a finite number in the interval with such `ends`."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    above = number and (low <= value if ends[0] == "[" else low < value)
-    below = number and (value <= high if ends[1] == "]" else value < high)
-    if not (above and below):
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+    above = low <= number if ends[0] == "[" else low < number
+    below = number <= high if ends[1] == "]" else number < high
+    if not (math.isfinite(number) and above and below):
         raise ValueError(f"{name} must be a finite number in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value!r}")
-    return float(value)
+    return number
 
 
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+def whole(name: str, value: object, low: int, high: int | None = None) -> int:
     """Return `value` as an int; raise ValueError unless it is an integer >= low (and <= high)."""
-    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not ok or value < low or (high is not None and value > high):
+    number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+    if number is None or number < low or (high is not None and number > high):
         span = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be an integer {span}, got {value!r}")
-    return int(value)
+    return number
 
 
 def check_names(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
@@ -56,7 +58,7 @@ def line_of(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
-def checked_shape(shape: Any) -> tuple[int, ...]:
+def checked_shape(shape: Iterable[SupportsIndex]) -> tuple[int, ...]:
     """Return the shape as plain ints; raise ValueError unless it is (batch, channels, ...) with positive sizes."""
     try:
         sizes = tuple(operator.index(size) for size in shape)
@@ -67,7 +69,7 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     return sizes
 
 
-def check_callable(name: str, value: Any) -> None:
+def check_callable(name: str, value: object) -> None:
     """Raise TypeError unless `value` is None or can be called."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a callable or None, got {value!r}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ddpm_fast import cli, images
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data.pictures import Pictures
 from ddpm_fast.kernels import to_uint8
+from ddpm_fast.likelihood import bits_per_dimension
 from ddpm_fast.models.checkpoint import Classes, load_checkpoint, save_checkpoint
 from ddpm_fast.models.unet import UNet, UNetConfig
 from ddpm_fast.sample import Sampler, sample
@@ -275,6 +277,34 @@ def test_the_command_draws_classes_in_turn_in_any_batches(model, tmp_path):
     assert abs(to_uint8(x).numpy().astype(int) - a).max() <= 1
     about = images.read_metadata(tmp_path / "a.npz")
     assert (about["label"], about["guidance"]) == ("0-2", 2.0)
+
+
+def test_the_likelihood_command_passes_the_labels(model, tmp_path):
+    checkpoint = load_checkpoint(model)
+    assert command(model, tmp_path / "pictures", "--seeds", "0-2", "--label", "1") == 0
+    arguments = ["--model", str(model), "--device", "cpu", "--quiet", "--label", "0-2"]
+    assert cli.main(["likelihood", str(tmp_path / "pictures"), *arguments, "--out", str(tmp_path / "bits.json")]) == 0
+    rows = json.loads((tmp_path / "bits.json").read_text())["pictures"]
+    pixels, _ = images.read([tmp_path / "pictures"], checkpoint.shape)
+    x_0 = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    options = {"config": checkpoint.diffusion, "seeds": range(3), **QUIET}
+    bound = bits_per_dimension(checkpoint.model, x_0, model_kwargs={"class_labels": torch.arange(3)}, **options)
+    np.testing.assert_allclose([row["total"] for row in rows], bound.total, rtol=1e-6)
+    other = bits_per_dimension(checkpoint.model, x_0, model_kwargs={"class_labels": torch.full((3,), 3)}, **options)
+    assert not np.allclose(other.total, bound.total, rtol=1e-4)
+
+
+def test_the_samples_of_a_save_are_of_all_classes(tmp_path):
+    run = Trainer(tmp_path, CONFIG, TINY, DIFFUSION, shades, samples=5)
+    for parameter in run.ema.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    run.save()
+    x = sample(
+        run.ema, (5, 1, 8, 8), seeds=range(5), config=DIFFUSION, sampler="ddim", num_inference_steps=20,
+        model_kwargs={"class_labels": torch.arange(5) % 3}, **QUIET,
+    )  # fmt: skip
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert np.array_equal(np.asarray(picture), images.grid(to_uint8(x).numpy())[..., 0])
 
 
 def test_without_a_label_it_draws_of_all_classes(model, tmp_path):

@@ -355,6 +355,26 @@ X = torch.zeros(2, 2, 4, 4)
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, **options: denoise(m, X, 500, **options),
+        lambda m, **options: interpolate(m, X, X, 500, **options),
+        lambda m, **options: inpaint(m, X, X, **options),
+        lambda m, **options: invert(m, X, **options),
+    ],
+    ids=["denoise", "interpolate", "inpaint", "invert"],
+)
+def test_options_reach_the_sampler(call):
+    def model(x, t, labels):
+        seen.append((x.dtype, labels.tolist()))
+        return torch.zeros_like(x)
+
+    seen = []
+    call(model, num_inference_steps=2, dtype=torch.bfloat16, model_kwargs={"labels": torch.tensor([3, 5])}, **QUIET)
+    assert set(map(str, seen)) == {"(torch.bfloat16, [3, 5])"}
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda m: denoise(m, X, 1000), r"t must be an integer in \[0, 999\], got 1000"),
@@ -362,7 +382,7 @@ X = torch.zeros(2, 2, 4, 4)
         (lambda m: denoise(m, X.long(), 10), "x_0 must be a float tensor"),
         (lambda m: denoise(m, X / 0, 10), "x_0 must be finite"),
         (lambda m: denoise(m, "image", 10), "x_0 must be a float tensor .* got str"),
-        (lambda m: denoise(m, X, 5, timesteps=[900, 100]), "at least the last timestep of the walk, 100, got 5"),
+        (lambda m: denoise(m, X, 5, timesteps=[900, 100]), "at least the last timestep of the run, 100, got 5"),
         (lambda m: denoise(m, X, 500, previous_timestep="stride", num_inference_steps=10), "take 'spacing'"),
         (lambda m: interpolate(m, X, X[:1], 10), "x_a and x_b must have one shape"),
         (lambda m: interpolate(m, X, X, 10, 1.5), r"lam must be a finite number in \[0, 1\]"),

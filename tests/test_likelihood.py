@@ -171,6 +171,17 @@ def test_batches_seeds_and_conditions():
     assert not np.allclose(bits_per_dimension(Wavy(2, 2), x_0, seeds=9, **options).terms, whole.terms)
 
 
+def test_keywords_reach_the_network():
+    def model(x, t, labels):
+        seen.append(labels.tolist())
+        return torch.zeros_like(x)
+
+    seen = []
+    labels = torch.arange(5)
+    bits_per_dimension(model, images(5), num_inference_steps=2, batch_size=3, model_kwargs={"labels": labels}, **QUIET)
+    assert seen == [[0, 1, 2]] * 2 + [[3, 4]] * 2
+
+
 @pytest.mark.parametrize("name", BETA_SCHEDULES)
 def test_every_schedule_gets_near_noise(name):
     report = schedule_report(SamplerConfig(beta_schedule=name))

@@ -267,6 +267,15 @@ def test_clip_and_temperature():
         close(sample(clip=clip, temperature=0.0), mean)
 
 
+def test_options_reach_every_step():
+    x_T, noises = randn(0, 2, 3), randn(1, T, 2, 3)
+    options = {"prediction_type": "v_prediction", "variance_type": "fixed_large", "clip": 0.4, "temperature": 0.5}
+    x = x_T
+    for t, noise in zip(reversed(range(T)), noises, strict=True):
+        x = CHAIN.p_sample(lambda x, t: torch.sin(3 * x), x, t, noise, **options)
+    close(CHAIN.sample(lambda x, t: torch.sin(3 * x), x_T, noises, **options)[-1], x)
+
+
 def test_last_step_is_quiet():
     x, out = randn(0, 2, 3), randn(1, 2, 3)
     quiet = CHAIN.p_sample(lambda x, t: out, x, 0, torch.zeros_like(x), variance_type="fixed_large")

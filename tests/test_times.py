@@ -47,11 +47,26 @@ def test_the_network_gets_the_time_of_its_timestep(times, expected):
     assert torch.equal(result, by_hand)
 
 
-def test_conditioning_goes_through():
+def test_keywords_reach_the_network():
+    retimed = Retimed(Timed(), continuous_times(1000))
+    x, t = torch.ones(SHAPE), torch.tensor([3, 700])
+    assert torch.equal(retimed(x, t, shift=0.5), retimed(x, t) + 0.5)
+
+
+def test_conditioning_reaches_the_network():
+    class Conditional(Timed):
+        def forward(self, x, t, labels):
+            seen.append(labels.tolist())
+            return super().forward(x, t) + labels.view(-1, 1, 1, 1)
+
+    seen = []
     sampler = Sampler(
-        Retimed(Timed(), continuous_times(1000)), SHAPE, num_inference_steps=2, model_kwargs={"shift": 0.5}
-    )
+        Retimed(Conditional(), continuous_times(1000)), SHAPE, num_inference_steps=2,
+        model_kwargs={"labels": torch.tensor([1, 2])}, guidance_scale=2.0,
+        uncond_kwargs={"labels": torch.tensor([7, 7])},
+    )  # fmt: skip
     assert sampler(seeds=0).shape == SHAPE
+    assert seen == [[1, 2, 7, 7]] * 2
 
 
 def test_times_keep_their_precision_in_a_network_of_half():

@@ -41,7 +41,7 @@ _FROM_SCHEDULERS = (
 
 
 def load_model(
-    source: str | Path, arguments: Arguments | None = None, device: str | torch.device = "cpu"
+    source: str | Path, arguments: Mapping[str, object] | None = None, device: str | torch.device = "cpu"
 ) -> Checkpoint:
     """Load a model with the diffusion that it was trained for.
 
@@ -60,21 +60,21 @@ def load_model(
         ValueError, TypeError: The model is missing, broken or not supported; the message says which.
     """
     device = checked_device(device)
-    given = dict(arguments or {})
+    arguments = dict(arguments or {})
     text, path = str(source), Path(source)
     if not path.exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
-        return _to_device(_from_factory(text, given), device)
+        return _to_device(_from_factory(text, arguments), device)
     if path.is_file():
-        return _to_device(_from_weights(path, given), device)
+        return _to_device(_from_weights(path, arguments), device)
     kind = _diffusers_class(path)
     if kind is None:
-        if given:
-            raise ValueError(f"a checkpoint folder says itself what it holds: no arguments, got {min(given)}")
+        if arguments:
+            raise ValueError(f"a checkpoint folder says itself what it holds: no arguments, got {min(arguments)}")
         return load_checkpoint(path, device)
-    return _to_device(_from_diffusers(path, kind, given), device)
+    return _to_device(_from_diffusers(path, kind, arguments), device)
 
 
-def parse_arguments(text: str) -> dict[str, Any]:
+def parse_arguments(text: str) -> dict[str, object]:
     """Parse the model's arguments: a JSON object, the path of a file with one, or flags as guided-diffusion takes them.
 
     Raises:
@@ -101,15 +101,15 @@ def parse_arguments(text: str) -> dict[str, Any]:
     return arguments
 
 
-def _value(word: str) -> Any:
+def _value(word: str) -> bool | int | float | str:
     """Return the bool, int or float that a word stands for, or the word itself."""
     plain = {"True": True, "False": False, "true": True, "false": False}
     if word in plain:
         return plain[word]
-    return next((kind(word) for kind in (int, float) if _is(kind, word)), word)
+    return next((kind(word) for kind in (int, float) if _parses(kind, word)), word)
 
 
-def _is(kind: type, word: str) -> bool:
+def _parses(kind: type, word: str) -> bool:
     """Return True if `kind` can parse the word."""
     try:
         kind(word)
@@ -138,7 +138,7 @@ def _diffusers_class(folder: Path) -> str | None:
         except (OSError, ValueError):
             continue
         if isinstance(config, dict) and isinstance(config.get("_class_name"), str):
-            return config["_class_name"]
+            return str(config["_class_name"])
     return None
 
 
@@ -273,7 +273,7 @@ class SelfConditioned(nn.Module):
             self.last, self.t = torch.zeros_like(x), torch.full_like(t, -1)
         column = (-1,) + (1,) * (x.dim() - 1)
         falling = (t < self.t).view(column)  # otherwise a new run has begun
-        output = self.model(x, t, torch.where(falling, self.last, 0))
+        output: Tensor = self.model(x, t, torch.where(falling, self.last, 0))
         self.last.copy_((self.a[t].view(column) * x + self.b[t].view(column) * output).clamp(-1, 1))
         self.t.copy_(t)
         return output
@@ -344,22 +344,22 @@ def _from_factory(text: str, arguments: Arguments) -> Checkpoint:
         raise ValueError(f"{text}: {error}") from error
     if not callable(factory):
         raise TypeError(f"{text} must be a function that returns a model, it is a {type(factory).__name__}")
-    made = factory(**arguments)
-    if isinstance(made, Checkpoint):
-        return made
-    if isinstance(made, tuple) and len(made) in (2, 3) and callable(made[0]):
-        model, shape, *rest = made
+    model = factory(**arguments)
+    if isinstance(model, Checkpoint):
+        return model
+    if isinstance(model, tuple) and len(model) in (2, 3) and callable(model[0]):
+        network, shape, *rest = model
         config = rest[0] if rest else SamplerConfig()
         config = config if isinstance(config, SamplerConfig) else SamplerConfig.from_options(config)
-        return Checkpoint(model, config, tuple(shape), {})
-    origins = {base.__module__.partition(".")[0] for base in type(made).__mro__}
-    if "diffusers" in origins and hasattr(made, "scheduler") and hasattr(made, "unet"):
-        return _of_pipeline(made)
-    if "denoising_diffusion_pytorch" in origins and isinstance(made, nn.Module) and hasattr(made, "betas"):
-        return _of_lucidrains(made)
+        return Checkpoint(network, config, tuple(shape), {})
+    packages = {base.__module__.partition(".")[0] for base in type(model).__mro__}
+    if "diffusers" in packages and hasattr(model, "scheduler") and hasattr(model, "unet"):
+        return _of_pipeline(model)
+    if "denoising_diffusion_pytorch" in packages and isinstance(model, nn.Module) and hasattr(model, "betas"):
+        return _of_lucidrains(model)
     raise TypeError(
         f"{text} must return (model, shape), (model, shape, config), a DDPMPipeline, a DDIMPipeline or a lucidrains "
-        f"GaussianDiffusion, got {type(made).__name__}"
+        f"GaussianDiffusion, got {type(model).__name__}"
     )
 
 

@@ -3,9 +3,8 @@
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from ddpm_fast.models.unet import UNetConfig
 from ddpm_fast.sample import Sampler
 from ddpm_fast.seeding import parse_seeds, resolve_seeds
 from ddpm_fast.training import Trainer, TrainingConfig
+from ddpm_fast.training.trainer import Data
 from ddpm_fast.validate import whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,8 +56,8 @@ def interpolate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"two pictures are fused, got {len(ends)}")
     mixing = {"lam": arguments.lam, "mixing": arguments.mixing, "shared_noise": arguments.shared_noise}
     about = {"interpolate": {"pictures": names, "level": arguments.level, **mixing}}
-
-    a, b = ends.to(device).split(1)
+    ends = ends.to(device)
+    a, b = ends[:1], ends[1:]
     check_mixture(a, b, arguments.lam, arguments.mixing)
 
     def start(part: Sequence[int]) -> torch.Tensor:
@@ -118,7 +118,7 @@ def train(arguments: argparse.Namespace) -> None:
         prediction_type=arguments.predict,
         variance_type="learned_range" if learned else "fixed_small",
     )
-    data, network = _data(arguments)
+    data, network = _data(arguments, learned)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # set by torchrun
         if device.type == "cuda":
             device = checked_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -127,7 +127,7 @@ def train(arguments: argparse.Namespace) -> None:
     trainer = Trainer(
         arguments.out,
         config,
-        network=UNetConfig.for_images(**network, widths=arguments.widths, learned_variance=learned),
+        network=network,
         diffusion=diffusion,
         data=data,
         device=device,
@@ -150,13 +150,13 @@ def info(arguments: argparse.Namespace) -> None:
         print(f"{name:<14}{value}")
 
 
-def _data(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Return the training data, and the network's sizes that the data require."""
+def _data(arguments: argparse.Namespace, learned_variance: bool) -> tuple[Data, UNetConfig]:
+    """Return the training data, and the sizes of a network for the data."""
     name, exists = arguments.data, Path(arguments.data).exists()
     if name == "moons" and not exists:
         if arguments.flip:
             raise ValueError("--flip is for pictures: a mirrored moon is another moon of the data")
-        return moons.batch, {"channels": 1, "image_size": moons.SIZE}
+        return moons.batch, UNetConfig.for_images(1, moons.SIZE, arguments.widths, learned_variance=learned_variance)
     if name == "digits" and not exists:
         if arguments.flip:
             raise ValueError("--flip is for pictures: a mirrored digit is none")
@@ -167,7 +167,10 @@ def _data(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if height != width:
         raise ValueError(f"{name}: pictures must be square, got {height} x {width}")
     classes = None if data.classes is None else len(data.classes)
-    return data, {"channels": channels, "image_size": height, "num_classes": classes}
+    network = UNetConfig.for_images(
+        channels, height, arguments.widths, learned_variance=learned_variance, num_classes=classes
+    )
+    return data, network
 
 
 def _seeds(arguments: argparse.Namespace) -> Sequence[int]:
@@ -194,7 +197,7 @@ def _read(paths: Sequence[str], shape: tuple[int, ...]) -> tuple[torch.Tensor, l
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, names
 
 
-def _about(arguments: argparse.Namespace, config: SamplerConfig) -> dict[str, Any]:
+def _about(arguments: argparse.Namespace, config: SamplerConfig) -> dict[str, object]:
     """Return the metadata of an output file."""
     path = Path(arguments.model)
     embedded = EMBEDDED.get(arguments.model) if not path.exists() else None
@@ -216,7 +219,7 @@ def _write(
     config: SamplerConfig,
     device: torch.device,
     batches: Iterator[Drawn],
-    extra: dict[str, Any],
+    extra: Mapping[str, object],
 ) -> None:
     """Write the samples and print a summary."""
     start = time.perf_counter()
@@ -281,7 +284,7 @@ def _conditioning(checkpoint: Checkpoint, label: str | None, seeds: Sequence[int
     return {classes.keyword: torch.tensor([labels[seed % len(labels)] for seed in seeds])}
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _options(arguments: argparse.Namespace) -> dict[str, object]:
     """Return the fields of `SamplerConfig` that the arguments set."""
     names = {"steps": "num_inference_steps", "sampler": "sampler", "eta": "eta", "temperature": "temperature"}
     given = {names[name]: getattr(arguments, name, None) for name in names}
@@ -297,7 +300,7 @@ def _draw(
     start: Callable[[Sequence[int]], torch.Tensor] | None = None,
 ) -> Iterator[Drawn]:
     """Yield the samples batch by batch: seeds, uint8 [n, H, W, C], and the speculation. `start` gives x_T."""
-    sampler: Sampler | None = None
+    sampler: Sampler[torch.Tensor] | None = None
     speculate = arguments.speculate
     for number, (batch, title) in enumerate(_batches(seeds, arguments.batch), 1):
         conditioning = _conditioning(checkpoint, arguments.label, batch)

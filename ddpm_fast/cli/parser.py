@@ -3,8 +3,7 @@
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import ddpm_fast
 from ddpm_fast.cli import commands as run
@@ -93,6 +92,7 @@ def _fail(error: object, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="ddpm-fast", description="Exact DDPM samples, fast.", epilog="ddpm-fast COMMAND --help says more."
     )
@@ -204,7 +204,13 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many samples")
 
 
-def _command(commands: Any, name: str, summary: str, text: str | None, function: Any) -> argparse.ArgumentParser:
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    summary: str,
+    text: str | None,
+    function: Callable[[argparse.Namespace], None],
+) -> argparse.ArgumentParser:
     """Add a command and return its parser."""
     parser = commands.add_parser(
         name, help=summary, description=text or summary, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -77,7 +77,7 @@ def _coverage(start: Tensor, end: Tensor) -> Tensor:
     """
     left = torch.arange(SIZE, dtype=start.dtype)
     overlap = torch.minimum(end[..., None], left + 1) - torch.maximum(start[..., None], left)
-    return overlap.clamp(0, 1).unflatten(1, (SIZE, SUB_ROWS)).mean(2)
+    return overlap.clamp(0, 1).view(len(start), SIZE, SUB_ROWS, SIZE).mean(2)
 
 
 def batch(count: int, seed: int, index: int = 0) -> Tensor:

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,7 +131,7 @@ def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
     return _checked_pixels(path, pixels), None if labels is None else _checked_labels(path, labels, len(pixels))
 
 
-def _checked_pixels(path: Path, pixels: NDArray) -> Tensor:
+def _checked_pixels(path: Path, pixels: NDArray[Any]) -> Tensor:
     """Return the pixels of a file as [N, C, H, W]; raise ValueError unless shape, dtype and range fit."""
     got = f"{pixels.dtype} {pixels.shape}"
     if not pixels.size:
@@ -146,7 +147,7 @@ def _checked_pixels(path: Path, pixels: NDArray) -> Tensor:
     raise ValueError(f"{path} must hold uint8 [N, H, W, C] or float [N, C, H, W], got {got}")
 
 
-def _checked_labels(path: Path, labels: NDArray, count: int) -> Tensor:
+def _checked_labels(path: Path, labels: NDArray[Any], count: int) -> Tensor:
     """Return the labels of a file as int64 [count]; raise ValueError unless they are integers from 0 on."""
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise ValueError(f"{path}: labels must be integers [{count}] from 0 on, got {labels.dtype} {labels.shape}")

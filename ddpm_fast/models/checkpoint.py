@@ -1,7 +1,7 @@
 """A model on disk: a folder with `config.json` and `model.safetensors`."""
 
 import json
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.files import whole_file, write_json
+from ddpm_fast.engine.device import Model
+from ddpm_fast.files import StrPath, whole_file, write_json
 from ddpm_fast.models.unet import UNet, UNetConfig
 from ddpm_fast.validate import check_names
 
@@ -56,7 +57,7 @@ class Checkpoint:
         classes: Class labels of a class-conditional network, else None.
     """
 
-    model: Any
+    model: Model
     diffusion: SamplerConfig
     shape: tuple[int, ...]
     about: dict[str, Any]
@@ -64,10 +65,10 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: str | os.PathLike,
+    folder: StrPath,
     model: UNet,
     diffusion: SamplerConfig,
-    about: dict[str, Any] | None = None,
+    about: Mapping[str, object] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Write `model` to `folder`, its weights rounded to `dtype`. Each file is written whole or not at all."""
@@ -79,7 +80,7 @@ def save_checkpoint(
     write_json(path / CONFIG_FILE, config)
 
 
-def load_checkpoint(folder: str | os.PathLike = "moons", device: str | torch.device = "cpu") -> Checkpoint:
+def load_checkpoint(folder: StrPath = "moons", device: str | torch.device = "cpu") -> Checkpoint:
     """Load a checkpoint folder, or the embedded model "moons" or "digits" if no folder has that name.
 
     Raises:
@@ -137,7 +138,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
 
 
-def read_weights_only(path: str | os.PathLike, kind: str, device: str | torch.device = "cpu") -> Any:
+def read_weights_only(path: StrPath, kind: str, device: str | torch.device = "cpu") -> object:
     """Read a file of torch.save without running code from it.
 
     Raises:
@@ -145,11 +146,12 @@ def read_weights_only(path: str | os.PathLike, kind: str, device: str | torch.de
         CheckpointError: The file cannot be read; the message says that it is no such `kind`.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        contents: object = torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a file of another kind can fail in any way
         raise CheckpointError(f"{path} is no {kind}: torch.load cannot read it") from error
+    return contents
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], message: str) -> None:

@@ -1,9 +1,11 @@
 """A small U-Net for 2-D images (Ho et al. 2020, appendix B; scale-shift norm of Dhariwal & Nichol 2021)."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ddpm_fast.validate import one_of, whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class OtherSizes(TypedDict, total=False):
+    """The fields of `UNetConfig` that the size of the images does not determine."""
+
+    embedding: int
+    heads: int
+    groups: int
+    learned_variance: bool
+    num_classes: int | None
 
 
 @dataclass(frozen=True)
@@ -65,16 +80,18 @@ class UNetConfig:
             )
 
     @classmethod
-    def for_images(cls, channels: int, image_size: int, **fields: Any) -> "UNetConfig":
+    def for_images(
+        cls, channels: int, image_size: int, widths: Sequence[int] | None = None, **fields: Unpack[OtherSizes]
+    ) -> UNetConfig:
         """Return the sizes for images: up to four levels, down to 4 x 4 pixels, the lower half with attention."""
         levels = 1
         while levels < 4 and image_size % 2**levels == 0 and image_size // 2**levels >= 4:
             levels += 1
-        widths = fields.pop("widths", None) or cls.widths[:levels]
+        widths = tuple(widths or cls.widths[:levels])
         attention = tuple(level >= len(widths) // 2 for level in range(len(widths)))
         return cls(channels=channels, image_size=image_size, widths=widths, attention=attention, **fields)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, object]:
         """Return the fields as JSON-ready values."""
         return {**asdict(self), "widths": list(self.widths), "attention": list(self.attention)}
 
@@ -104,9 +121,10 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Map x [B, in_channels, H, W] and embedding [B, embedding] to [B, out_channels, H, W]."""
         scale, shift = rearrange(self.time(embedding), "b (two c) -> two b c 1 1", two=2)
-        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden: Tensor = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(torch.addcmul(shift, self.norm2(hidden), 1 + scale)))
-        return hidden + self.skip(x)
+        skip: Tensor = self.skip(x)
+        return hidden + skip
 
 
 class Attention(nn.Module):
@@ -126,7 +144,8 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (n h c) y x -> n b h (y x) c", n=3, h=self.heads)
         mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = rearrange(mixed, "b h (y x) c -> b (h c) y x", y=x.shape[2])
-        return x + self.out(mixed)
+        change: Tensor = self.out(mixed)
+        return x + change
 
 
 class Stage(nn.Module):
@@ -139,7 +158,8 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Map x [B, in_channels, H, W] and embedding [B, embedding] to [B, out_channels, H, W]."""
-        return self.attend(self.block(x, embedding))
+        output: Tensor = self.attend(self.block(x, embedding))
+        return output
 
 
 class UNet(nn.Module):
@@ -206,4 +226,5 @@ class UNet(nn.Module):
             x = self.up[level](torch.cat([x, skips[level]], dim=1), embedding)
             if level:
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.leave(x)
+        output: Tensor = self.leave(x)
+        return output

@@ -4,12 +4,11 @@ import copy
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from ddpm_fast import images
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
-from ddpm_fast.files import check_writable, remove_parts, whole_file
+from ddpm_fast.files import StrPath, check_writable, remove_parts, whole_file
 from ddpm_fast.kernels import to_uint8
 from ddpm_fast.likelihood import schedule_report
 from ddpm_fast.models.checkpoint import (
@@ -47,7 +46,8 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.png"
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Batch = Tensor | tuple[Tensor, Tensor]
+Batch: TypeAlias = Tensor | tuple[Tensor, Tensor]
+Data: TypeAlias = Callable[[int, int, int], Batch]  # data(batch_size, seed, step)
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,26 @@ class TrainingConfig:
 
 
 class Trainer:
-    """A trainer that fits a `UNet` to batches from `data(batch_size, seed, step)` and keeps everything in `folder`.
-
-    The data are a function such as `ddpm_fast.data.moons.batch`, or `ddpm_fast.data.pictures.Pictures`. For a network
-    with classes, a batch is a pair: images and labels, int64 [batch_size].
+    """A trainer that fits a `UNet` to batches of data and keeps everything in `folder`.
 
     Step i draws its data, timesteps and noise from generators seeded by (seed, i) alone, so an interrupted and resumed
     run follows exactly the trajectory of an uninterrupted run. `folder` holds a checkpoint of the averaged weights,
-    `state.safetensors` for resuming, and `metrics.jsonl`. If `samples` is not 0, every save also draws that many
-    samples with the averaged weights (DDIM, 50 steps, seeds 0, 1, …) into `samples.png`.
+    `state.safetensors` for resuming, and `metrics.jsonl`.
 
     If torch.distributed is initialised, each process takes its share of every batch (DistributedDataParallel), and the
     first process writes. The trajectory is then the same as with one process, up to the order of sums.
+
+    Args:
+        folder: Folder of the run. An existing run is resumed.
+        config: Options of training. None takes the defaults.
+        network: Sizes of the network. None takes the defaults.
+        diffusion: Schedule, prediction type and variance. None takes the defaults.
+        data: Called as data(batch_size, seed, step), such as `ddpm_fast.data.moons.batch`, or
+            `ddpm_fast.data.pictures.Pictures`. For a network with classes, a batch is a pair: images and labels, int64
+            [batch_size].
+        device: Device of the training.
+        samples: Number of samples that every save draws with the averaged weights (DDIM, 50 steps, seeds 0, 1, …) into
+            `samples.png`, at most 1024.
 
     Raises:
         CheckpointError: `folder` holds a run with another configuration, or a broken run.
@@ -125,11 +133,11 @@ class Trainer:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: StrPath,
         config: TrainingConfig | None = None,
         network: UNetConfig | None = None,
         diffusion: SamplerConfig | None = None,
-        data: Callable[[int, int, int], Batch] = moons.batch,
+        data: Data = moons.batch,
         device: str | torch.device = "cpu",
         samples: int = 0,
     ) -> None:
@@ -233,20 +241,20 @@ class Trainer:
         generator = keyed_generator(NOISE_STREAM, config.seed, self.step)
         t = torch.randint(len(self.alpha_bar), (len(x_0),), generator=generator).to(self.device)
         noise = torch.randn(x_0.shape, generator=generator).to(self.device)
-        condition, count = [], self.network.num_classes
+        conditioning, count = [], self.network.num_classes
         if labels is not None and count is not None:
             dropped = torch.rand(len(x_0), generator=generator) < config.label_dropout
-            condition = [labels.masked_fill(dropped, count).to(self.device)]
-        x_0, t, noise, *condition = (tensor[self.rank :: self.world] for tensor in (x_0, t, noise, *condition))
+            conditioning = [labels.masked_fill(dropped, count).to(self.device)]
+        x_0, t, noise, *conditioning = (tensor[self.rank :: self.world] for tensor in (x_0, t, noise, *conditioning))
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt().float() * x_0 + (1 - alpha_bar).sqrt().float() * noise
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            prediction = self._network(x_t, t, *condition)
+            prediction = self._network(x_t, t, *conditioning)
         loss = self.loss(prediction, x_0, x_t, noise, t).mean()
         value = self._mean(loss)
         self._check_finite("loss", value)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_gradient).item()
         if not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
@@ -287,6 +295,7 @@ class Trainer:
 
     @property
     def _about(self) -> dict[str, Any]:
+        """The training options and the identity of the data, for config.json."""
         return {"training": asdict(self.config), "data": self._data_about()}
 
     def _data_about(self) -> dict[str, Any]:
@@ -344,7 +353,7 @@ class Trainer:
         self.step = int(metadata["step"])
 
 
-def _first_difference(saved: dict, expected: dict, prefix: str = "") -> str:
+def _first_difference(saved: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> str:
     """Return a description of the first entry that differs."""
     for key in sorted(saved.keys() | expected.keys()):
         a, b = saved.get(key), expected.get(key)

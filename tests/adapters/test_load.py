@@ -181,6 +181,16 @@ def test_self_conditioning_begins_anew_in_every_run():
     assert [value > 0 for value in seen] == 2 * [False, True, True]
 
 
+def test_self_conditioning_takes_no_keywords():
+    class Labelled(torch.nn.Module):
+        def forward(self, x, t, last, labels=None):
+            return x
+
+    model = SelfConditioned(Labelled(), SamplerConfig())
+    with pytest.raises(TypeError, match="labels"):
+        model(torch.zeros(2, 1, 4, 4), torch.tensor([5, 5]), labels=torch.tensor([0, 1]))
+
+
 def test_a_trainers_file_wants_its_arguments(tmp_path):
     theirs = lucidrains_models.diffusion()
     path, _ = saved(Trainer, theirs, tmp_path)
@@ -283,6 +293,16 @@ def test_a_guided_checkpoint(guided, flags):
     # The library also draws noise at the last step, without using it.
     ours = sampler(generator=z.generator(), x_T=z.x_T, progress=False)
     assert torch.allclose(ours, expected, atol=NEAR)
+
+
+def test_a_guided_checkpoint_with_classes_and_rescaled_times(guided):
+    path, network, _ = guided(class_cond=True, rescale_timesteps=True, diffusion_steps=50)
+    flags = {"image_size": 4, "class_cond": True, "rescale_timesteps": True, "diffusion_steps": 50}
+    checkpoint = load_model(path, flags)
+    assert checkpoint.classes == Classes("y", 10)
+    x, t, y = torch.ones(2, 3, 4, 4), torch.tensor([0, 49]), torch.tensor([3, 8])
+    expected = network(x, t * (1000 / 50), y=y)
+    torch.testing.assert_close(checkpoint.model(x, t, y=y), expected)
 
 
 class Recorded:

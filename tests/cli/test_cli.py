@@ -196,6 +196,21 @@ def test_interpolate(model, pictures, tmp_path):
     assert_close(fused, to_uint8(x).numpy())
 
 
+def test_how_interpolate_mixes(model, pictures, tmp_path):
+    ends = [pictures / "000000.png", pictures / "000001.png"]
+    out = tmp_path / "fused.npz"
+    options = ["--level", 9, "--seeds", "0-1", "--lam", 0.3, "--mixing", "spherical", "--shared-noise", "--quiet"]
+    assert run("interpolate", model, *ends, *options, "--out", out) == 0
+    checkpoint = load_checkpoint(model)
+    x, _ = commands._read([str(pictures)], checkpoint.shape)
+    expected = interpolate(
+        checkpoint.model, x[:1].expand(2, -1, -1, -1), x[1:].expand(2, -1, -1, -1), 9, 0.3,
+        mixing="spherical", shared_noise=True, seeds=range(2), config=checkpoint.diffusion, progress=False,
+    )  # fmt: skip
+    with np.load(out) as arrays:
+        assert_close(arrays["arr_0"], to_uint8(expected).numpy())
+
+
 def test_likelihood(model, pictures, tmp_path, capsys):
     assert run("likelihood", model, pictures, "--out", tmp_path / "bits.json", "--quiet") == 0
     said = capsys.readouterr().out
@@ -210,6 +225,18 @@ def test_likelihood(model, pictures, tmp_path, capsys):
     x_0, _ = commands._read([str(pictures)], checkpoint.shape)
     exact = bits_per_dimension(checkpoint.model, x_0, config=checkpoint.diffusion, seeds=[0, 1], progress=False)
     np.testing.assert_allclose([row["total"] for row in report["pictures"]], exact.total, rtol=1e-6)
+
+
+def test_the_dtype_of_the_likelihood(model, pictures, tmp_path):
+    out = tmp_path / "bits.json"
+    assert run("likelihood", model, pictures, "--out", out, "--quiet", "--dtype", "bfloat16") == 0
+    checkpoint = load_checkpoint(model)
+    x_0, _ = commands._read([str(pictures)], checkpoint.shape)
+    options = {"config": checkpoint.diffusion, "seeds": [0, 1], "progress": False}
+    half, full = (bits_per_dimension(checkpoint.model, x_0, dtype=dtype, **options) for dtype in (torch.bfloat16, None))
+    totals = [row["total"] for row in json.loads(out.read_text())["pictures"]]
+    np.testing.assert_allclose(totals, half.total, rtol=1e-6)
+    assert not np.allclose(totals, full.total, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
