@@ -5,6 +5,7 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 
 import ddpm_fast
-from ddpm_fast.files import write_json
+from ddpm_fast.files import whole_file
 from ddpm_fast.kernels.dispatch import has_triton
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
 RESEARCH = ROOT / "research" / "results"  # of studies of ideas that lost
+LONGEST = 1200  # characters of a row that is written on one line
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
@@ -49,8 +51,37 @@ def write_result(name: str, rows: Any, *, folder: Path = FOLDER, commit: str | N
     """Write `rows` with their environment, and what else belongs to them, to results/<name>.json."""
     path = folder / f"{name}.json"
     folder.mkdir(exist_ok=True)
-    write_json(path, {"environment": environment(commit), **more, "rows": rows})
+    write_rows(path, {"environment": environment(commit), **more, "rows": rows})
     return path
+
+
+def write_rows(path: Path, result: Mapping[str, Any]) -> None:
+    """Write `result` as JSON with one line for each row, whole or not at all."""
+    plain = json.loads(json.dumps(result))  # what a reader will get: keys are strings, tuples are lists
+    with whole_file(path) as part:
+        part.write_text(_json_lines(plain) + "\n", encoding="utf-8")
+
+
+def _json_lines(value: dict[str, Any] | list[Any], margin: str = "") -> str:
+    """Return `value` as JSON, with a line or more for each item."""
+    inner = margin + "  "
+    if isinstance(value, dict):
+        items, (start, end) = [f"{json.dumps(key)}: {_json(item, inner)}" for key, item in value.items()], "{}"
+    else:
+        items, (start, end) = [_json(item, inner) for item in value], "[]"
+    lines = f",\n{inner}".join(items)
+    return f"{start}\n{inner}{lines}\n{margin}{end}"
+
+
+def _json(value: Any, margin: str) -> str:
+    return _json_lines(value, margin) if _needs_lines(value) else json.dumps(value)
+
+
+def _needs_lines(value: Any) -> bool:
+    """Return True for lists of dicts, for what contains one, and for dicts of more than `LONGEST` characters."""
+    if isinstance(value, list):
+        return any(isinstance(item, dict) or _needs_lines(item) for item in value)
+    return isinstance(value, dict) and (any(map(_needs_lines, value.values())) or len(json.dumps(value)) > LONGEST)
 
 
 def read_result(name: str, folder: Path = FOLDER) -> dict[str, Any]:
