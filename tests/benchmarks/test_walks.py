@@ -179,7 +179,7 @@ def test_the_plot_shows_every_arm_that_has_a_time(tmp_path):
         "rows": [{"arm": OURS, **row}, {"arm": f"{COMPILED} default", **row}, {"arm": SHIPPED, "error": "broken"}],
     }  # fmt: skip
     (tmp_path / "cpu__walks.json").write_text(json.dumps(result))
-    (measured,) = walk_plot.results(tmp_path).values()
+    (measured,) = walk_plot.read_results(tmp_path).values()
     walk_plot.plot(measured * 3, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
