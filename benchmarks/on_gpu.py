@@ -9,12 +9,12 @@ fails or runs out of time does not stop the next one. Results and one log are wr
 --out. Put PYTHONPATH=. before the command where ddpm_fast is not installed.
 """
 
-import argparse
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from benchmarks.common.command_line import make_parser
 from benchmarks.common.results import FOLDER, ROOT
 from benchmarks.walks.run import PARTS
 
@@ -74,7 +74,7 @@ def run(stage: str, seconds: float, out: Path, commit: str | None) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Return 1 if a stage failed or ran out of time, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--after", choices=STAGES, metavar="STAGE", help="continue after this stage")
     parser.add_argument("--list", action="store_true", help="name the stages and exit")
     parser.add_argument("--budget", type=float, default=540, help="seconds for all stages (default: %(default)s)")

@@ -6,6 +6,7 @@ python -m benchmarks.tables      replaces the text between <!-- table NAME --> a
 from collections.abc import Callable
 
 from benchmarks.common import pages
+from benchmarks.common.command_line import make_parser
 from benchmarks.common.results import FOLDER, ROOT, Row, cell, markdown_table, read_result
 from benchmarks.libraries import tables as libraries
 from benchmarks.network import tables as network
@@ -92,6 +93,7 @@ def filled(page: str) -> str:
 
 def main() -> None:
     """Rewrite the pages."""
+    make_parser(__doc__).parse_args()
     for page in PAGES:
         text = filled(page)
         with whole_file(ROOT / page) as part:

@@ -8,7 +8,6 @@ step as on CUDA. The result is written to benchmarks/results/diffusers_suite.jso
 classes fails a test that the class of diffusers passes.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import diffusers
 import pytest
 
+from benchmarks.common.command_line import make_parser
 from benchmarks.common.results import write_result
 from ddpm_fast.adapters.diffusers import FastDDIMScheduler, FastDDPMScheduler
 
@@ -84,7 +84,7 @@ def run(folder: Path, name: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("checkout", type=Path, help="a checkout of diffusers, or a folder that contains its tests/")
     folder = parser.parse_args().checkout.resolve()
     folder = folder.parent if folder.name == "tests" else folder

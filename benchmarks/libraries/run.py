@@ -9,7 +9,6 @@ counted on torch's meta device in place of a GPU. The command prints a table and
 benchmarks/results/cpu__adapters.json.
 """
 
-import argparse
 import contextlib
 import os
 import statistics
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common.command_line import make_parser
 from benchmarks.common.results import Row, write_result
 from benchmarks.common.standins import stand_in_for_torchvision
 from ddpm_fast import accelerate
@@ -338,7 +338,7 @@ def draw_time(batch: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--guided-diffusion", metavar="CHECKOUT", help="a checkout of openai/guided-diffusion")
     arguments = parser.parse_args()
     cases = [*diffusers_cases(), *lucidrains_cases()]

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.command_line import make_parser
 from benchmarks.common.results import FOLDER, ROOT, Row
 from benchmarks.walks.run import PARTS
 from ddpm_fast.files import whole_file
@@ -68,6 +69,7 @@ def _draw_bars(axes: Any, result: Row) -> None:
 
 def main() -> None:
     """Draw a picture for each machine."""
+    make_parser(__doc__).parse_args()
     for machine, results in read_results().items():
         path = ROOT / "docs" / f"walks-{machine}.png"
         plot(results, path)

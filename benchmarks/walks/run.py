@@ -12,18 +12,17 @@ benchmarks/results/<gpu>__walks-<part>.json, or to cpu__walks.json. docs/benchma
 installed.
 """
 
-import argparse
 import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common.command_line import add_result_options, make_parser
 from benchmarks.common.results import FOLDER, Row, machine_name, write_result
 from benchmarks.walks.arms import ALONE, ARMS, COMPILED, OURS, SHIPPED, Arm, Ours, WrongStepError, check, missing, quiet
 from benchmarks.walks.networks import KINDS, Problem
@@ -335,7 +334,7 @@ def line(row: Row) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Return 1 if a row has an error, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--part", choices=PARTS, help="the part to measure; default: name the parts and exit")
     parser.add_argument("--list", action="store_true", help="name the parts, the most important first, and exit")
     parser.add_argument("--device", help="cuda or cpu (default: cpu for the parts cpu and smoke, else cuda)")
@@ -345,8 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=480,
         help="seconds; arms that do not fit are listed as left out (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, help="folder for the result (default: benchmarks/results)")
-    parser.add_argument("--commit", help="output of `git describe --always --dirty`, for a machine without git")
+    add_result_options(parser, folder=None)
     given = parser.parse_args(arguments)
     if given.list or not given.part:
         print("\n".join(PARTS))
