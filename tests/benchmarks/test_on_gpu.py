@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu.py without a GPU: every stage exists, and a stage that fails or is too slow does not stop the next."""
+"""benchmarks.on_gpu without a GPU: every stage exists, and a stage that fails or is too slow does not stop the next."""
 
 import sys
 from pathlib import Path
