@@ -1,1 +1,1 @@
-"""Measurements: every number in README.md and docs/ comes from a file that one of these wrote."""
+"""Benchmarks of ddpm_fast. Every number in README.md and docs/ comes from a result file that one of them wrote."""

@@ -1,25 +1,26 @@
-"""Everything that waits for a GPU, the most wanted first, as far as the time goes.
+"""Run every test and benchmark that needs a GPU, the most important first, within a time budget.
 
-    python -m benchmarks.on_gpu                     tests, then benchmarks, in nine minutes
-    python -m benchmarks.on_gpu --after step        goes on behind a stage; the last line says behind which
+    python -m benchmarks.on_gpu                     runs the tests, then the benchmarks, in nine minutes
+    python -m benchmarks.on_gpu --after step        continues after the stage `step`
     python -m benchmarks.on_gpu --list              names the stages
 
-Every stage is a process of its own: one that fails or runs out of time does not stop the next. Results and one log are
-written to benchmarks/results, or to --out. Without an installed ddpm_fast put PYTHONPATH=. before it.
+The last line that a run prints names the stage to continue after. Every stage is a process of its own: a stage that
+fails or runs out of time does not stop the next one. Results and one log are written to benchmarks/results, or to
+--out. Put PYTHONPATH=. before the command where ddpm_fast is not installed.
 """
 
-import argparse
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from benchmarks.common.command_line import make_parser
 from benchmarks.common.results import FOLDER, ROOT
 from benchmarks.walks.run import PARTS
 
-LEAST = 45  # seconds: with less, no stage is begun
-LAST_WORDS = 40  # lines that are shown of a stage that did not end well
-SPARE = 15  # seconds that a stage with a budget of its own gets to end
+LEAST = 45  # seconds; no stage starts with less time left
+LAST_LINES = 40  # of the log that are shown of a stage that failed
+SPARE = 15  # seconds that a stage with a budget of its own gets to finish
 
 TESTS = {
     "tests": ["-m", "pytest", "-q", "-m", "gpu"],
@@ -34,22 +35,25 @@ BENCHMARKS = {
     **{f"walks-{part}": ["benchmarks.walks", "--part", part] for part in PARTS if part not in ("cpu", "smoke")},
 }
 STAGES = [*TESTS, *BENCHMARKS]
-BUDGETED = ("benchmarks.step", "benchmarks.walks")  # take --budget
+BUDGETED = ("benchmarks.step", "benchmarks.walks")  # modules with the option --budget
 
 
 def command(stage: str, seconds: float, out: Path, commit: str | None) -> list[str]:
-    """What runs a stage in so many seconds."""
+    """Return the command line that runs a stage in at most `seconds`."""
     if stage in TESTS:
         return [sys.executable, *TESTS[stage]]
     module, *arguments = BENCHMARKS[stage]
-    found = [sys.executable, "-m", module, *arguments, "--out", str(out)]
+    line = [sys.executable, "-m", module, *arguments, "--out", str(out)]
     if module in BUDGETED:
-        found += ["--budget", str(int(min(480, seconds - SPARE)))]
-    return found + (["--commit", commit] if commit else [])
+        line += ["--budget", str(int(min(480, seconds - SPARE)))]
+    return line + (["--commit", commit] if commit else [])
 
 
 def run(stage: str, seconds: float, out: Path, commit: str | None) -> str:
-    """Run a stage, and put what it says into the log; how it ended, and if that was not well, its last words."""
+    """Run a stage with its output in the log. Return its name, its outcome and its seconds.
+
+    The last lines of the output are printed where the stage failed or ran out of time.
+    """
     began, path = time.monotonic(), out / "on_gpu.log"
     with path.open("a", encoding="utf-8") as log:
         print(f"== {stage}", file=log, flush=True)
@@ -58,24 +62,24 @@ def run(stage: str, seconds: float, out: Path, commit: str | None) -> str:
                 command(stage, seconds, out, commit), stdout=log, stderr=subprocess.STDOUT, timeout=seconds,
                 cwd=ROOT, check=False,
             )  # fmt: skip
-            how = "ok" if done.returncode == 0 else f"FAILED with {done.returncode}"
+            outcome = "ok" if done.returncode == 0 else f"FAILED with {done.returncode}"
         except subprocess.TimeoutExpired:
-            how = "ran OUT OF TIME"
-    if how != "ok":
-        said = path.read_text(encoding="utf-8", errors="replace").rpartition(f"== {stage}\n")[2]
-        for line in said.splitlines()[-LAST_WORDS:]:
+            outcome = "ran OUT OF TIME"
+    if outcome != "ok":
+        output = path.read_text(encoding="utf-8", errors="replace").rpartition(f"== {stage}\n")[2]
+        for line in output.splitlines()[-LAST_LINES:]:
             print(line, flush=True)
-    return f"{stage}: {how}, {time.monotonic() - began:.0f} s"
+    return f"{stage}: {outcome}, {time.monotonic() - began:.0f} s"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; the exit code is 1 if a stage failed or ran out of time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--after", choices=STAGES, metavar="STAGE", help="go on behind this one")
-    parser.add_argument("--list", action="store_true", help="name the stages")
-    parser.add_argument("--budget", type=float, default=540, help="seconds (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for results and log")
-    parser.add_argument("--commit", help="where there is no git: what `git describe --always --dirty` says elsewhere")
+    """Run the command line. Return 1 if a stage failed or ran out of time, else 0."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--after", choices=STAGES, metavar="STAGE", help="continue after this stage")
+    parser.add_argument("--list", action="store_true", help="name the stages and exit")
+    parser.add_argument("--budget", type=float, default=540, help="seconds for all stages (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the results and the log")
+    parser.add_argument("--commit", help="output of `git describe --always --dirty`, for a machine without git")
     given = parser.parse_args(arguments)
     if given.list:
         print("\n".join(STAGES))

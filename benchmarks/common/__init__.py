@@ -1,1 +1,1 @@
-"""What several benchmarks share: result files, timers, stand-ins for missing packages."""
+"""Result files, timers and stand-ins that several benchmarks share."""

@@ -1,10 +1,11 @@
-"""Result files: what was measured, on what, from which commit."""
+"""Result files: measured rows with the machine, the versions and the commit that they belong to."""
 
 import datetime
 import json
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,22 @@ from typing import Any
 import torch
 
 import ddpm_fast
-from ddpm_fast.files import write_json
+from ddpm_fast.files import whole_file
 from ddpm_fast.kernels.dispatch import has_triton
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
-RESEARCH = ROOT / "research" / "results"  # of studies of ideas that lost
+RESEARCH = ROOT / "research" / "results"
+LONGEST = 1200  # characters of a dict that is written on one line
+
+Row = dict[str, Any]  # of a result file, or any other JSON object
 
 
-def environment(commit: str | None = None) -> dict[str, Any]:
-    """Machine, versions and commit, as far as they say how to read a number.
+def environment(commit: str | None = None) -> Row:
+    """Return the machine, the versions and the commit that a measurement belongs to.
 
     Args:
-        commit: where there is no git, what `git describe --always --dirty` says where there is.
+        commit: The output of `git describe --always --dirty`, for a machine without git.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     changes = _git("status", "--porcelain", "--untracked-files=no")
@@ -39,54 +43,94 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton") if has_triton() else None,
-        "ddpm_fast": ddpm_fast.__version__,  # also where it is not installed
+        "ddpm_fast": ddpm_fast.__version__,  # importlib.metadata knows installed packages only
         "commit": _git("rev-parse", "--short", "HEAD") or (commit.removesuffix("-dirty") if commit else None),
         "uncommitted_changes": dirty,
     }
 
 
 def write_result(name: str, rows: Any, *, folder: Path = FOLDER, commit: str | None = None, **more: Any) -> Path:
-    """Write `rows` with their environment, and what else belongs to them, to results/<name>.json."""
+    """Write `rows`, their environment and the entries of `more` to <folder>/<name>.json. Return its path."""
     path = folder / f"{name}.json"
     folder.mkdir(exist_ok=True)
-    write_json(path, {"environment": environment(commit), **more, "rows": rows})
+    write_rows(path, {"environment": environment(commit), **more, "rows": rows})
     return path
 
 
-def read_result(name: str, folder: Path = FOLDER) -> dict[str, Any]:
-    """Return what `write_result` wrote to <folder>/<name>.json."""
+def write_rows(path: Path, result: Mapping[str, Any]) -> None:
+    """Write `result` as JSON with one line for each row, whole or not at all."""
+    plain = json.loads(json.dumps(result))  # the value that a reader will get: keys are strings, tuples are lists
+    with whole_file(path) as part:
+        part.write_text(_json_lines(plain) + "\n", encoding="utf-8")
+
+
+def _json_lines(value: dict[str, Any] | list[Any], margin: str = "") -> str:
+    """Return `value` as JSON, with a line or more for each item."""
+    inner = margin + "  "
+    if isinstance(value, dict):
+        items, (start, end) = [f"{json.dumps(key)}: {_json(item, inner)}" for key, item in value.items()], "{}"
+    else:
+        items, (start, end) = [_json(item, inner) for item in value], "[]"
+    lines = f",\n{inner}".join(items)
+    return f"{start}\n{inner}{lines}\n{margin}{end}"
+
+
+def _json(value: Any, margin: str) -> str:
+    return _json_lines(value, margin) if _needs_lines(value) else json.dumps(value)
+
+
+def _needs_lines(value: Any) -> bool:
+    """Return True for lists of dicts, for what contains one, and for dicts of more than `LONGEST` characters."""
+    if isinstance(value, list):
+        return any(isinstance(item, dict) or _needs_lines(item) for item in value)
+    return isinstance(value, dict) and (any(map(_needs_lines, value.values())) or len(json.dumps(value)) > LONGEST)
+
+
+def read_result(name: str, folder: Path = FOLDER) -> Row:
+    """Return the contents of <folder>/<name>.json."""
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def slug(name: str) -> str:
-    """The name for a file: nvidia-h200 for NVIDIA H200."""
+    """Return `name` in a form that suits a file name: nvidia-h200 for NVIDIA H200."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def machine_name(device: torch.device) -> str:
-    """What the result files of a device begin with: nvidia-h200, as their environment says, or cpu."""
+    """Return the first part of the names of a device's result files: "cpu", or the GPU's name as in nvidia-h200."""
     return slug(torch.cuda.get_device_name()) if device.type == "cuda" else "cpu"
 
 
-def machine_of(result: dict[str, Any]) -> str:
-    """The machine that a result was measured on, for a table."""
+def machine_of(result: Row) -> str:
+    """Return the machine that a result was measured on, as tables show it."""
     environment = result["environment"]
     return environment["gpu"] or f"CPU, {environment['threads']} threads"
 
 
 def markdown_table(header: str, lines: list[str]) -> str:
-    """A table under its header."""
+    """Return a Markdown table."""
     return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *lines])
 
 
+def cell(row: Row | None, key: str, form: str) -> str:
+    """Return a number of a row as a cell of a table.
+
+    A number that was not measured is a dash. A row with an error gives "wrong" or "failed".
+    """
+    if row is not None and "error" in row:
+        return "wrong" if row["error"].startswith("wrong result") else "failed"
+    value = None if row is None else row.get(key)
+    return "-" if value is None else format(value, form)
+
+
 def _driver() -> str | None:
-    """The GPU driver's version; torch does not tell it."""
+    """Return the version of the GPU driver, which torch does not know; None where nvidia-smi fails."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return next(iter(said.split()), None)
+    return next(iter(output.split()), None)
 
 
 def _processor() -> str:

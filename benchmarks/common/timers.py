@@ -1,4 +1,4 @@
-"""Timing on a GPU, and its stand-in for a CPU: medians with percentiles, cold caches, the host's own time."""
+"""Timers for a GPU and, to try a benchmark without one, for a CPU. They report medians with percentiles."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from benchmarks.common.results import Row
 from ddpm_fast.engine.graph import CaptureError, StepGraph
 
 Launch = Callable[[], Any]
@@ -18,7 +20,7 @@ FEWEST, MOST = 10, 200  # repetitions of one measurement
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of repetitions, in microseconds."""
+    """The median and two percentiles of several repetitions, in microseconds."""
 
     median_us: float
     p20_us: float
@@ -26,22 +28,22 @@ class Timing:
     repetitions: int
 
 
-def summary(times_us: Sequence[float]) -> Timing:
-    """Median and the percentiles 20 and 80, interpolated linearly."""
-    p20, median, p80 = np.percentile(times_us, (20, 50, 80)).tolist()
-    return Timing(median, p20, p80, len(times_us))
+def summary(microseconds: Sequence[float]) -> Timing:
+    """Return the median and the percentiles 20 and 80, interpolated linearly."""
+    p20, median, p80 = np.percentile(microseconds, (20, 50, 80)).tolist()
+    return Timing(median, p20, p80, len(microseconds))
 
 
 def repetitions_in(seconds: float, each: float) -> int:
-    """How often something that takes `each` seconds is repeated in `seconds`."""
+    """Return how often to repeat something that takes `each` seconds in order to fill `seconds`."""
     return min(MOST, max(FEWEST, int(seconds / max(each, 1e-9))))
 
 
 class CudaTimer:
-    """Times launches on the current CUDA device with events.
+    """A timer that measures launches on the current CUDA device with events.
 
     Attributes:
-        cold_bytes: what is written, and read, to empty the L2 cache; four times its size and at least 128 MB.
+        cold_bytes: The bytes that are written and read to empty the L2 cache: four times its size, at least 128 MB.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,24 +57,25 @@ class CudaTimer:
         torch.cuda.synchronize(self.device)
 
     def cold(self, launch: Launch, seconds: float = 0.25) -> Timing:
-        """One launch between two events, on a cold L2 cache.
+        """Time one launch between two events, on a cold L2 cache.
 
-        The cache is flushed before each, outside of the timed interval: written, then read, so that what the launch
-        evicts is clean and its own interval pays for no write but its own. The flush also keeps the GPU busy while
-        the host queues the launch; where the host takes longer than that (several kernels on a small state), its
-        time is part of the result, as it is of a loop's.
+        The cache is flushed before each launch, outside of the timed interval. The flush writes a buffer and then
+        reads it, so the lines that the launch evicts are clean, and its interval contains no writes but its own. The
+        flush also keeps the GPU busy while the host queues the launch. Where queueing takes longer than the flush
+        (several kernels on a small state), the host's time is part of the result, as it is in a sampling loop.
         """
         for _ in range(WARMUPS):
             launch()
         began = time.perf_counter()
-        self._timed(launch, WARMUPS)
+        self._durations(launch, WARMUPS)
         count = repetitions_in(seconds, (time.perf_counter() - began) / WARMUPS)
-        return summary(self._timed(launch, count))
+        return summary(self._durations(launch, count))
 
     def graphed(self, launches: Sequence[Launch], seconds: float = 0.25) -> Timing | None:
-        """Time a launch inside a CUDA graph of them all, which hides what a launch costs the host.
+        """Time one launch inside a CUDA graph of all launches, which hides the host's time of a launch.
 
-        None where they cannot be captured. Give launches on different buffers, together larger than the cache.
+        The launches should use different buffers that are larger than the cache together. Returns None where the
+        launches cannot be captured.
         """
 
         def body() -> None:
@@ -85,11 +88,12 @@ class CudaTimer:
             return None
         graph.replay()
         began = time.perf_counter()
-        self._timed(graph.replay, WARMUPS, flush=False)
+        self._durations(graph.replay, WARMUPS, flush=False)
         count = repetitions_in(seconds, (time.perf_counter() - began) / WARMUPS)
-        return summary([t / len(launches) for t in self._timed(graph.replay, count, flush=False)])
+        return summary([t / len(launches) for t in self._durations(graph.replay, count, flush=False)])
 
-    def _timed(self, launch: Launch, count: int, flush: bool = True) -> list[float]:
+    def _durations(self, launch: Launch, count: int, flush: bool = True) -> list[float]:
+        """Return the microseconds of each of `count` launches."""
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for start, end in pairs:
             if flush:
@@ -103,7 +107,10 @@ class CudaTimer:
 
 
 class WallTimer:
-    """The same on a CPU, by the wall clock and with whatever the caches hold: to try the pieces, not to measure."""
+    """A timer with the methods of `CudaTimer` for a CPU. It uses the wall clock and does not empty any cache.
+
+    It serves to try the pieces of a benchmark; its numbers mean nothing.
+    """
 
     cold_bytes = 1 << 16
 
@@ -112,12 +119,12 @@ class WallTimer:
 
     def cold(self, launch: Launch, seconds: float = 0.0) -> Timing:
         launch()
-        times = []
+        durations = []
         for _ in range(repetitions_in(seconds, 1.0)):
             began = time.perf_counter()
             launch()
-            times.append(1e6 * (time.perf_counter() - began))
-        return summary(times)
+            durations.append(1e6 * (time.perf_counter() - began))
+        return summary(durations)
 
     def graphed(self, launches: Sequence[Launch], seconds: float = 0.0) -> Timing | None:
         for launch in launches:
@@ -128,16 +135,24 @@ class WallTimer:
 Timer = CudaTimer | WallTimer
 
 
-def copy_bandwidth(timer: Timer, sizes: Sequence[int], device: torch.device, free: Callable[[], int]) -> dict:
-    """The best rate of `y.copy_(x)`, float32, over buffers of `sizes` bytes; bytes read and written both count."""
-    rows, left_out = [], []
+def copy_bandwidth(timer: Timer, sizes: Sequence[int], device: torch.device, free: Callable[[], int]) -> Row:
+    """Return the best rate of `y.copy_(x)` in float32 over buffers of `sizes` bytes.
+
+    Bytes that are read and bytes that are written both count. Buffers that exceed `free()` bytes are left out.
+    """
+    rows: list[Row] = []
+    left_out: list[Row] = []
     for size in sizes:
         if 2 * size > free():
             left_out.append({"buffer_bytes": size, "reason": "memory"})
             continue
         x = torch.randn(size // 4, device=device)
         y = torch.empty_like(x)
-        timing = timer.cold(lambda x=x, y=y: y.copy_(x))
+
+        def copy(x: Tensor = x, y: Tensor = y) -> Tensor:
+            return y.copy_(x)
+
+        timing = timer.cold(copy)
         rows.append({"buffer_bytes": size, "GB_per_s": 2e-3 * size / timing.median_us, **vars(timing)})
     best = max((row["GB_per_s"] for row in rows), default=None)
     if best is None:
@@ -148,14 +163,14 @@ def copy_bandwidth(timer: Timer, sizes: Sequence[int], device: torch.device, fre
 def host_times(
     timer: Timer, functions: dict[str, Launch], launches: int = 500, rounds: int = 11
 ) -> dict[str, dict[str, float]]:
-    """Host microseconds a launch: many launches, then one synchronize, which only `whole_us` has in it.
+    """Return the host's microseconds for one launch of each function.
 
-    The functions take turns, so that a host that slows down slows all of them. Keep `launches` below a thousand or so:
-    where the queue is full a launch waits for the device. If `whole_us` is hardly more than the median, the device
-    kept up.
+    Each round issues `launches` launches and then synchronizes once. Only `whole_us` includes the synchronization. If
+    `whole_us` is hardly more than the median, the device kept up. Keep `launches` below about a thousand: where the
+    queue is full, a launch waits for the device. The functions take turns, so a host that slows down slows all of them.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    wholes: dict[str, list[float]] = {name: [] for name in functions}
+    issued: dict[str, list[float]] = {name: [] for name in functions}
+    finished: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(rounds + 1):
         for name, function in functions.items():
             timer.synchronize()
@@ -164,7 +179,7 @@ def host_times(
                 function()
             queued = time.perf_counter()
             timer.synchronize()
-            if round_ > 0:  # the first one compiles and warms up
-                times[name].append(1e6 * (queued - began) / launches)
-                wholes[name].append(1e6 * (time.perf_counter() - began) / launches)
-    return {name: {**vars(summary(times[name])), "whole_us": float(np.median(wholes[name]))} for name in functions}
+            if round_ > 0:  # the first round compiles and warms up
+                issued[name].append(1e6 * (queued - began) / launches)
+                finished[name].append(1e6 * (time.perf_counter() - began) / launches)
+    return {name: {**vars(summary(issued[name])), "whole_us": float(np.median(finished[name]))} for name in functions}

@@ -1,1 +1,1 @@
-"""Other libraries' sampling loops and the accelerated ones, side by side."""
+"""The sampling loops of other libraries beside their accelerated counterparts."""

@@ -1,20 +1,22 @@
-"""diffusers' own scheduler tests, run against its classes and against ours.
+"""Run the scheduler tests of diffusers against its classes and against ours.
 
-    python -m benchmarks.libraries.diffusers_suite CHECKOUT    of diffusers, or a folder that holds its tests/
+    python -m benchmarks.libraries.diffusers_suite CHECKOUT
 
-Three times: with diffusers' classes, with ours as they are on a CPU (diffusers' own step), and with ours where the
-fused step is taken as on CUDA. Writes benchmarks/results/diffusers_suite.json; fails where one of ours fails a test
-that diffusers' class passes.
+CHECKOUT is a checkout of diffusers, or a folder that contains its tests/. The tests run three times: with the classes
+of diffusers; with our classes, which take diffusers' own step on a CPU; and with our classes where they take the fused
+step as on CUDA. The result is written to benchmarks/results/diffusers_suite.json. The command fails if one of our
+classes fails a test that the class of diffusers passes.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 
+from benchmarks.common.command_line import make_parser
 from benchmarks.common.results import write_result
 from ddpm_fast.adapters.diffusers import FastDDIMScheduler, FastDDPMScheduler
 
@@ -22,18 +24,18 @@ FILES = ("test_scheduler_ddpm.py", "test_scheduler_ddim.py")
 
 
 class FusedDDPMScheduler(FastDDPMScheduler):
-    """Takes on a CPU the path that CUDA takes."""
+    """A DDPM scheduler that takes the path of CUDA on a CPU."""
 
     _backend = "torch"
 
 
 class FusedDDIMScheduler(FastDDIMScheduler):
-    """Takes on a CPU the path that CUDA takes."""
+    """A DDIM scheduler that takes the path of CUDA on a CPU."""
 
     _backend = "torch"
 
 
-RUNS = {
+RUNS: dict[str, dict[str, type]] = {
     "diffusers": {},
     "ddpm_fast": {"DDPMScheduler": FastDDPMScheduler, "DDIMScheduler": FastDDIMScheduler},
     "ddpm_fast, fused step": {"DDPMScheduler": FusedDDPMScheduler, "DDIMScheduler": FusedDDIMScheduler},
@@ -41,13 +43,18 @@ RUNS = {
 
 
 class Replace:
-    """A pytest plugin: puts our classes in the place of diffusers', and keeps the outcomes."""
+    """A pytest plugin that replaces classes of diffusers and collects the outcomes of the tests.
+
+    Attributes:
+        classes: The replacements, by the name of the class of diffusers.
+        outcomes: "passed", "failed" or "skipped", by the name of the test.
+    """
 
     def __init__(self, classes: dict[str, type]) -> None:
         self.classes = classes
         self.outcomes: dict[str, str] = {}
 
-    def pytest_collection_modifyitems(self, items):
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         for item in items:
             for name, ours in self.classes.items():
                 if hasattr(item.module, name):
@@ -56,7 +63,7 @@ class Replace:
                 self.classes.get(kind.__name__, kind) for kind in item.cls.scheduler_classes
             )
 
-    def pytest_runtest_logreport(self, report):
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         name = report.nodeid.rsplit("/", 1)[-1]
         if report.failed:
             self.outcomes[name] = "failed"
@@ -65,8 +72,8 @@ class Replace:
 
 
 def run(folder: Path, name: str) -> dict[str, str]:
-    """Outcomes of all tests, by name. A fresh import of the test modules: the classes are replaced in them."""
-    for module in [m for m in sys.modules if m.startswith("tests.schedulers")]:
+    """Return the outcomes of all tests, by name."""
+    for module in [m for m in sys.modules if m.startswith("tests.schedulers")]:  # the last run replaced classes in them
         del sys.modules[module]
     plugin = Replace(RUNS[name])
     files = [str(folder / "tests/schedulers" / file) for file in FILES]
@@ -77,8 +84,8 @@ def run(folder: Path, name: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkout", type=Path)
+    parser = make_parser(__doc__)
+    parser.add_argument("checkout", type=Path, help="a checkout of diffusers, or a folder that contains its tests/")
     folder = parser.parse_args().checkout.resolve()
     folder = folder.parent if folder.name == "tests" else folder
     if not (folder / "tests/schedulers").is_dir():

@@ -1,14 +1,14 @@
-"""What sampling costs besides the network: each library's own loop against the accelerated one, in one run.
+"""Measure the cost of sampling besides the network: the loop of each library against the accelerated loop.
 
     python -m benchmarks.libraries [--guided-diffusion CHECKOUT]
 
-Both call the same network and draw the same noise. The two walk in turn, so that a machine that slows down slows both;
-sampler time is a whole call minus the network's, which times itself. Operations are counted as they are dispatched,
-the network's left out; kernels and host-device traffic of the originals on torch's meta device in place of a GPU.
-Prints a table and writes benchmarks/results/cpu__adapters.json.
+Both loops call the same network and draw the same noise. They take turns, so a machine that slows down slows both. The
+sampler's time is the time of a whole call minus the time of the network, which times itself. Operations are counted as
+torch dispatches them, without those of the network. The kernels and the host-device traffic of the originals are
+counted on torch's meta device in place of a GPU. The command prints a table and writes
+benchmarks/results/cpu__adapters.json.
 """
 
-import argparse
 import contextlib
 import os
 import statistics
@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common.results import write_result
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.results import Row, write_result
 from benchmarks.common.standins import stand_in_for_torchvision
 from ddpm_fast import accelerate
 
-LIMIT = 0.5  # sampler time, ours / theirs, at batch 1
+LIMIT = 0.5  # of the ratio of the samplers' times, ours / theirs, at batch size 1
 SIZE = 32
-SAID = (
+LINE = (
     "{library:27} {walk:16} {network:5} batch {batch:2}: {theirs_us:5.0f} -> {ours_us:4.0f} us, ratio {ratio:.2f} "
     "({ratio_lowest:.2f} to {ratio_highest:.2f}), end to end {end_to_end_ratio:.3f} (control {control_ratio:.3f}, "
     "to {control_highest:.3f}), hoisted {hoisted_end_to_end_ratio}, difference {largest_difference:.0e}"
@@ -39,10 +40,18 @@ SAID = (
 
 
 class Light(nn.Module):
-    """The smallest network there is, so that nearly all is the sampler; adds up the time spent in it."""
+    """A network of one 1×1 convolution, beside which nearly all time is the sampler's.
+
+    Attributes:
+        seconds: The time spent in the network so far.
+        counter: The counter that must not count the operations of the network.
+        channels, out_dim, self_condition: Attributes that denoising-diffusion-pytorch reads.
+    """
 
     def __init__(self, out_channels: int = 3) -> None:
         super().__init__()
+        self.channels = self.out_dim = 3
+        self.self_condition = False
         torch.manual_seed(0)
         self.conv = nn.Conv2d(3, out_channels, 1)
         nn.init.normal_(self.conv.weight, std=0.05)
@@ -57,12 +66,12 @@ class Light(nn.Module):
         return output
 
     def compute(self, x: Tensor, t: Tensor) -> Tensor:
-        """The network itself."""
+        """Return the output of the network, untimed."""
         return self.conv(x)
 
 
 class Real(Light):
-    """A U-Net of diffusers."""
+    """A small U-Net of diffusers that times itself."""
 
     def __init__(self, out_channels: int = 3) -> None:
         super().__init__(out_channels)
@@ -75,16 +84,25 @@ class Real(Light):
         ).eval()  # fmt: skip
 
     def compute(self, x: Tensor, t: Tensor) -> Tensor:
-        """The network itself; small, since walks with random weights are chaotic and no two roundings meet."""
+        """Return the output of the network, scaled down.
+
+        Unscaled, a run with random weights is chaotic: roundings grow until no two runs agree.
+        """
         return 0.05 * self.unet(x, t).sample
 
 
 class Counter(TorchDispatchMode):
-    """Counts what torch dispatches: all operations, those that a GPU would run as a kernel, and those that wait."""
+    """A counter of what torch dispatches.
+
+    Attributes:
+        operations: All operations.
+        kernels: The operations that a GPU would run as a kernel.
+        waits: The operations that the host waits for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.kernels = self.waits = 0
+        self.operations = self.kernels = self.waits = 0.0
         self.off = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,7 +125,7 @@ class Counter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing inside."""
+        """Count nothing inside the block."""
         self.off = True
         yield
         self.off = False
@@ -115,24 +133,35 @@ class Counter(TorchDispatchMode):
 
 @dataclass
 class Case:
-    """One way to sample: `call(obj, network, batch, steps)` for the original and the accelerated object alike."""
+    """A way to sample with a library.
+
+    Attributes:
+        library: The name of the library.
+        walk: The name of the library's function.
+        steps: The number of steps of a run.
+        make: A function from the network and the number of steps to the library's object.
+        call: A function that samples: `call(object, network, batch, steps)`, for the original object and for the
+            accelerated object alike.
+        out_channels: The output channels of the network.
+        batch: The batch size.
+    """
 
     library: str
     walk: str
     steps: int
-    make: Callable[[nn.Module, int], Any]
-    call: Callable[[Any, nn.Module, int, int], Any]
+    make: Callable[[Light, int], Any]
+    call: Callable[[Any, Light, int, int], Any]
     out_channels: int = 3
     batch: int = 1
 
 
 def diffusers_cases() -> list[Case]:
-    """DDPMPipeline and DDIMPipeline."""
+    """Return the cases of DDPMPipeline and DDIMPipeline."""
     from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
     from diffusers.models.unets.unet_2d import UNet2DOutput
 
-    def make(pipeline: Any, scheduler: Any) -> Callable[[nn.Module, int], Any]:
-        def build(network: nn.Module, steps: int) -> Any:
+    def make(pipeline: Any, scheduler: Any) -> Callable[[Light, int], Any]:
+        def build(network: Light, steps: int) -> Any:
             unet = UNet2DModel(
                 sample_size=SIZE, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
                 down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
@@ -146,7 +175,7 @@ def diffusers_cases() -> list[Case]:
 
         return build
 
-    def call(pipeline: Any, network: nn.Module, batch: int, steps: int) -> Any:
+    def call(pipeline: Any, network: Light, batch: int, steps: int) -> Any:
         pipeline.set_progress_bar_config(disable=True)
         return torch.from_numpy(pipeline(batch_size=batch, num_inference_steps=steps, output_type="np").images)
 
@@ -159,20 +188,18 @@ def diffusers_cases() -> list[Case]:
 
 
 def lucidrains_cases() -> list[Case]:
-    """GaussianDiffusion by p_sample_loop and by ddim_sample."""
+    """Return the cases of GaussianDiffusion with p_sample_loop and with ddim_sample."""
     stand_in_for_torchvision()
     from denoising_diffusion_pytorch import GaussianDiffusion
 
-    def build(ddim: bool) -> Callable[[nn.Module, int], Any]:
-        def make(network: nn.Module, steps: int) -> Any:
-            network.channels = network.out_dim = 3
-            network.self_condition = False
+    def build(ddim: bool) -> Callable[[Light, int], Any]:
+        def make(network: Light, steps: int) -> Any:
             timesteps = {"timesteps": 1000, "sampling_timesteps": steps} if ddim else {"timesteps": steps}
             return GaussianDiffusion(network, image_size=SIZE, **timesteps).to(network.conv.weight.device)
 
         return make
 
-    def call(diffusion: Any, network: nn.Module, batch: int, steps: int) -> Any:
+    def call(diffusion: Any, network: Light, batch: int, steps: int) -> Any:
         return diffusion.sample(batch)
 
     return [
@@ -183,46 +210,43 @@ def lucidrains_cases() -> list[Case]:
 
 
 def guided_cases(checkout: str) -> list[Case]:
-    """guided-diffusion's p_sample_loop with learned variances, and ddim_sample_loop."""
+    """Return the cases of guided-diffusion: p_sample_loop with learned variances, and ddim_sample_loop."""
     sys.path.insert(0, checkout)
     from guided_diffusion.script_util import create_gaussian_diffusion
 
-    def make(network: nn.Module, steps: int) -> Any:
+    def make(network: Light, steps: int) -> Any:
         respacing = "" if steps == 1000 else str(steps)
         return create_gaussian_diffusion(steps=1000, learn_sigma=True, timestep_respacing=respacing)
 
-    def walk(name: str) -> Callable[..., Any]:
+    def call(name: str) -> Callable[[Any, Light, int, int], Any]:
         return lambda diffusion, network, batch, _: getattr(diffusion, name)(network, (batch, 3, SIZE, SIZE))
 
     return [
-        Case("guided-diffusion", "p_sample_loop", 1000, make, walk("p_sample_loop"), 6),
-        Case("guided-diffusion", "ddim_sample_loop", 250, make, walk("ddim_sample_loop"), 6),
-        Case("guided-diffusion", "p_sample_loop", 200, make, walk("p_sample_loop"), 6, batch=16),
+        Case("guided-diffusion", "p_sample_loop", 1000, make, call("p_sample_loop"), 6),
+        Case("guided-diffusion", "ddim_sample_loop", 250, make, call("ddim_sample_loop"), 6),
+        Case("guided-diffusion", "p_sample_loop", 200, make, call("p_sample_loop"), 6, batch=16),
     ]
 
 
-def measure(case: Case, kind: type[Light], steps: int, rounds: int) -> dict[str, Any]:
-    """Times of both, µs a step, median over the rounds; and the ratios of the rounds."""
+def measure(case: Case, kind: type[Light], steps: int, rounds: int) -> Row:
+    """Return the µs a step of both loops, medians over the rounds, and the ratios of the rounds."""
     network = kind(case.out_channels)
-    theirs = case.make(network, steps)
-    walkers = [
-        theirs,
-        accelerate(theirs, optimize=None),
-        theirs,
-    ]  # the original twice: what differs there is the machine
+    original = case.make(network, steps)
+    # The original stands twice: a difference between its two columns comes from the machine.
+    objects = [original, accelerate(original, optimize=None), original]
     if kind is Real:
-        walkers.append(accelerate(theirs, optimize="hoist"))
-    samplers: list[list[float]] = [[] for _ in walkers]
-    wholes: list[list[float]] = [[] for _ in walkers]
-    images: list[Any] = [None for _ in walkers]
+        objects.append(accelerate(original, optimize="hoist"))
+    samplers: list[list[float]] = [[] for _ in objects]
+    wholes: list[list[float]] = [[] for _ in objects]
+    images: list[Any] = [None for _ in objects]
     for turn in range(rounds + 1):
-        for which, one in enumerate(walkers):
+        for which, each in enumerate(objects):
             torch.manual_seed(turn)
             network.seconds = 0.0
             began = time.perf_counter()
-            images[which] = case.call(one, network, case.batch, steps)
+            images[which] = case.call(each, network, case.batch, steps)
             whole = time.perf_counter() - began
-            if turn:  # the first warms up
+            if turn:  # the first round warms up
                 wholes[which].append(whole)
                 samplers[which].append(whole - network.seconds)
     sampler = [1e6 * statistics.median(times) / steps for times in samplers]
@@ -252,29 +276,30 @@ def measure(case: Case, kind: type[Light], steps: int, rounds: int) -> dict[str,
 
 
 def count(case: Case, ours: bool, device: str) -> Counter:
-    """What one step dispatches: the difference of a long walk and a short one, a step."""
-    found = []
+    """Return what one step dispatches: the difference between a long run and a short run, divided by the steps."""
+    counters = []
     for steps in (20, 40):
         network = Light(case.out_channels).to(device)
-        obj = case.make(network, steps)
-        obj = accelerate(obj, optimize=None) if ours else obj
+        original = case.make(network, steps)
+        sampler = accelerate(original, optimize=None) if ours else original
         if not ours or device == "cpu":
             with contextlib.suppress(NotImplementedError):  # images of the meta device cannot be fetched at the end
                 torch.manual_seed(0)
                 with Counter() as counter:
                     network.counter = counter
-                    case.call(obj, network, case.batch, steps)
-        found.append(counter)
-    short, long = found
+                    case.call(sampler, network, case.batch, steps)
+        counters.append(counter)
+    short, long = counters
     for name in ("operations", "kernels", "waits"):
         setattr(long, name, (getattr(long, name) - getattr(short, name)) / 20)
     return long
 
 
 def half_precision(case: Case) -> dict[str, float]:
-    """Largest difference to the images of float32 after 1000 steps, the network in bfloat16 and the noise the same.
+    """Return the largest difference between the images of a bfloat16 network and of a float32 network.
 
-    diffusers rounds the state to the network's dtype after every step; the engine's stays float32.
+    Both runs take 1000 steps with the same noise. diffusers rounds the state to the network's dtype after every step;
+    the state of the engine stays float32.
     """
     from diffusers.pipelines.ddpm import pipeline_ddpm
     from diffusers.schedulers import scheduling_ddpm
@@ -292,7 +317,7 @@ def half_precision(case: Case) -> dict[str, float]:
     def in_bfloat16(*args: Any, dtype: torch.dtype, **kwargs: Any) -> Tensor:
         return randn_tensor(*args, dtype=torch.bfloat16, **kwargs).to(dtype)
 
-    with (  # other numbers than in float32
+    with (  # torch draws other numbers in bfloat16 than in float32
         mock.patch.object(pipeline_ddpm, "randn_tensor", in_bfloat16),
         mock.patch.object(scheduling_ddpm, "randn_tensor", in_bfloat16),
     ):
@@ -302,7 +327,7 @@ def half_precision(case: Case) -> dict[str, float]:
 
 
 def draw_time(batch: int) -> float:
-    """µs of one draw of torch.randn, which both sides make at every step."""
+    """Return the µs of one draw of torch.randn, which both loops make at every step."""
     times = []
     for _ in range(7):
         began = time.perf_counter()
@@ -313,40 +338,41 @@ def draw_time(batch: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--guided-diffusion", metavar="CHECKOUT", help="of openai/guided-diffusion")
+    parser = make_parser(__doc__)
+    parser.add_argument("--guided-diffusion", metavar="CHECKOUT", help="a checkout of openai/guided-diffusion")
     arguments = parser.parse_args()
     cases = [*diffusers_cases(), *lucidrains_cases()]
     versions = {name: version(name) for name in ("diffusers", "denoising-diffusion-pytorch")}
     if arguments.guided_diffusion:
         cases += guided_cases(arguments.guided_diffusion)
-        said = subprocess.run(
+        head = subprocess.run(
             ["git", "-C", arguments.guided_diffusion, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         )
-        versions["guided-diffusion"] = said.stdout.strip()
-    rows, counts = [], []
+        versions["guided-diffusion"] = head.stdout.strip()
+    rows: list[Row] = []
+    counts: list[Row] = []
     half = half_precision(cases[0])
     print("bfloat16, largest difference to float32: {theirs:.4f} -> {ours:.4f}".format(**half))
     with open(os.devnull, "w") as nowhere:
         for case in cases:
-            with contextlib.redirect_stderr(nowhere):  # the progress bars of both
+            with contextlib.redirect_stderr(nowhere):  # hides the progress bars of both
                 rows.append(measure(case, Light, case.steps, rounds=7))
                 if case.batch == 1:
                     rows.append(measure(case, Real, 100, rounds=9))
             if case.batch == 1:
                 with contextlib.redirect_stderr(nowhere):
                     on_cpu = [count(case, ours, "cpu") for ours in (False, True)]
-                    elsewhere = count(case, False, "meta")
+                    on_meta = count(case, False, "meta")
                 counts.append({
                     "library": case.library,
                     "walk": case.walk,
                     "theirs_operations": on_cpu[0].operations,
                     "ours_operations": on_cpu[1].operations,
-                    "theirs_kernels": elsewhere.kernels,
-                    "theirs_waits": elsewhere.waits,
+                    "theirs_kernels": on_meta.kernels,
+                    "theirs_waits": on_meta.waits,
                 })  # fmt: skip
             for row in rows[-2 if case.batch == 1 else -1 :]:
-                print(SAID.format(**row))
+                print(LINE.format(**row))
     for row in counts:
         print(
             "{library:28} {walk:17} operations {theirs_operations:5.1f} -> {ours_operations:4.1f}; on a GPU "
@@ -369,4 +395,4 @@ def main() -> None:
         if ratio is not None and ratio > max(1, row["control_highest"])
     ]
     if over or slower:
-        sys.exit(f"{len(over)} above their limit, {len(slower)} slower end to end")
+        sys.exit(f"{len(over)} rows are above their limit, {len(slower)} are slower end to end")

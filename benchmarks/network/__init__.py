@@ -1,1 +1,1 @@
-"""The network's calls: hoisting, precision, the loop's overhead, cost by batch size."""
+"""The network and the loop around it: time of a call by batch size, hoisting, precision, and the loop's own time."""

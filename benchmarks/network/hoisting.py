@@ -1,12 +1,12 @@
-"""What leaves the loop of the networks that people bring, and what that saves on a CPU.
+"""Count the operations that hoisting removes from the loop of common networks, and measure the time that this saves.
 
     python -m benchmarks.network.hoisting [--guided-diffusion CHECKOUT]
 
-Random weights; the network as it is and the hoisted one take turns, call by call, for a walk of 1000 steps. Prints a
-table and writes benchmarks/results/cpu__hoisting.json, from which benchmarks/tables.py fills docs/network.md.
+The networks have random weights and run on a CPU. The network as it is and the hoisted network take turns call by call;
+the tables are those of 1000 steps. The command prints a table and writes benchmarks/results/cpu__hoisting.json, from
+which `python -m benchmarks.tables` fills docs/network.md.
 """
 
-import argparse
 import contextlib
 import io
 import statistics
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common.results import write_result
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.results import Row, write_result
 from benchmarks.common.standins import stand_in_for_torchvision
 from benchmarks.walks.networks import CIFAR
 from ddpm_fast.engine.hoist import Hoisted
@@ -35,7 +36,11 @@ CROSS = {
 
 
 def networks(guided: str | None) -> Iterator[tuple[str, nn.Module, tuple[int, ...], dict[str, Any]]]:
-    """(name, network, shape of the batch, keywords)"""
+    """Yield the name, the network, the shape of the batch and the keywords of each case.
+
+    Args:
+        guided: A checkout of guided-diffusion, whose network is left out without one.
+    """
     from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
     label = {"class_labels": torch.tensor([7])}
@@ -67,8 +72,8 @@ def networks(guided: str | None) -> Iterator[tuple[str, nn.Module, tuple[int, ..
         yield "guided-diffusion UNetModel, 32 channels", network, (1, 3, 64, 64), {"y": torch.tensor([7])}
 
 
-def measure(name: str, network: nn.Module, shape: tuple[int, ...], kwargs: dict[str, Any], seconds: float) -> dict:
-    """Counts, and the median times of a call."""
+def measure(name: str, network: nn.Module, shape: tuple[int, ...], kwargs: dict[str, Any], seconds: float) -> Row:
+    """Return the counts of operations and the median times of a call."""
     network.eval().requires_grad_(False)
     x, t = torch.randn(shape), torch.full(shape[:1], 500)
     began = time.perf_counter()
@@ -104,14 +109,14 @@ def measure(name: str, network: nn.Module, shape: tuple[int, ...], kwargs: dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--guided-diffusion", metavar="CHECKOUT", help="of openai/guided-diffusion")
-    parser.add_argument("--seconds", type=float, default=8, help="for each network (default: %(default)s)")
+    parser = make_parser(__doc__)
+    parser.add_argument("--guided-diffusion", metavar="CHECKOUT", help="a checkout of openai/guided-diffusion")
+    parser.add_argument("--seconds", type=float, default=8, help="seconds for each network (default: %(default)s)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = []
     for case in networks(arguments.guided_diffusion):
-        with contextlib.redirect_stderr(io.StringIO()):  # what torch.export warns of
+        with contextlib.redirect_stderr(io.StringIO()):  # hides the warnings of torch.export
             rows.append(measure(*case, seconds=arguments.seconds))
         print(
             "{network:48} {before:4} -> {after:4} operations, {tables:2} tables of {table_bytes:,} bytes; "

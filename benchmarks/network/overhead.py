@@ -1,46 +1,56 @@
-"""What the engine adds to the network calls, on the CPU: the loop's own time as a share of the network's.
+"""Measure the loop's own time on a CPU, as a share of the network's time.
 
-Network and loop are timed in the same walk, call by call, so that a machine that slows down slows both.
+    python -m benchmarks.network.overhead      prints a table and writes benchmarks/results/cpu__overhead.json
 
-    python -m benchmarks.network.overhead          prints a table and writes benchmarks/results/cpu__overhead.json
+The network and the loop are timed in the same run, call by call, so a machine that slows down slows both.
 """
 
 import statistics
 import time
+from typing import Any
 
-from benchmarks.common.results import write_result
+from torch import Tensor
+
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.results import Row, write_result
+from ddpm_fast.engine.device import Model
 from ddpm_fast.models.checkpoint import Checkpoint, load_checkpoint
 from ddpm_fast.sample import Sampler
 
-LIMITS = {1: 0.05, 16: 0.03}  # batch size: largest share allowed
-WALKS = 5
+LIMITS = {1: 0.05, 16: 0.03}  # largest share allowed, by batch size
+RUNS = 5
 
 
 class Timed:
-    """A model that adds up the time spent in it."""
+    """A model that adds up the time spent in it.
 
-    def __init__(self, model):
+    Attributes:
+        model: The model that is called.
+        seconds: The time spent in the model so far.
+    """
+
+    def __init__(self, model: Model) -> None:
         self.model = model
         self.seconds = 0.0
 
-    def __call__(self, x, t):
+    def __call__(self, x: Tensor, t: Tensor) -> Any:
         began = time.perf_counter()
         output = self.model(x, t)
         self.seconds += time.perf_counter() - began
         return output
 
 
-def measure(checkpoint: Checkpoint, batch: int, steps: int, walks: int = WALKS) -> dict:
-    """Median over `walks` walks of (walk - network) / network, and the times behind it."""
+def measure(checkpoint: Checkpoint, batch: int, steps: int, runs: int = RUNS) -> Row:
+    """Return the median of (run - network) / network over several runs, and the times behind it."""
     timed = Timed(checkpoint.model)
     shape = (batch, *checkpoint.shape)
     sampler = Sampler(timed, shape, config=checkpoint.diffusion, num_inference_steps=steps, device="cpu")
     sampler(seeds=0, progress=False)
     shares, networks, overheads = [], [], []
-    for walk in range(walks):
+    for run in range(runs):
         timed.seconds = 0.0
         began = time.perf_counter()
-        sampler(seeds=walk * batch, progress=False)
+        sampler(seeds=run * batch, progress=False)
         whole = time.perf_counter() - began
         shares.append(whole / timed.seconds - 1)
         networks.append(timed.seconds / steps)
@@ -48,7 +58,7 @@ def measure(checkpoint: Checkpoint, batch: int, steps: int, walks: int = WALKS) 
     return {
         "batch": batch,
         "steps": steps,
-        "walks": walks,
+        "walks": runs,
         "share": statistics.median(shares),
         "share_lowest": min(shares),
         "share_highest": max(shares),
@@ -59,6 +69,7 @@ def measure(checkpoint: Checkpoint, batch: int, steps: int, walks: int = WALKS) 
 
 
 def main() -> None:
+    make_parser(__doc__).parse_args()
     checkpoint = load_checkpoint()
     rows = [measure(checkpoint, batch, steps) for batch, steps in ((1, 500), (16, 125))]
     for row in rows:

@@ -1,22 +1,21 @@
-"""What precision, memory format and compilation of the network do to the images, against float32 as it is.
+"""Compare the images of other precisions, memory formats and a compiled network with those of plain float32.
 
-The embedded model's, 1000 steps, same seeds.
+    python -m benchmarks.network.precision      writes benchmarks/results/cpu__precision.json
 
-
-    python -m benchmarks.network.precision    writes results/cpu__precision.json; docs/network.md shows the file
+All runs draw the same seeds with the embedded model in 1000 steps. docs/network.md shows the result.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common.results import write_result
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.results import Row, write_result
 from ddpm_fast.models.checkpoint import load_checkpoint
+from ddpm_fast.options import SamplerOptions
 from ddpm_fast.sample import Sampler
 
 SEEDS = range(4)
-MODES: dict[str, dict[str, Any]] = {
+MODES: dict[str, SamplerOptions] = {
     "float32": {"optimize": None},
     "float32, hoisted": {"optimize": "hoist"},
     "float32, hoisted, channels_last": {"optimize": "hoist", "memory_format": "channels_last"},
@@ -32,19 +31,21 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def walk(options: dict[str, Any]) -> Tensor:
-    """x_0 on [-1, 1]."""
+def draw(options: SamplerOptions) -> Tensor:
+    """Return the images of `SEEDS`, on [-1, 1]."""
     checkpoint = load_checkpoint()
     shape = (len(SEEDS), *checkpoint.shape)
-    sampler = Sampler(checkpoint.model, shape, config=checkpoint.diffusion, **options)
+    all_options: SamplerOptions = {**options, "config": checkpoint.diffusion}
+    sampler = Sampler(checkpoint.model, shape, **all_options)
     return sampler(seeds=SEEDS, progress=False)
 
 
 def main() -> None:
-    rows = []
+    make_parser(__doc__).parse_args()
+    rows: list[Row] = []
     exact: Tensor | None = None
     for name, options in MODES.items():
-        images = walk(options)
+        images = draw(options)
         exact = images if exact is None else exact
         difference = (images - exact).abs()
         rows.append({

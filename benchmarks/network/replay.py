@@ -1,21 +1,20 @@
-"""What one network call costs by its batch size: what wide windows of a speculative walk have to pay.
+"""Measure the time of one network call by its batch size, which is the cost of wide windows in speculative sampling.
 
-    python -m benchmarks.network.replay                  a minute or two; a GPU if there is one, else a CPU
-    python -m benchmarks.network.replay --device cpu
+    python -m benchmarks.network.replay                  takes a minute or two, on a GPU if there is one
+    python -m benchmarks.network.replay --device cpu     measures a CPU
 
-The embedded networks and the CIFAR-10 U-Net, hoisted, on a GPU in a CUDA graph; on a CPU the U-Net is left out.
-A call's time says nothing of its weights: the U-Net's are random. Writes benchmarks/results/<gpu or cpu>__replay.json.
+The networks are the embedded networks and the CIFAR-10 U-Net, all hoisted. On a GPU the calls run in a CUDA graph. On
+a CPU the U-Net is left out. Its weights are random, since the time of a call does not depend on them. The result is
+written to benchmarks/results/<gpu or cpu>__replay.json.
 """
 
-import argparse
 import copy
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.common.results import FOLDER, machine_name, write_result
+from benchmarks.common.command_line import add_result_options, make_parser
+from benchmarks.common.results import Row, machine_name, write_result
 from benchmarks.speculation.run import labels
 from benchmarks.walks.networks import KINDS
 from ddpm_fast.engine.call import Call
@@ -28,7 +27,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def networks(device: torch.device) -> dict[str, tuple[nn.Module, Classes | None, tuple[int, ...], torch.dtype]]:
-    """Networks by name, with their classes, the shape of a sample and a dtype to run in."""
+    """Return the networks by name, each with its classes, the shape of a sample and the dtype to run in."""
     found: dict[str, tuple[nn.Module, Classes | None, tuple[int, ...], torch.dtype]] = {}
     for name in ("moons", "digits"):
         checkpoint = load_checkpoint(name, device=device)
@@ -47,28 +46,27 @@ def networks(device: torch.device) -> dict[str, tuple[nn.Module, Classes | None,
 
 
 @torch.no_grad()
-def measure(device: torch.device, batches: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Milliseconds of a call for every network and batch size, and how many single calls that is."""
-    rows = []
+def measure(device: torch.device, batches: tuple[int, ...]) -> list[Row]:
+    """Return the milliseconds of a call for every network and batch size, and the same in calls with one sample."""
+    rows: list[Row] = []
     for name, (model, classes, shape, dtype) in networks(device).items():
-        alone = None
+        single = None
         for batch in batches:
             kwargs = labels(classes, batch, device)
             network = Network(Call.of(model, (batch, *shape), model_kwargs=kwargs, device=device, dtype=dtype))
             network.prepare([0], Execution(optimize="hoist"))
-            took = seconds(network, device)
-            alone = took if alone is None else alone
-            rows.append({"network": name, "batch": batch, "ms": 1e3 * took, "single_calls": took / alone})
-            print(f"{name:26} batch {batch:3} {1e3 * took:9.3f} ms = {took / alone:6.2f} single calls", flush=True)
+            duration = seconds(network, device)
+            single = duration if single is None else single
+            rows.append({"network": name, "batch": batch, "ms": 1e3 * duration, "single_calls": duration / single})
+            print("{network:26} batch {batch:3} {ms:9.3f} ms = {single_calls:6.2f} single calls".format(**rows[-1]))
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--smoke", action="store_true", help="two batch sizes; writes nothing")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the result")
-    parser.add_argument("--commit", help="where there is no git: what `git describe --always --dirty` says elsewhere")
+    parser = make_parser(__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--smoke", action="store_true", help="measure two batch sizes and write nothing")
+    add_result_options(parser)
     given = parser.parse_args()
     device = torch.device(given.device)
     rows = measure(device, BATCHES[:2] if given.smoke else BATCHES)

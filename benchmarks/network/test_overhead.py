@@ -1,4 +1,4 @@
-"""pytest-benchmark cases: a whole walk of the embedded model, and how little of it is not the network."""
+"""pytest-benchmark cases: a whole run of the embedded model, and the share of it that is not the network."""
 
 import pytest
 
@@ -8,11 +8,11 @@ from ddpm_fast.sample import Sampler
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(1, 200), (16, 40)], ids=["batch 1", "batch 16"])
-def test_walk(benchmark, batch, steps):
+def test_run(benchmark, batch, steps):
     checkpoint = load_checkpoint()
     sampler = Sampler(checkpoint.model, (batch, *checkpoint.shape), num_inference_steps=steps)
     benchmark.pedantic(sampler, kwargs={"seeds": 0, "progress": False}, rounds=3, warmup_rounds=1)
     row = overhead.measure(checkpoint, batch, steps)
     benchmark.extra_info.update(row)
-    # The quietest of the walks: what the loop costs, not what else the machine was doing.
+    # The quietest run shows the cost of the loop; slower runs also show what else the machine was doing.
     assert row["share_lowest"] <= row["limit"]

@@ -15,12 +15,12 @@ import re
 import time
 from typing import Any
 
-from benchmarks.common.results import FOLDER, ROOT, environment, write_result
+from benchmarks.common.results import FOLDER, ROOT, environment, write_result, write_rows
 from benchmarks.noise.generators import CLAMPED, OURS, PHILOX, PLANTED, RANDN, TORCH, Generator
 from benchmarks.noise.p_values import LEVEL, tail_rows, verdict
 from benchmarks.noise.statistics import BIG, Sizes, battery
 from benchmarks.noise.tails import EXACT_CUTS, exact_tail, far_tails, far_tails_of_randn, lost_cells
-from ddpm_fast.files import whole_file, write_json
+from ddpm_fast.files import whole_file
 
 PAGE = ROOT / "docs" / "noise.md"
 NAME = "noise__battery"
@@ -171,7 +171,7 @@ def replace_planted(name: str) -> None:
     (at,) = (i for i, report in enumerate(planted) if report["name"] == name)
     planted[at] = measure_planted(bad) | {"environment": environment()}
     json.dumps(whole, allow_nan=False)  # raises, before the file is touched
-    write_json(FOLDER / f"{NAME}.json", whole)
+    write_rows(FOLDER / f"{NAME}.json", whole)
 
 
 def write_page() -> None:

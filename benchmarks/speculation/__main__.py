@@ -1,7 +1,5 @@
 """`python -m benchmarks.speculation`."""
 
-import sys
-
 from benchmarks.speculation.run import main
 
-sys.exit(main())
+main()

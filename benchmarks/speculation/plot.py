@@ -1,8 +1,8 @@
-"""The picture of docs/speculation.md: a speculative walk round by round, and calls against volume.
+"""Draw the picture of docs/speculation.md: a speculative run round by round, and calls against volume.
 
     python -m benchmarks.speculation.plot      draws docs/speculation.png
 
-The walk is drawn anew, seed 0; calls and volume are those of benchmarks/results/cpu__speculation_calls.json.
+The run is made anew with seed 0. The calls and the volume come from benchmarks/results/cpu__speculation_calls.json.
 """
 
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import matplotlib
 import torch
 
-from benchmarks.common.results import ROOT, read_result
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.results import ROOT, Row, read_result
+from benchmarks.speculation.run import speculative_loop
 from ddpm_fast.engine.noise import PhiloxNoise
 from ddpm_fast.files import whole_file
 from ddpm_fast.kernels.rounds import Outcome, Position
@@ -27,25 +29,26 @@ MARKS = {"of the row": "o", "frozen": "x"}
 
 
 def rounds() -> list[list[int]]:
-    """The progress (`kernels.speculate.Progress`) of every round of a walk to one moon."""
+    """Return the columns of `Progress` after every round of a run that draws one moon."""
     checkpoint = load_checkpoint()
     shape = (1, *checkpoint.shape)
     sampler = Sampler(checkpoint.model, shape, config=checkpoint.diffusion, speculate=WINDOWS)
+    loop = speculative_loop(sampler)
     noise = PhiloxNoise([0], shape, sampler.table, torch.device("cpu"), "torch")
-    return [sampler.loop._position[0].tolist() for _ in sampler.loop.steps(noise, progress=False)]
+    return [loop._position[0].tolist() for _ in loop.steps(noise, progress=False)]
 
 
-def draw_rounds(axes: Any, found: list[list[int]]) -> None:
-    """A bar a round: what was drafted, what of it was taken, and where a draft was rejected."""
-    for number, progress in enumerate(found, start=1):
+def draw_rounds(axes: Any, positions: list[list[int]]) -> None:
+    """Draw a bar for each round, with its drafts, the drafts that were taken, and a mark at a rejected draft."""
+    for number, progress in enumerate(positions, start=1):
         start, taken = progress[Position.START], progress[Position.TAKEN]
         axes.barh(number, progress[Position.EVALUATED], left=start, color=IN_VAIN, height=0.8)
         axes.barh(number, taken, left=start, color=TAKEN, height=0.8)
         if progress[Position.OUTCOME] == Outcome.REJECTED:
             axes.plot(start + taken - 0.5, number, marker=".", color=REJECTED, markersize=4)
-    steps = found[-1][Position.ROW]
-    axes.set(xlim=(0, steps), ylim=(len(found) + 1, 0), xlabel="step", ylabel="network call")
-    axes.set_title(f"One moon: {steps} steps in {len(found)} calls", fontsize=10)
+    steps = positions[-1][Position.ROW]
+    axes.set(xlim=(0, steps), ylim=(len(positions) + 1, 0), xlabel="step", ylabel="network call")
+    axes.set_title(f"One moon: {steps} steps in {len(positions)} calls", fontsize=10)
     for colour, label in ((TAKEN, "drafted and taken"), (IN_VAIN, "drafted in vain")):
         axes.barh(-9, 1, color=colour, label=label)
     axes.plot([], [], ".", color=REJECTED, label="rejected, mended by reflection")
@@ -53,13 +56,13 @@ def draw_rounds(axes: Any, found: list[list[int]]) -> None:
 
 
 def short(windows: str) -> str:
-    """A name for windows: "4, 8 from 25, 16 from 100" are windows of 4 to 16."""
+    """Return a short name for windows: "windows of 4 to 16, by t" for "4, 8 from 25, 16 from 100"."""
     widths = [part.split()[0] for part in windows.split(", ")]
     return f"windows of {widths[0]}" + (f" to {widths[-1]}, by t" if len(widths) > 1 else "")
 
 
-def draw_costs(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Calls against volume; a line from each set of windows with frozen guesses to the same with guesses of the row."""
+def draw_costs(axes: Any, rows: list[Row]) -> None:
+    """Draw calls against volume. A line joins the two guesses of each set of windows."""
     for colour, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
         own = {guess: [row for row in rows if (row["model"], row["guess"]) == (model, guess)] for guess in MARKS}
         for guess, mark in MARKS.items():
@@ -86,6 +89,7 @@ def draw_costs(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Draw the picture."""
+    make_parser(__doc__).parse_args()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     draw_rounds(left, rounds())
     draw_costs(right, read_result("cpu__speculation_calls")["rows"])

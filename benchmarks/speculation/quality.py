@@ -1,22 +1,20 @@
-"""Are speculated moons those of the sequential sampler? Two-sample tests of what is measured of them.
+"""Test whether speculated moons have the law of the moons of the sequential sampler.
 
     python -m benchmarks.speculation.quality [--count 192]
 
-Lit fraction, radius, position and misfit of speculated samples (seeds from 1,000,000 on, so that none shares its noise)
-against the sequential samples of moons__quality.json, by the Kolmogorov-Smirnov test. Writes
-benchmarks/results/moons__speculated.json.
+The Kolmogorov-Smirnov test compares the lit fraction, radius, position and misfit of speculated samples with the
+sequential samples of moons__quality.json. The seeds begin at 1,000,000, so no two samples share their noise. The result
+is written to benchmarks/results/moons__speculated.json.
 """
-
-import argparse
-from typing import Any
 
 import numpy as np
 import torch
 from scipy import stats
 from tqdm.auto import tqdm
 
-from benchmarks.common.results import read_result, write_result
-from benchmarks.study.moons_statistics import STATISTICS, statistics_of
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.results import Row, read_result, write_result
+from benchmarks.study.moons_statistics import STATISTICS, Measured, statistics_of
 from ddpm_fast.models.checkpoint import load_checkpoint
 from ddpm_fast.sample import Sampler
 
@@ -24,22 +22,22 @@ WINDOWS = {0: 2, 25: 8, 50: 16}
 FIRST_SEED, BATCH = 1_000_000, 1
 
 
-def sequential() -> dict[str, Any]:
-    """What was measured of the embedded model's sequential samples."""
+def sequential() -> Measured:
+    """Return the statistics of the embedded model's sequential samples."""
     steps = load_checkpoint().about["training"]["steps"]
     (row,) = (row for row in read_result("moons__quality")["rows"]["models"] if row["training"]["steps"] == steps)
     return {name: np.array(values) for name, values in row["measured"].items()}
 
 
-def compare(found: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Kolmogorov-Smirnov distance and p of everything that is measured."""
-    tests = {name: stats.ks_2samp(found[name], other[name]) for name in (*STATISTICS, "misfit")}
+def compare(speculated: Measured, sequential: Measured) -> dict[str, dict[str, float]]:
+    """Return the Kolmogorov-Smirnov distance and p of every statistic."""
+    tests = {name: stats.ks_2samp(speculated[name], sequential[name]) for name in (*STATISTICS, "misfit")}
     return {name: {"distance": float(test.statistic), "p": float(test.pvalue)} for name, test in tests.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=192)
+    parser = make_parser(__doc__)
+    parser.add_argument("--count", type=int, default=192, help="speculated samples (default: %(default)s)")
     count = parser.parse_args().count
     checkpoint = load_checkpoint()
     sampler = Sampler(
@@ -47,21 +45,23 @@ def main() -> None:
     )
     parts, calls, volumes = [], [], []
     for first in tqdm(range(FIRST_SEED, FIRST_SEED + count, BATCH)):
-        found = sampler(seeds=first, output="result", progress=False)
-        parts.append(found.sample)
-        calls.append(found.speculation.calls)
-        volumes.append(found.speculation.volume)
+        result = sampler(seeds=first, output="result", progress=False)
+        assert result.speculation is not None
+        parts.append(result.sample)
+        calls.append(result.speculation.calls)
+        volumes.append(result.speculation.volume)
     measured = {name: values.round(5) for name, values in statistics_of(torch.cat(parts)[:count]).items()}
-    row = {
+    tests = compare(measured, sequential())
+    row: Row = {
         "count": count,
         "windows": WINDOWS,
         "batch": BATCH,
         "calls": float(np.mean(calls)),
         "volume": float(np.mean(volumes)),
-        "tests": compare(measured, sequential()),
+        "tests": tests,
         "measured": {name: values.tolist() for name, values in measured.items()},
     }
-    for name, test in row["tests"].items():
+    for name, test in tests.items():
         print(f"{name:<8}KS distance {test['distance']:.4f}   p = {test['p']:.2g}")
     print(write_result("moons__speculated", row))
 

@@ -1,7 +1,5 @@
 """`python -m benchmarks.study`."""
 
-import sys
-
 from benchmarks.study.run import main
 
-sys.exit(main())
+main()

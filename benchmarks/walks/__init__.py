@@ -1,1 +1,1 @@
-"""Whole sampling runs, ours against everything that one would use otherwise."""
+"""Whole sampling runs: ddpm_fast against the alternatives."""

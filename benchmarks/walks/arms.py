@@ -1,16 +1,19 @@
-"""The arms of `walks.py`: ways to walk through a diffusion model, and the gate that each has to pass.
+"""The arms: the ways to sample that are compared, and the gate that each arm has to pass.
 
-An arm is built once, compilation and capture included, then walks many times. The gate takes single steps of the very
-thing that walks, at rows all over the table, and compares them with the network in float32 followed by the posterior in
-float64, with the noise that the arm drew.
+An arm is built once, compilation and capture included, and then samples many times. The gate takes single steps with
+the same code at rows all over the table. It compares each step with the network in float32 followed by the posterior
+in float64, with the noise that the arm drew.
 """
+
+from __future__ import annotations
 
 import contextlib
 import copy
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +23,16 @@ from benchmarks.walks.networks import Problem, tensor_of
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.engine.execution import tf32
 from ddpm_fast.engine.graph import StepGraph
+from ddpm_fast.engine.loop import Loop
 from ddpm_fast.kernels.normal import normal
 from ddpm_fast.kernels.philox import Stream
+from ddpm_fast.options import ExecutionOptions
 from ddpm_fast.sample import Sampler
 from ddpm_fast.seeding import resolve_seeds, seed_tensor
 from ddpm_fast.table import StepTable, build_table
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Largest error of the network's output, as a share of the largest output.
 NETWORK_ERROR = {"float32": 2e-4, "tf32": 1e-2, "bfloat16": 5e-2}
@@ -33,15 +41,16 @@ Step = tuple[int, Tensor, Tensor, Tensor]  # row, x, x', z
 
 
 class WrongStepError(Exception):
-    """An arm does not take the steps that it should."""
+    """An arm does not take the right steps."""
 
 
 class Arm:
-    """A way to walk.
+    """A way to sample.
 
     Attributes:
-        table: the rows that it walks.
-        state_dtype: of x between two steps.
+        problem: The network and its settings.
+        table: The rows of a run.
+        state_dtype: The dtype of x between two steps.
     """
 
     state_dtype = torch.float32
@@ -50,16 +59,21 @@ class Arm:
         self.problem = problem
         self.table = build_table(problem.config)
 
-    def walk(self, seed: int, steps: int | None = None) -> Tensor | None:
-        """x_0 on the device, [B, C, H, W]; may return before the device is done. With `steps`, the first ones only."""
+    def sample(self, seed: int, steps: int | None = None) -> Tensor | None:
+        """Return x_0 on the device, [B, C, H, W]. May return before the device has finished.
+
+        Args:
+            seed: The seed of the noise.
+            steps: The number of first steps to take. None takes all steps.
+        """
         raise NotImplementedError
 
     def step(self, x: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """One step from x at a row of the table: x', and the noise in it."""
+        """Take one step from x at a row of the table. Return x' and the noise in it."""
         raise NotImplementedError
 
     def steps(self, rows: list[int]) -> Iterator[Step]:
-        """A step at each row."""
+        """Yield a step at each row."""
         for row in rows:
             generator = torch.Generator().manual_seed(row)
             x = torch.randn(self.problem.shape, generator=generator).bfloat16().float().to(self.problem.device)
@@ -68,10 +82,14 @@ class Arm:
 
 
 def check(arm: Arm) -> float:
-    """The largest error of an arm's steps, as a share of what rounding explains; raise WrongStepError above 1."""
+    """Return the largest error of an arm's steps, as a share of the error that rounding explains.
+
+    Raises:
+        WrongStepError: The share is above 1.
+    """
     problem, table = arm.problem, arm.table
-    walked = problem.steps
-    rows = sorted({0, walked // 4, walked // 2, 3 * walked // 4, walked - 1})
+    last = problem.steps - 1
+    rows = sorted({0, problem.steps // 4, problem.steps // 2, 3 * problem.steps // 4, last})
     worst = 0.0
     for row, x, x_new, z in arm.steps(rows):
         t = torch.full((problem.batch,), int(table.timestep[row]), device=problem.device)
@@ -89,20 +107,21 @@ def check(arm: Arm) -> float:
 
 
 def posterior(table: StepTable, row: int, x: Tensor, output: Tensor, z: Tensor, clip: bool) -> Tensor:
-    """x_{t-1}, in float64 (Ho et al. 2020, eq. 7 and 15)."""
+    """Return x_{t-1} in float64 (Ho et al. 2020, eq. 7 and 15)."""
     x0 = float(table.a[row]) * x + float(table.b[row]) * output
     x0 = x0.clamp(-1, 1) if clip else x0
     return float(table.c_x0[row]) * x0 + float(table.c_x[row]) * x + float(table.sigma[row]) * z
 
 
 class Ours(Arm):
-    """ddpm_fast.
+    """The sampler of ddpm_fast.
 
     Args:
-        how: options of the Sampler.
+        problem: The network and its settings.
+        options: Execution options of the sampler.
     """
 
-    def __init__(self, problem: Problem, **how: Any) -> None:
+    def __init__(self, problem: Problem, **options: Unpack[ExecutionOptions]) -> None:
         super().__init__(problem)
         self.sampler = Sampler(
             problem.model,
@@ -110,11 +129,13 @@ class Ours(Arm):
             model_kwargs=problem.kwargs,
             config=problem.config,
             device=problem.device,
-            **how,
+            **options,
         )
-        self.walk(0)
+        assert isinstance(self.sampler.loop, Loop)
+        self.loop = self.sampler.loop
+        self.sample(0)
 
-    def walk(self, seed: int, steps: int | None = None) -> Tensor:
+    def sample(self, seed: int, steps: int | None = None) -> Tensor:
         return self.sampler(seeds=seed, progress=False)
 
     def steps(self, rows: list[int]) -> Iterator[Step]:
@@ -122,6 +143,7 @@ class Ours(Arm):
         start = torch.randn(self.problem.shape, generator=torch.Generator().manual_seed(0)).to(self.problem.device)
         kept = sorted({kept for row in rows for kept in (row - 1, row) if kept >= 0})
         frames = self.sampler(seeds=1, x_T=start, output="trajectory", output_steps=kept, progress=False).frames
+        assert frames is not None
         after = dict(zip(kept, frames, strict=True)) | {-1: start}
         for row in rows:
             ids = torch.full_like(seeds, int(self.table.noise_id[row]))
@@ -130,24 +152,23 @@ class Ours(Arm):
 
 
 class NetworkAlone(Arm):
-    """No sampler: our network call without the step, replayed as often."""
+    """The network call of ddpm_fast without the step, repeated as often as a run needs it. It samples nothing."""
 
-    def __init__(self, problem: Problem, **how: Any) -> None:
+    def __init__(self, problem: Problem, **options: Unpack[ExecutionOptions]) -> None:
         super().__init__(problem)
-        self.network = Ours(problem, **how).sampler.loop.network
-        on_cpu = problem.device.type == "cpu"
+        network = Ours(problem, **options).loop.network
         self.call: Callable[[], Any] = (
-            (lambda: self.network(0)) if on_cpu else StepGraph(self.network, problem.device).replay
+            partial(network, 0) if problem.device.type == "cpu" else StepGraph(network, problem.device).replay
         )
 
-    def walk(self, seed: int, steps: int | None = None) -> None:
+    def sample(self, seed: int, steps: int | None = None) -> None:
         with torch.no_grad():
             for _ in range(self.problem.steps):
                 self.call()
 
 
 class Diffusers(Arm):
-    """Its pipeline as it is shipped; for a transformer the same loop without the pipeline's decoder."""
+    """The pipeline of diffusers as it is shipped; for a transformer the same loop without the pipeline's decoder."""
 
     def __init__(self, problem: Problem) -> None:
         from diffusers import DDPMPipeline, DDPMScheduler
@@ -160,9 +181,9 @@ class Diffusers(Arm):
             self.pipeline = DDPMPipeline(problem.model, self.scheduler)
             self.pipeline.set_progress_bar_config(disable=True)
         self.scheduler.set_timesteps(problem.steps)
-        self.walk(0)
+        self.sample(0)
 
-    def walk(self, seed: int, steps: int | None = None) -> Tensor:
+    def sample(self, seed: int, steps: int | None = None) -> Tensor:
         problem = self.problem
         generator = torch.Generator(problem.device).manual_seed(seed)
         if self.pipeline is not None:
@@ -191,7 +212,7 @@ class Diffusers(Arm):
 
 
 class Lucidrains(Arm):
-    """denoising-diffusion-pytorch's loop around the same network; where a walk is shorter, its first steps."""
+    """The loop of denoising-diffusion-pytorch around the same network. A shorter run takes the loop's first steps."""
 
     def __init__(self, problem: Problem) -> None:
         stand_in_for_torchvision()
@@ -213,9 +234,9 @@ class Lucidrains(Arm):
         size = problem.shape[-1]
         diffusion = GaussianDiffusion(Wrapped(), image_size=size, objective="pred_noise", beta_schedule="linear")
         self.diffusion = diffusion.to(problem.device)
-        self.walk(0)
+        self.sample(0)
 
-    def walk(self, seed: int, steps: int | None = None) -> Tensor:
+    def sample(self, seed: int, steps: int | None = None) -> Tensor:
         torch.manual_seed(seed)
         x = torch.randn(self.problem.shape, device=self.problem.device)
         for t in self.table.timestep[: steps or self.problem.steps].tolist():
@@ -230,7 +251,7 @@ class Lucidrains(Arm):
 
 
 def _update(x: Tensor, output: Tensor, z: Tensor, row: Tensor, clip: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A step in plain PyTorch, without a value that the host waits for; x', and what the network reads next."""
+    """Take a step in plain PyTorch, without a value that the host waits for. Return x' and the next denoiser input."""
     a, b, c_x0, c_x, sigma = row.unbind()
     x0 = a * x + b * output.float()
     x0 = x0.clamp(-1, 1) if clip else x0
@@ -238,8 +259,14 @@ def _update(x: Tensor, output: Tensor, z: Tensor, row: Tensor, clip: bool, dtype
     return x_new, x_new.to(dtype)
 
 
-class _Plain(Arm):
-    """What the rivals that do not wait share: the table and the timesteps on the device."""
+class _PlainArm(Arm):
+    """An arm in plain PyTorch that never waits for the device: its table and its timesteps are on the device.
+
+    Attributes:
+        columns: The coefficients of all rows, float32 [steps, 5].
+        times: The timesteps of all rows, int64 [steps, B].
+        z: A buffer for noise.
+    """
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -250,53 +277,59 @@ class _Plain(Arm):
         self.z = torch.zeros(problem.shape, device=device)
 
 
-class Compiled(_Plain):
-    """diffusers' network through torch.compile, with a compiled step that does not wait for the device.
+class Compiled(_PlainArm):
+    """The network of diffusers through torch.compile, with a compiled step that does not wait for the device.
 
     Args:
-        mode: of torch.compile for the network.
-        channels_last: whether the network (a copy) and its input are in channels_last.
+        problem: The network and its settings.
+        mode: The mode of torch.compile for the network.
+        channels_last: Whether the network (a copy) and its input are in channels_last.
     """
 
     def __init__(self, problem: Problem, mode: str, channels_last: bool) -> None:
         super().__init__(problem)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        model = copy.deepcopy(problem.model).to(memory_format=self.memory_format) if channels_last else problem.model
+        model = problem.model
+        if channels_last:
+            model = copy.deepcopy(model)
+            model.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's types lack this form
         self.model = torch.compile(model, mode=mode, dynamic=False)
         self.update = torch.compile(_update, dynamic=False)
-        self.rows, self.each = list(self.columns), list(self.times)
-        self.walk(0)
+        self.row_columns, self.row_times = list(self.columns), list(self.times)
+        self.sample(0)
 
-    def walk(self, seed: int, steps: int | None = None) -> Tensor:
+    def sample(self, seed: int, steps: int | None = None) -> Tensor:
         torch.manual_seed(seed)
         x = torch.randn(self.problem.shape, device=self.problem.device)
-        entered = self._entered(x)
+        model_input = self._model_input(x)
         with torch.no_grad():
             for row in range(steps or self.problem.steps):
-                x, entered = self._step(x, entered, row)
+                x, model_input = self._step(x, model_input, row)
         return x
 
-    def _entered(self, x: Tensor) -> Tensor:
+    def _model_input(self, x: Tensor) -> Tensor:
         return x.to(self.problem.dtype, memory_format=self.memory_format, copy=True)
 
-    def _step(self, x: Tensor, entered: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    def _step(self, x: Tensor, model_input: Tensor, row: int) -> tuple[Tensor, Tensor]:
         torch.compiler.cudagraph_mark_step_begin()
-        output = tensor_of(self.model(entered, self.each[row], **self.problem.kwargs))
+        output = tensor_of(self.model(model_input, self.row_times[row], **self.problem.kwargs))
         self.z.normal_()
-        return self.update(x, output, self.z, self.rows[row], self.problem.config.clip_sample, self.problem.dtype)
+        return self.update(
+            x, output, self.z, self.row_columns[row], self.problem.config.clip_sample, self.problem.dtype
+        )
 
     def step(self, x: Tensor, row: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            x_new, _ = self._step(x, self._entered(x), row)
+            x_new, _ = self._step(x, self._model_input(x), row)
         return x_new.clone(), self.z
 
 
-class GraphByHand(_Plain):
-    """A CUDA graph of the network as it is and a step in plain PyTorch, as one would write it for oneself."""
+class GraphByHand(_PlainArm):
+    """A CUDA graph of the unchanged network and of a step in plain PyTorch, as a user would write it."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.x, self.entered = torch.zeros_like(self.z), torch.zeros_like(self.z, dtype=problem.dtype)
+        self.x, self.model_input = torch.zeros_like(self.z), torch.zeros_like(self.z, dtype=problem.dtype)
         self.row = torch.zeros(1, dtype=torch.int64, device=problem.device)
         with torch.no_grad():
             self.graph = StepGraph(self._body, problem.device)
@@ -304,20 +337,20 @@ class GraphByHand(_Plain):
     def _body(self) -> None:
         row = self.row.clamp(max=len(self.table) - 1)
         times = self.times.index_select(0, row)[0]
-        output = tensor_of(self.problem.model(self.entered, times, **self.problem.kwargs))
+        output = tensor_of(self.problem.model(self.model_input, times, **self.problem.kwargs))
         self.z.normal_()
         columns = self.columns.index_select(0, row)[0]
-        x, entered = _update(self.x, output, self.z, columns, self.problem.config.clip_sample, self.problem.dtype)
+        x, model_input = _update(self.x, output, self.z, columns, self.problem.config.clip_sample, self.problem.dtype)
         self.x.copy_(x)
-        self.entered.copy_(entered)
+        self.model_input.copy_(model_input)
         self.row.add_(1)
 
     def _begin(self, x: Tensor, row: int) -> None:
         self.x.copy_(x)
-        self.entered.copy_(x)
+        self.model_input.copy_(x)
         self.row.fill_(row)
 
-    def walk(self, seed: int, steps: int | None = None) -> Tensor:
+    def sample(self, seed: int, steps: int | None = None) -> Tensor:
         torch.manual_seed(seed)
         self._begin(torch.randn(self.problem.shape, device=self.problem.device), 0)
         for _ in range(steps or self.problem.steps):
@@ -332,20 +365,17 @@ class GraphByHand(_Plain):
 
 SHIPPED, OURS, ALONE = "diffusers, as shipped", "ddpm_fast", "our network call alone"
 COMPILED = "diffusers, torch.compile"
-HOISTED = {"optimize": "hoist"}
 ARMS: dict[str, Callable[[Problem], Arm]] = {
     SHIPPED: Diffusers,
-    OURS: lambda problem: Ours(problem, **HOISTED),
-    f"{OURS}, layout by trial": lambda problem: Ours(problem, **HOISTED, memory_format="auto"),
-    f"{OURS}, layout by trial, compiled": lambda problem: Ours(problem, **HOISTED, memory_format="auto", compile=True),
-    f"{OURS}, network as it is": lambda problem: Ours(problem, optimize=None),
-    ALONE: lambda problem: NetworkAlone(problem, **HOISTED),
+    OURS: partial(Ours, optimize="hoist"),
+    f"{OURS}, layout by trial": partial(Ours, optimize="hoist", memory_format="auto"),
+    f"{OURS}, layout by trial, compiled": partial(Ours, optimize="hoist", memory_format="auto", compile=True),
+    f"{OURS}, network as it is": partial(Ours, optimize=None),
+    ALONE: partial(NetworkAlone, optimize="hoist"),
     "CUDA graph by hand": GraphByHand,
     "denoising-diffusion-pytorch": Lucidrains,
     **{
-        f"{COMPILED} {mode}{', channels_last' if last else ''}": (
-            lambda problem, mode=mode, last=last: Compiled(problem, mode, last)
-        )
+        f"{COMPILED} {mode}{', channels_last' if last else ''}": partial(Compiled, mode=mode, channels_last=last)
         for mode in ("default", "reduce-overhead", "max-autotune")
         for last in (False, True)
     },
@@ -353,13 +383,13 @@ ARMS: dict[str, Callable[[Problem], Arm]] = {
 
 
 def missing(arm: str, problem: Problem) -> str | None:
-    """Why an arm cannot be built here, or None."""
+    """Return why an arm cannot be built here, or None."""
     if arm == SHIPPED or arm.startswith(COMPILED):
         package = "diffusers"
     elif ARMS[arm] is Lucidrains:
         package = "denoising_diffusion_pytorch"
         if problem.kwargs or not problem.config.clip_sample:
-            return "walks unconditionally, and clips"
+            return "samples without a condition and always clips"
     else:
         package = "torch"
     if importlib.util.find_spec(package) is None:
@@ -371,7 +401,7 @@ def missing(arm: str, problem: Problem) -> str | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what tracing and compiling warn of."""
+    """Suppress the warnings of tracing and compiling."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

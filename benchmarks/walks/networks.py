@@ -1,4 +1,4 @@
-"""The networks of `walks.py`: configurations that people use, with random weights."""
+"""The networks of the whole runs: configurations that people use, with random weights."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ CELEBA = {
     "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
 }  # fmt: skip
-# As many parameters as the network that the package brings.
+# As many parameters as the embedded network.
 MOONS = {
     "sample_size": 32, "in_channels": 1, "out_channels": 1, "block_out_channels": (32, 64, 64), "layers_per_block": 2,
     "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), "norm_num_groups": 8,
@@ -37,8 +37,8 @@ DIT_XL_2 = {
 }  # fmt: skip
 
 
-class Origin(nn.Module):
-    """A DiT without the half of its output that its pipeline discards."""
+class HalfDiT(nn.Module):
+    """A DiT that returns only the half of its output that its pipeline uses."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
@@ -69,15 +69,15 @@ def _classes(batch: int, device: torch.device) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A network.
+    """A network that can be built.
 
     Attributes:
-        title: what it is.
-        short: as tables call it.
-        make: builds it.
-        shape: (C, H, W) of a sample.
-        kwargs: (batch, device) → its keywords.
-        clip: whether samples are images on [-1, 1].
+        title: A full description.
+        short: The name in tables.
+        make: A function that builds the network.
+        shape: Shape of a sample, (C, H, W).
+        kwargs: A function from the batch size and the device to the keywords of the network.
+        clip: Whether samples are images on [-1, 1], so that the x0 prediction is clipped.
     """
 
     title: str
@@ -94,7 +94,7 @@ KINDS = {
     "dit": Kind(
         "DiT-XL/2, latents of 256 x 256 images",
         "DiT-XL/2",
-        lambda: Origin(**DIT_XL_2),
+        lambda: HalfDiT(**DIT_XL_2),
         (4, 32, 32),
         _classes,
         clip=False,
@@ -106,14 +106,18 @@ KINDS = {
 
 @dataclass
 class Problem:
-    """One network at one batch size and precision; what every arm gets.
+    """One network at one batch size and precision. All arms of a part share a problem.
 
     Attributes:
-        kind, batch, precision, steps, device: what it is; precision is "float32", "tf32" or "bfloat16".
-        exact: the network in float32, the judge.
-        model: in the precision's dtype; the arms share it and leave it as it is.
-        kwargs: its keywords.
-        config: of the walk: DDPM, 1000 linear betas, `steps` of them.
+        kind: The network.
+        batch: The batch size.
+        precision: "float32", "tf32" or "bfloat16".
+        steps: The number of steps of a run.
+        device: The device of the network.
+        exact: The network in float32. The gate compares with it.
+        model: The network in the dtype of the precision. The arms share it and must not change it.
+        kwargs: The keywords of the network.
+        config: DDPM with 1000 linear betas, of which a run takes `steps`.
     """
 
     kind: Kind
@@ -135,16 +139,16 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The network's."""
+        """The dtype of the network."""
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the batch."""
+        """The shape of the batch."""
         return (self.batch, *self.kind.shape)
 
     def operations(self) -> int:
-        """Floating point operations of a call: two for a multiplication and addition."""
+        """Return the floating point operations of a call. A multiplication with an addition counts as two."""
         from torch.utils.flop_counter import FlopCounterMode
 
         x = torch.zeros(1, *self.kind.shape, device=self.device)
@@ -155,5 +159,5 @@ class Problem:
 
 
 def tensor_of(output: Any) -> Tensor:
-    """The tensor that a network returned, in an object or not."""
+    """Return the tensor of a network's output, which is the tensor itself or an object with `.sample`."""
     return output if isinstance(output, Tensor) else output.sample

@@ -1,4 +1,4 @@
-"""The plot of what `walks.py` measured: milliseconds a step of every arm, a panel a part.
+"""The plot of whole runs: milliseconds a step of every arm, one panel for each part.
 
 python -m benchmarks.walks.plot      draws docs/walks-<machine>.png from the files in benchmarks/results
 """
@@ -7,17 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.results import FOLDER, ROOT
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.results import FOLDER, ROOT, Row
 from benchmarks.walks.run import PARTS
 from ddpm_fast.files import whole_file
 
-RESULTS = FOLDER
 OURS_COLOUR, OTHERS_COLOUR, ALONE_COLOUR = "C0", "0.65", "0.85"
 
 
-def results(folder: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
-    """Machine → its results, in the order of the parts."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def read_results(folder: Path = FOLDER) -> dict[str, list[Row]]:
+    """Return the results of each machine, in the order of the parts."""
+    found: dict[str, list[Row]] = {}
     for path in sorted(folder.glob("*__walks*.json")):
         machine = path.name.partition("__")[0]
         found.setdefault(machine, []).append(json.loads(path.read_text(encoding="utf-8")))
@@ -25,32 +25,32 @@ def results(folder: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
     return {machine: sorted(each, key=lambda result: order.index(result["part"])) for machine, each in found.items()}
 
 
-def plot(measured: list[dict[str, Any]], path: Path) -> None:
-    """Draw bars: medians, with the 20th and 80th percentiles of the walks; errors have no bar."""
+def plot(results: list[Row], path: Path) -> None:
+    """Draw a bar for each median, with the 20th and 80th percentiles of the runs. Arms with an error have no bar."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(2, len(measured))
-    lines = -(-len(measured) // columns)
-    bars = max(len(result["rows"]) for result in measured)
+    columns = min(2, len(results))
+    lines = -(-len(results) // columns)
+    bars = max(len(result["rows"]) for result in results)
     size = (8.5 * columns, lines * (0.34 * bars + 1.1))
     figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    for axes, result in zip(panels.flat, measured, strict=False):
-        _bars(axes, result)
-    for axes in list(panels.flat)[len(measured) :]:
+    for axes, result in zip(panels.flat, results, strict=False):
+        _draw_bars(axes, result)
+    for axes in list(panels.flat)[len(results) :]:
         axes.set_axis_off()
-    environment = measured[0]["environment"]
+    environment = results[0]["environment"]
     machine = environment["gpu"] or f"{environment['processor']}, {environment['threads']} threads"
-    figure.suptitle(f"{machine} (torch {environment['torch']}): whole walks, milliseconds a step", fontsize=11)
+    figure.suptitle(f"{machine} (torch {environment['torch']}): whole runs, milliseconds a step", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=130)
     plt.close(figure)
 
 
-def _bars(axes: Any, result: dict[str, Any]) -> None:
+def _draw_bars(axes: Any, result: Row) -> None:
     rows = sorted((row for row in result["rows"] if "ms_per_step" in row), key=lambda row: -row["ms_per_step"])
     longest = max(row["ms_per_step"] for row in rows)
     for place, row in enumerate(rows):
@@ -68,10 +68,11 @@ def _bars(axes: Any, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Draw a picture a machine."""
-    for machine, measured in results().items():
+    """Draw a picture for each machine."""
+    make_parser(__doc__).parse_args()
+    for machine, results in read_results().items():
         path = ROOT / "docs" / f"walks-{machine}.png"
-        plot(measured, path)
+        plot(results, path)
         print(path)
 
 

@@ -1,33 +1,37 @@
-"""Whole walks, end to end: ddpm_fast, diffusers as shipped and at its best, a CUDA graph by hand, lucidrains' loop.
+"""Compare whole sampling runs of ddpm_fast with diffusers, a CUDA graph by hand and denoising-diffusion-pytorch.
 
-    python -m benchmarks.walks --part cifar-1-bfloat16     on a GPU, under nine minutes; --list names the parts
-    python -m benchmarks.walks --part cpu                  on a CPU, minutes
+    python -m benchmarks.walks --part cifar-1-bfloat16     measures a part on a GPU in less than nine minutes
+    python -m benchmarks.walks --part cpu                  measures the part for a CPU, in minutes
     python -m benchmarks.walks --part smoke --device cpu   tries every piece; its numbers mean nothing
+    python -m benchmarks.walks --list                      names the parts
 
-All arms of a part run in one process, in turns, with the same network (random weights). An arm that takes a wrong step
-has an error in its row and no time. Writes benchmarks/results/<gpu>__walks-<part>.json; docs/benchmarks.md says how to
-read it, and benchmarks/tables.py fills the tables from it. Without an installed ddpm_fast put PYTHONPATH=. before it.
+All arms of a part run in one process, in turns, with the same network and random weights. Diffusers runs as shipped and
+compiled. An arm that takes a wrong step has an error in its row and no time. The result is written to
+benchmarks/results/<gpu>__walks-<part>.json, or to cpu__walks.json. docs/benchmarks.md explains the result, and
+`python -m benchmarks.tables` fills the tables from it. Put PYTHONPATH=. before the command where ddpm_fast is not
+installed.
 """
 
-import argparse
 import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common.results import FOLDER, machine_name, write_result
+from benchmarks.common.command_line import add_result_options, make_parser
+from benchmarks.common.results import FOLDER, Row, machine_name, write_result
 from benchmarks.walks.arms import ALONE, ARMS, COMPILED, OURS, SHIPPED, Arm, Ours, WrongStepError, check, missing, quiet
 from benchmarks.walks.networks import KINDS, Problem
 from ddpm_fast.engine.execution import tf32
 
-ROUNDS = 25  # at most
-MATRIX = 8192  # side of the product that gives the ceiling
+ROUNDS = 25  # the most that an arm runs
+MATRIX = 8192  # rows and columns of the matrices whose product gives the ceiling
+
+Seconds = tuple[float, float]  # of one run: until the images are on the host; until the host had issued all steps
 
 _OURS = (OURS, f"{OURS}, layout by trial", f"{OURS}, layout by trial, compiled", f"{OURS}, network as it is", ALONE)
 _RIVALS = ("CUDA graph by hand", "denoising-diffusion-pytorch")
@@ -40,16 +44,18 @@ _TUNED = (*_AUTOTUNED, *_OURS)
 
 @dataclass(frozen=True)
 class Part:
-    """What one command measures.
+    """The setting that one command measures, with its goals.
 
     Attributes:
-        kind, batch, precision: of the network.
-        steps: of a walk; where they are not 1000, times a thousand steps are scaled.
-        arms: in the order in which they are built.
-        shipped_goal, compiled_goal: how many times as fast as diffusers, as shipped and best compiled, the best of
-            ours is to be.
-        slowest_goal: how many times as fast as diffusers as shipped the slowest of ours is to be.
-        overhead_goal: the most that the loop may add to our network call alone.
+        kind: A key of `KINDS`.
+        batch: The batch size.
+        precision: "float32", "tf32" or "bfloat16".
+        steps: The number of steps of a run. Where the number is not 1000, the times of 1000 steps are scaled.
+        arms: The arms in the order in which they are built.
+        shipped_goal: The least speed-up of our fastest arm over diffusers as shipped.
+        compiled_goal: The least speed-up of our fastest arm over the fastest compiled diffusers.
+        slowest_goal: The least speed-up of our slowest arm over diffusers as shipped.
+        overhead_goal: The largest share of time that the loop may add to our network call alone.
     """
 
     kind: str
@@ -63,7 +69,7 @@ class Part:
     overhead_goal: float | None = 0.02
 
 
-# The first ones are wanted first.
+# The most important parts stand first.
 PARTS = {
     "cifar-1-bfloat16": Part("cifar", 1, "bfloat16", 1000, shipped_goal=6, compiled_goal=1.5),
     "cifar-256-bfloat16": Part("cifar", 256, "bfloat16", compiled_goal=1.15),
@@ -85,10 +91,11 @@ PARTS = {
 
 
 class Clock:
-    """Wall time on a device.
+    """A wall clock for a device.
 
     Attributes:
-        cuda: whether it has to be waited for.
+        device: The device that runs the arms.
+        cuda: Whether the host has to wait for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -96,15 +103,15 @@ class Clock:
         self.device = device
 
     def wait(self) -> float:
-        """Until the device is done; the time."""
+        """Wait until the device has finished. Return the time."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def walk(self, arm: Arm, seed: int) -> tuple[float, float]:
-        """Seconds until the images are on the host as bytes, and until the host had issued all steps."""
+    def time(self, arm: Arm, seed: int) -> Seconds:
+        """Return the seconds until the images are on the host as bytes, and until the host had issued all steps."""
         began = self.wait()
-        x = arm.walk(seed)
+        x = arm.sample(seed)
         issued = time.perf_counter()
         if x is not None:
             to_bytes(x).cpu()
@@ -112,20 +119,20 @@ class Clock:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Images on [-1, 1] as bytes; the same for all arms."""
+    """Return images on [-1, 1] as bytes. All arms use this function."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def build(name: str, problem: Problem, clock: Clock) -> tuple[Arm, dict[str, Any]]:
-    """An arm that has passed the gate, and what that took."""
+def build(name: str, problem: Problem, clock: Clock) -> tuple[Arm, Row]:
+    """Build an arm and check it. Return the arm, and a row with the time, the memory and the kernels that it takes."""
     reserved = _reserved(clock)
     began = clock.wait()
     with quiet():
         arm = ARMS[name](problem)
-    took = clock.wait() - began
-    row = {"arm": name, "build_s": took, "gate": None if name == ALONE else check(arm)}
+    seconds = clock.wait() - began
+    row: Row = {"arm": name, "build_s": seconds, "gate": None if name == ALONE else check(arm)}
     row["kernels_per_step"] = kernels(arm, clock) if clock.cuda else None
-    arm.walk(0)
+    arm.sample(0)
     row["memory_MB"] = (_reserved(clock) - reserved) / 1e6 if clock.cuda else None
     return arm, row
 
@@ -139,17 +146,17 @@ def _reserved(clock: Clock) -> int:
 
 
 def kernels(arm: Arm, clock: Clock) -> float | None:
-    """Kernels, copies and fills that the device runs for a step."""
+    """Return the kernels, copies and fills that the device runs for a step; None where they cannot be counted."""
     if isinstance(arm, Ours):
-        graphs = list(arm.sampler.loop._graphs.values())
+        graphs = list(arm.loop._graphs.values())
         return count(graphs[0].replay, clock) if graphs else None
     if arm.problem.steps < 8:
         return None
-    return (count(lambda: arm.walk(0, 7), clock) - count(lambda: arm.walk(0, 3), clock)) / 4
+    return (count(lambda: arm.sample(0, 7), clock) - count(lambda: arm.sample(0, 3), clock)) / 4
 
 
 def count(work: Callable[[], Any], clock: Clock) -> float:
-    """Kernels, copies and fills that the device runs for `work`."""
+    """Return the kernels, copies and fills that the device runs for `work`."""
     from torch.profiler import ProfilerActivity, profile
 
     clock.wait()
@@ -159,31 +166,34 @@ def count(work: Callable[[], Any], clock: Clock) -> float:
     return float(sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events()))
 
 
-def take_turns(arms: dict[str, Arm], clock: Clock, until: float, rounds: int = ROUNDS) -> dict[str, list]:
-    """(whole, host) seconds of the arms' walks, in turns; at least three rounds of those that time allows."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+def take_turns(arms: dict[str, Arm], clock: Clock, until: float, rounds: int = ROUNDS) -> dict[str, list[Seconds]]:
+    """Run all arms in turns. Return the seconds of each run.
+
+    Every arm runs at least three times, and at most `rounds` times while the time lasts.
+    """
+    times: dict[str, list[Seconds]] = {name: [] for name in arms}
     for arm in arms.values():
-        clock.walk(arm, 0)
+        clock.time(arm, 0)
     for turn in range(rounds):
         for name, arm in arms.items():
             expected = max((whole for whole, _ in times[name]), default=0)
             if turn < 3 or time.perf_counter() + expected < until:
-                times[name].append(clock.walk(arm, turn + 1))
+                times[name].append(clock.time(arm, turn + 1))
         if turn >= 2 and time.perf_counter() > until:
             break
     return times
 
 
 def bootstrap(theirs: Sequence[float], ours: Sequence[float], draws: int = 4000) -> dict[str, float]:
-    """Ratio of the medians, theirs to ours, with its 95 % interval by resampling."""
+    """Return the ratio of the medians, theirs to ours, with its 95 % interval by resampling."""
     generator = np.random.default_rng(0)
     medians = [np.median(generator.choice(np.asarray(times), (draws, len(times))), axis=1) for times in (theirs, ours)]
     low, high = np.percentile(medians[0] / medians[1], (2.5, 97.5)).tolist()
     return {"ratio": float(np.median(theirs) / np.median(ours)), "low": low, "high": high}
 
 
-def row_of(part: Part, times: list[tuple[float, float]], operations: int, ceiling: float | None) -> dict[str, Any]:
-    """What a table shows of an arm."""
+def row_of(part: Part, times: list[Seconds], operations: int, ceiling: float | None) -> Row:
+    """Return the measured numbers of an arm."""
     whole, host = (np.array(column) for column in zip(*times, strict=True))
     p20, median, p80 = np.percentile(1e3 * whole / part.steps, (20, 50, 80)).tolist()
     share = None if ceiling is None else operations / (1e-3 * median) / (1e12 * ceiling)
@@ -200,9 +210,9 @@ def row_of(part: Part, times: list[tuple[float, float]], operations: int, ceilin
     }
 
 
-def compare(rows: dict[str, dict], times: dict[str, list]) -> None:
-    """Put into the rows of ours how many times as fast as the others they are."""
-    wholes = {name: [whole for whole, _ in found] for name, found in times.items() if found}
+def compare(rows: dict[str, Row], times: dict[str, list[Seconds]]) -> None:
+    """Add the speed-ups over the other arms to the rows of ours."""
+    wholes = {name: [whole for whole, _ in pairs] for name, pairs in times.items() if pairs}
     compiled = [name for name in wholes if name.startswith(COMPILED)]
     best = min(compiled, key=lambda name: np.median(wholes[name]), default=None)
     for name in wholes:
@@ -214,8 +224,8 @@ def compare(rows: dict[str, dict], times: dict[str, list]) -> None:
                 rows[name][f"over_{key}"] = {"arm": rival, **bootstrap(wholes[rival], wholes[name])}
 
 
-def goals(part: Part, rows: dict[str, dict]) -> list[dict[str, Any]]:
-    """Every goal of the part, what was reached, and whether that is enough; None where it was not measured."""
+def goals(part: Part, rows: dict[str, Row]) -> list[Row]:
+    """Return every goal of the part with the value that was reached; None where nothing was measured."""
     ours = [row for name, row in rows.items() if name.startswith(OURS)]
     shipped, compiled = (
         [row[key]["ratio"] for row in ours if key in row] for key in ("over_shipped", "over_best_compiled")
@@ -231,14 +241,15 @@ def goals(part: Part, rows: dict[str, dict]) -> list[dict[str, Any]]:
     ]
 
 
-def _goal(name: str, limit: float | None, value: float | None, most: bool = False) -> dict[str, Any]:
-    known = limit is not None and value is not None
-    met = (value <= limit if most else value >= limit) if known else None  # type: ignore[operator]
+def _goal(name: str, limit: float | None, value: float | None, most: bool = False) -> Row:
+    met = None
+    if limit is not None and value is not None:
+        met = value <= limit if most else value >= limit
     return {"goal": name, "sense": "at most" if most else "at least", "limit": limit, "value": value, "met": met}
 
 
 def matrix_ceiling(clock: Clock) -> float | None:
-    """TFLOP/s of a large bfloat16 matrix product; None on a CPU."""
+    """Return the TFLOP/s of a large bfloat16 matrix product; None on a CPU."""
     if not clock.cuda:
         return None
     a, b = (torch.randn(MATRIX, MATRIX, device=clock.device, dtype=torch.bfloat16) for _ in range(2))
@@ -252,17 +263,17 @@ def matrix_ceiling(clock: Clock) -> float | None:
     return 2 * MATRIX**3 / float(np.median(times)) / 1e12
 
 
-def run(name: str, device: torch.device, budget: float) -> dict[str, Any]:
-    """Measure a part; everything that a result file holds besides its environment."""
+def run(name: str, device: torch.device, budget: float) -> Row:
+    """Measure a part. Return all entries of the result file except the environment."""
     part, clock = PARTS[name], Clock(device)
-    torch.compiler.config.force_disable_caches = True  # what compiling takes is measured
+    torch.compiler.config.force_disable_caches = True  # the time to compile is measured
     began = time.perf_counter()
     ceiling = matrix_ceiling(clock)
     problem = Problem(KINDS[part.kind], part.batch, part.precision, part.steps, device)
     operations = problem.operations()
     arms: dict[str, Arm] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    left_out = []
+    rows: dict[str, Row] = {}
+    left_out: list[Row] = []
     longest = 0.0
     with tf32({"float32": False, "tf32": True}.get(part.precision) if clock.cuda else None):
         for arm in part.arms:
@@ -278,13 +289,13 @@ def run(name: str, device: torch.device, budget: float) -> dict[str, Any]:
                 arms[arm], rows[arm] = build(arm, problem, clock)
             except WrongStepError as error:
                 rows[arm] = {"arm": arm, "error": f"wrong result: {error}"}
-            except Exception as error:  # one arm that breaks is no reason to lose the others
+            except Exception as error:  # the other arms are still measured
                 rows[arm] = {"arm": arm, "error": f"{type(error).__name__}: {str(error)[:500]}"}
             print(_built(rows[arm]), flush=True)
             longest = max(longest, time.perf_counter() - began - spent)
         times = take_turns(arms, clock, began + budget)
-    for arm, found in times.items():
-        rows[arm] |= row_of(part, found, operations, ceiling)
+    for arm, seconds in times.items():
+        rows[arm] |= row_of(part, seconds, operations, ceiling)
     compare(rows, times)
     return {
         "part": name,
@@ -303,33 +314,37 @@ def run(name: str, device: torch.device, budget: float) -> dict[str, Any]:
     }
 
 
-def _built(row: dict) -> str:
+def _built(row: Row) -> str:
     if "error" in row:
         return f"{row['arm']:45} ERROR: {row['error']}"
     gate = "no gate" if row["gate"] is None else f"gate at {row['gate']:.2f}"
     return f"{row['arm']:45} built in {row['build_s']:.1f} s, {gate}"
 
 
-def line(row: dict) -> str:
-    """A row for the terminal."""
+def line(row: Row) -> str:
+    """Return a row as a line for the terminal."""
     if "error" in row:
         return f"{row['arm']:45} {row['error']}"
     text = f"{row['arm']:45} {row['ms_per_step']:9.3f} ms a step, host {row['host_us_per_step']:7.0f} us"
     for key in ("shipped", "best_compiled"):
-        if found := row.get(f"over_{key}"):
-            text += f", {found['ratio']:.2f} x {key} ({found['low']:.2f} to {found['high']:.2f})"
+        if over := row.get(f"over_{key}"):
+            text += f", {over['ratio']:.2f} x {key} ({over['low']:.2f} to {over['high']:.2f})"
     return text
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; the exit code is 1 if a row has an error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, help="what to measure")
-    parser.add_argument("--list", action="store_true", help="name the parts, the most wanted first")
-    parser.add_argument("--device", help="cuda or cpu; default: cpu for the parts cpu and smoke, else cuda")
-    parser.add_argument("--budget", type=float, default=480, help="seconds; what does not fit is listed (default 480)")
-    parser.add_argument("--out", type=Path, help="folder for the result, instead of benchmarks/results")
-    parser.add_argument("--commit", help="where there is no git: what `git describe --always --dirty` says elsewhere")
+    """Run the command line. Return 1 if a row has an error, else 0."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--part", choices=PARTS, help="the part to measure; default: name the parts and exit")
+    parser.add_argument("--list", action="store_true", help="name the parts, the most important first, and exit")
+    parser.add_argument("--device", help="cuda or cpu (default: cpu for the parts cpu and smoke, else cuda)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=480,
+        help="seconds; arms that do not fit are listed as left out (default: %(default)s)",
+    )
+    add_result_options(parser, folder=None)
     given = parser.parse_args(arguments)
     if given.list or not given.part:
         print("\n".join(PARTS))
@@ -345,8 +360,8 @@ def main(arguments: list[str] | None = None) -> int:
     for goal in result["goals"]:
         if goal["limit"] is not None:
             value = "" if goal["value"] is None else f" {goal['value']:.3g},"
-            said = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
-            print(f"goal: {goal['goal']}, {goal['sense']} {goal['limit']:g}:{value} {said}")
+            verdict = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
+            print(f"goal: {goal['goal']}, {goal['sense']} {goal['limit']:g}:{value} {verdict}")
     if given.out or given.part != "smoke":
         machine = machine_name(device)
         rows = result.pop("rows")

@@ -1,13 +1,11 @@
-"""The benchmarks of speculative sampling run; what they wrote fills the tables of docs/speculation.md."""
+"""The benchmarks of speculative sampling run, and their results fill the tables of docs/speculation.md."""
 
 import itertools
 
 import torch
 
 from benchmarks.network import replay
-from benchmarks.speculation import plot as speculation_plot
-from benchmarks.speculation import run as speculation
-from benchmarks.speculation import tables as speculation_tables
+from benchmarks.speculation import plot, run, tables
 from ddpm_fast.kernels.rounds import Position
 from ddpm_fast.models.checkpoint import load_checkpoint
 from research import speculation_ideas
@@ -25,7 +23,7 @@ def test_ideas_are_counted():
 
 
 def test_arms_are_compared():
-    rows = speculation.compare(load_checkpoint("digits"), 4, 1, 16, CPU)
+    rows = run.compare(load_checkpoint("digits"), 4, 1, 16, CPU)
     found = {(row["policy"], row["hoisted"]): row for row in rows}
     assert set(found) == {(name, False) for name in ("sequential", "8", "by t", "measured")} | {
         (name, True) for layout in ("", ", channels_last") for name in (f"sequential{layout}", f"measured{layout}")
@@ -35,8 +33,8 @@ def test_arms_are_compared():
     assert found["measured", True]["windows"] == found["measured", False]["windows"]
 
 
-def test_frozen_guesses_are_one_estimate():
-    sampler = speculation.arms_of(load_checkpoint("digits"), 1, 16, CPU)["16", "frozen", False]
+def test_frozen_guesses_are_all_equal():
+    sampler = run.arms_of(load_checkpoint("digits"), 1, 16, CPU)["16", "frozen", False]
     sampler(seeds=0, progress=False)
     guess = sampler.loop._guess[0]
     assert torch.equal(guess, guess[:1].expand_as(guess))
@@ -50,8 +48,8 @@ def test_calls_are_timed_by_batch_size():
     assert all(row["single_calls"] == 1 for row in rows if row["batch"] == 1)
 
 
-def test_rounds_of_the_picture_are_a_whole_walk():
-    found = speculation_plot.rounds()
+def test_rounds_of_the_picture_are_a_whole_run():
+    found = plot.rounds()
     assert found[0][Position.START] == 0
     assert found[-1][Position.ROW] == 1000
     for one, following in itertools.pairwise(found):
@@ -59,7 +57,7 @@ def test_rounds_of_the_picture_are_a_whole_walk():
 
 
 def test_every_table_is_filled():
-    for name, table in speculation_tables.TABLES.items():
+    for name, table in tables.TABLES.items():
         lines = table().splitlines()
         assert len(lines) > 3, name
         assert len({line.count("|") for line in lines}) == 1, name

@@ -1,4 +1,4 @@
-"""benchmarks/walks/run.py: its gate fails what is wrong, its statistics are right, and its pieces run."""
+"""benchmarks.walks: the gate rejects wrong steps, the statistics are right, and all pieces run."""
 
 import json
 
@@ -9,10 +9,8 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("denoising_diffusion_pytorch")
 
-from benchmarks.walks import arms as walk_arms
-from benchmarks.walks import plot as walk_plot
-from benchmarks.walks import run as walks
-from benchmarks.walks.arms import ALONE, ARMS, COMPILED, OURS, SHIPPED, Arm, WrongStepError, check, posterior
+from benchmarks.walks import plot, run
+from benchmarks.walks.arms import ALONE, ARMS, COMPILED, OURS, SHIPPED, Arm, Diffusers, WrongStepError, check, posterior
 from benchmarks.walks.networks import KINDS, Problem, tensor_of
 from benchmarks.walks.run import PARTS, Part
 
@@ -32,7 +30,7 @@ def test_arms_pass_the_gate(arm, precision):
 
 
 class Planted(Arm):
-    """Takes the textbook's step, with a mistake."""
+    """An arm that takes the textbook's step with a mistake."""
 
     mistake = None
 
@@ -40,8 +38,8 @@ class Planted(Arm):
         problem, table = self.problem, self.table
         z = torch.randn(x.shape, generator=torch.Generator().manual_seed(row + 1))
         t = int(table.timestep[row])
-        told = min(t + 1, 999) if self.mistake == "another timestep" else t
-        output = tensor_of(problem.exact(x, torch.full((2,), told))).double()
+        timestep = min(t + 1, 999) if self.mistake == "another timestep" else t
+        output = tensor_of(problem.exact(x, torch.full((2,), timestep))).double()
         if self.mistake == "output off by 1 %":
             output = 1.01 * output
         used = row + 1 if self.mistake == "the next row" and row + 1 < len(table) else row
@@ -73,23 +71,23 @@ def test_the_gate_fails_our_own_mistakes(problem):
 def test_the_ratio_of_medians_and_its_interval():
     generator = np.random.default_rng(1)
     theirs, ours = 3 + 0.1 * generator.standard_normal(25), 2 + 0.1 * generator.standard_normal(25)
-    found = walks.bootstrap(theirs, ours)
+    found = run.bootstrap(theirs, ours)
     assert found["ratio"] == pytest.approx(np.median(theirs) / np.median(ours))
     assert found["low"] < 1.5 < found["high"]
     assert 0.02 < found["high"] - found["low"] < 0.15
-    assert walks.bootstrap(theirs, ours) == found
-    assert walks.bootstrap([2.0] * 5, [1.0] * 5) == {"ratio": 2.0, "low": 2.0, "high": 2.0}
+    assert run.bootstrap(theirs, ours) == found
+    assert run.bootstrap([2.0] * 5, [1.0] * 5) == {"ratio": 2.0, "low": 2.0, "high": 2.0}
 
 
 class Instant(Arm):
-    """Walks in a made-up time."""
+    """An arm that samples in a made-up time."""
 
     def __init__(self, seconds):
-        self.seconds, self.walked = seconds, []
+        self.seconds = seconds
 
 
 class FakeClock:
-    """A clock that arms move on."""
+    """A clock that each arm advances."""
 
     def __init__(self):
         self.now, self.order = 0.0, []
@@ -97,7 +95,7 @@ class FakeClock:
     def perf_counter(self):
         return self.now
 
-    def walk(self, arm, seed):
+    def time(self, arm, seed):
         self.now += arm.seconds
         self.order.append((arm, seed))
         return arm.seconds, arm.seconds / 2
@@ -106,9 +104,9 @@ class FakeClock:
 @pytest.mark.parametrize(("until", "slow", "quick"), [(0, 3, 3), (150, 6, 8), (10_000, 25, 25)])
 def test_arms_take_turns_until_the_time_is_over(until, slow, quick, monkeypatch):
     clock = FakeClock()
-    monkeypatch.setattr(walks, "time", clock)
+    monkeypatch.setattr(run, "time", clock)
     arms = {"slow": Instant(20.0), "quick": Instant(1.0)}
-    times = walks.take_turns(arms, clock, until)
+    times = run.take_turns(arms, clock, until)
     assert len(times["slow"]) == slow
     assert len(times["quick"]) == quick
     assert clock.order[:6] == [(arms[name], seed) for seed in (0, 1, 2) for name in ("slow", "quick")]
@@ -121,15 +119,15 @@ def rows_with(shipped, compiled, alone):
 
 def test_goals():
     part = Part("cifar", 1, "bfloat16", shipped_goal=6, compiled_goal=1.5)
-    met = {goal["goal"]: goal["met"] for goal in walks.goals(part, rows_with(7, 1.4, 1 / 1.01))}
+    met = {goal["goal"]: goal["met"] for goal in run.goals(part, rows_with(7, 1.4, 1 / 1.01))}
     assert list(met.values()) == [True, True, False, True]
-    assert [goal["met"] for goal in walks.goals(part, {})] == [None] * 4
-    assert walks.goals(part, rows_with(0.9, 2, 1 / 1.05))[1]["met"] is False
-    assert walks.goals(part, rows_with(7, 2, 1 / 1.05))[3]["met"] is False
+    assert [goal["met"] for goal in run.goals(part, {})] == [None] * 4
+    assert run.goals(part, rows_with(0.9, 2, 1 / 1.05))[1]["met"] is False
+    assert run.goals(part, rows_with(7, 2, 1 / 1.05))[3]["met"] is False
 
 
 def test_every_part_can_be_built_here():
-    """Names and kinds; the first parts are those that are wanted first."""
+    """The names and kinds exist, and the most important parts stand first."""
     assert list(PARTS)[:3] == ["cifar-1-bfloat16", "cifar-256-bfloat16", "256-1-bfloat16"]
     for part in PARTS.values():
         assert part.kind in KINDS
@@ -139,9 +137,9 @@ def test_every_part_can_be_built_here():
 
 
 def test_the_whole_script(tmp_path, monkeypatch, capsys):
-    """All pieces but the compiled arms; one of them broken, one wrong."""
+    """All pieces run except the compiled arms; one arm is broken, and one is wrong."""
 
-    class Wrong(walk_arms.Diffusers):
+    class Wrong(Diffusers):
         def step(self, x, row):
             x_new, z = super().step(x, row)
             return x_new + 0.01, z
@@ -153,8 +151,8 @@ def test_the_whole_script(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ARMS, "broken", broken)
     part = Part("tiny", 2, "float32", 8, (*QUICK, "wrong", "broken"), shipped_goal=0.01)
     monkeypatch.setitem(PARTS, "smoke", part)
-    monkeypatch.setattr(walks, "ROUNDS", 3)
-    assert walks.main(["--part", "smoke", "--device", "cpu", "--budget", "30", "--out", str(tmp_path)]) == 1
+    monkeypatch.setattr(run, "ROUNDS", 3)
+    assert run.main(["--part", "smoke", "--device", "cpu", "--budget", "30", "--out", str(tmp_path)]) == 1
     result = json.loads((tmp_path / "cpu__walks-smoke.json").read_text())
     rows = {row["arm"]: row for row in result["rows"]}
     assert rows["wrong"]["error"].startswith("wrong result: the step at row 0 is off")
@@ -179,22 +177,22 @@ def test_the_plot_shows_every_arm_that_has_a_time(tmp_path):
         "rows": [{"arm": OURS, **row}, {"arm": f"{COMPILED} default", **row}, {"arm": SHIPPED, "error": "broken"}],
     }  # fmt: skip
     (tmp_path / "cpu__walks.json").write_text(json.dumps(result))
-    (measured,) = walk_plot.results(tmp_path).values()
-    walk_plot.plot(measured * 3, tmp_path / "plot.png")
+    (results,) = plot.read_results(tmp_path).values()
+    plot.plot(results * 3, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_parts_are_named(capsys):
-    assert walks.main(["--list"]) == 0
+    assert run.main(["--list"]) == 0
     assert capsys.readouterr().out.split() == list(PARTS)
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
-            walks.main(["--part", "cifar-1-bfloat16"])
+            run.main(["--part", "cifar-1-bfloat16"])
 
 
 @pytest.mark.gpu
 def test_every_arm_on_a_gpu(tmp_path):
-    assert walks.main(["--part", "smoke", "--device", "cuda", "--budget", "300", "--out", str(tmp_path)]) == 0
+    assert run.main(["--part", "smoke", "--device", "cuda", "--budget", "300", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*__walks-smoke.json")
     result = json.loads(path.read_text())
     assert result["left_out"] == []

@@ -1,0 +1,48 @@
+"""The tables about the network and the loop around it, in README.md and docs/network.md."""
+
+from benchmarks.common.results import markdown_table, read_result
+
+
+def overhead() -> str:
+    """Return the engine's own time on a CPU."""
+    lines = [
+        f"| {row['batch']} | {row['network_us_per_step']:,.0f} | {row['loop_us_per_step']:,.0f} "
+        f"| {row['share']:.1%} | {row['limit']:.0%} |"
+        for row in read_result("cpu__overhead")["rows"]
+    ]
+    return markdown_table("| batch size | network, µs a step | loop, µs a step | loop / network | limit |", lines)
+
+
+def hoisting() -> str:
+    """Return the operations that leave the loop of each network, and the time that this saves."""
+    lines = [
+        f"| {row['network']} | {row['before']} | {row['of_t']} | {row['of_condition']} | {row['of_both']} "
+        f"| {row['neutral']} | {row['after']} | {row['tables']}, {row['table_bytes'] / 1e6:.1f} "
+        f"| {row['plain_ms']:.1f} | {row['hoisted_ms']:.1f} "
+        f"| {row['speedup']:.2f} ({row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}) | {row['build_s']:.1f} "
+        f"| {row['largest_difference']:.0e} |"
+        for row in read_result("cpu__hoisting")["rows"]
+    ]
+    header = (
+        "| network | operations | depend on t | depend on the condition or on nothing | depend on both | neutral "
+        "| left in the loop "
+        "| tables: number, MB | plain, ms | hoisted, ms | speed-up (p20 to p80) | time to build, s "
+        "| largest difference |"
+    )
+    return markdown_table(header, lines)
+
+
+def precision() -> str:
+    """Return how the network's precision changes the images."""
+    lines = [
+        f"| {row['network']} | {row['largest']:.1e} | {row['mean']:.1e} | {row['pixels_off_by_one_of_255']:.2%} |"
+        for row in read_result("cpu__precision")["rows"]
+    ]
+    header = (
+        "| network | largest difference to float32, on [-1, 1] | mean difference "
+        "| pixels that differ by more than 1 of 255 |"
+    )
+    return markdown_table(header, lines)
+
+
+TABLES = {"hoisting": hoisting, "precision": precision}
