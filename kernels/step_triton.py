@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 
 INPAINT = tl.constexpr(int(Stream.INPAINT))
+# The fourth word of the noise's counter. The kernel takes the word at run time: with a compiled-in 0 the compiler keeps
+# too few registers and spills (sm_89 and sm_100, Triton 3.7.1).
+ZERO = 0
 HALF_LOG2_E = tl.constexpr(0.7213475204444817)
 
 
@@ -34,11 +37,11 @@ def exp2(x, PTX: tl.constexpr):
 
 # A count that changes from launch to launch must not compile the kernel again; and a 1 that is compiled in has no
 # dtype.
-@triton.jit(do_not_specialize=["offset", "steps", "batch"])
+@triton.jit(do_not_specialize=["offset", "steps", "visit", "batch"])
 def step_kernel(
     x_ptr, output_ptr, z_ptr, coefficients_ptr, ids_ptr, base_ptr, seeds_ptr, bound_ptr, guidance_ptr,
     known_ptr, mask_ptr, new_ptr, x0_ptr, input_ptr, timestep_ptr,
-    offset, steps, batch, n, q, clip,
+    clip, offset, steps, visit, batch, n, q,  # visit: see ZERO
     pixels, output_batch, output_channel, output_pixel, output_variance, input_batch, input_channel, input_pixel,
     NOISE: tl.constexpr,  # "none", "philox" or "tensor"
     CLIP: tl.constexpr,  # "none", "fixed" or "bound"
@@ -130,9 +133,9 @@ def step_kernel(
                 keeps = load4(mask_ptr + o_sample, begins, j, masks)
 
             if NOISE == "philox":
-                radii, directions = polar4(seed, tie(j, xs[0]), noise_id, STEP, 0, sigma, PTX)
+                radii, directions = polar4(seed, tie(j, xs[0]), noise_id, STEP, visit, sigma, PTX)
             if INPAINT_KNOWN:
-                known_radii, known_directions = polar4(seed, tie(j, xs[0]), noise_id, INPAINT, 0, known_sigma, PTX)
+                known_radii, known_directions = polar4(seed, tie(j, xs[0]), noise_id, INPAINT, visit, known_sigma, PTX)
             if STRIDED_INPUT:
                 input_places = place4(begins, start, pixels, input_channel, input_pixel, ONE_WRAP, BLOCK)
 
@@ -195,7 +198,7 @@ def step_triton(
     step_kernel[grid(batch, n)](
         x, output, given.z, coefficients, ids, base, given.seeds, given.bound, given.guidance, given.known, given.mask,
         given.x_new, given.x0_new, given.model_input, given.timestep,
-        offset, len(coefficients), batch, n, quarter(n), float(given.clip or 0.0),
+        float(given.clip or 0.0), offset, len(coefficients), ZERO, batch, n, quarter(n),
         source.pixels if strided_output or strided_input else None,
         source.batch,
         *((source.channel, source.pixel) if strided_output else (None, None)),

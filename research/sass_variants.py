@@ -50,7 +50,7 @@ LLVM_PRODUCT = _philox(
 TWO_PRODUCTS = _philox("return high, low", "return tl.umulhi(a, m), a * m")
 TRITON_WIDENING = ("rows_triton.py", "if PTX and values.dtype == tl.bfloat16:", "if False:")
 SIGMA_LAST = (
-    ("step_triton.py", "noise_id, STEP, 0, sigma, PTX)", "noise_id, STEP, 0, 1.0, PTX)"),
+    ("step_triton.py", "noise_id, STEP, visit, sigma, PTX)", "noise_id, STEP, visit, 1.0, PTX)"),
     ("step_triton.py", "scale, z = radii[lane], directions[lane]", "scale, z = sigma, radii[lane] * directions[lane]"),
 )
 SINE_PORTABLE = tuple(_philox(f"direction(w{i}, PTX)", f"direction(w{i}, False)") for i in (1, 3))
