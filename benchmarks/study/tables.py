@@ -110,4 +110,7 @@ def _quality(row: Row) -> str:
     )
 
 
-TABLES = {each.__name__: each for each in (schedules, temperature, steps, fusion, likelihood, inpainting)}
+TABLES = {
+    "schedules": schedules, "temperature": temperature, "steps": steps, "fusion": fusion, "likelihood": likelihood,
+    "inpainting": inpainting,
+}  # fmt: skip

@@ -91,7 +91,7 @@ def test_the_embedded_model():
 
 
 def test_a_live_draw(ruler):
-    found = digits_quality.draw("digits", 60, 2.0, num_inference_steps=100, progress=False)
+    found = digits_quality.draw_digits("digits", 60, 2.0, num_inference_steps=100, progress=False)
     row = ruler(found)
     assert row["accuracy"] >= 0.9
     assert 0.5 < row["diversity"] < 1.1
