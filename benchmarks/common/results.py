@@ -88,7 +88,8 @@ def _needs_lines(value: Any) -> bool:
 
 def read_result(name: str, folder: Path = FOLDER) -> Row:
     """Return the contents of <folder>/<name>.json."""
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    result: Row = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return result
 
 
 def slug(name: str) -> str:

@@ -1,5 +1,6 @@
 """The tables about speculative sampling, in README.md and docs/speculation.md."""
 
+from collections.abc import Callable
 from functools import partial
 
 from benchmarks.common.results import FOLDER, RESEARCH, Row, machine_of, markdown_table, read_result
@@ -94,7 +95,8 @@ def speculated_moons() -> str:
 
 
 def _rows(name: str) -> list[Row]:
-    return read_result(name)["rows"]
+    rows: list[Row] = read_result(name)["rows"]
+    return rows
 
 
 def _counts(row: Row) -> str:
@@ -106,7 +108,7 @@ def _faster(row: Row, name: str) -> str:
     return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "speculation": speculation, "guesses": guesses, "speculated_moons": speculated_moons, "ideas": ideas,
     "replay": replay, "every": partial(speculation, "cpu__speculation_every"),
 }  # fmt: skip

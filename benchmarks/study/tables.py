@@ -8,7 +8,8 @@ QUALITY = f"{MISFIT} | lit fraction, KS distance | radius, KS distance | deviati
 
 def rows_of(part: str) -> list[Row]:
     """Return the rows that were measured for a part of the study."""
-    return read_result(f"moons__{part}")["rows"]
+    rows: list[Row] = read_result(f"moons__{part}")["rows"]
+    return rows
 
 
 def quality() -> str:

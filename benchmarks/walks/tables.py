@@ -1,9 +1,10 @@
 """The tables of whole runs, in README.md and docs/benchmarks.md."""
 
 from benchmarks.common.results import FOLDER, Row, cell, machine_of, markdown_table
+from benchmarks.walks.arms import COMPILED, OURS, SHIPPED
 from benchmarks.walks.networks import KINDS
 from benchmarks.walks.plot import read_results
-from benchmarks.walks.run import COMPILED, OURS, PARTS, SHIPPED
+from benchmarks.walks.run import PARTS
 
 COLUMNS = {
     "s_per_1000_steps": ".3g", "images_per_s": ".3g", "share_of_ceiling": ".1%", "kernels_per_step": ".0f",
