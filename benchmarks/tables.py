@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from benchmarks.common import pages
 from benchmarks.common.command_line import make_parser
-from benchmarks.common.results import FOLDER, ROOT, Row, cell, markdown_table, read_result
+from benchmarks.common.pages import cell, markdown_table
+from benchmarks.common.results import FOLDER, ROOT, Row, read_result
 from benchmarks.libraries import tables as libraries
 from benchmarks.network import tables as network
 from benchmarks.speculation import tables as speculation

@@ -108,22 +108,6 @@ def machine_of(result: Row) -> str:
     return environment["gpu"] or f"CPU, {environment['threads']} threads"
 
 
-def markdown_table(header: str, lines: list[str]) -> str:
-    """Return a Markdown table."""
-    return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *lines])
-
-
-def cell(row: Row | None, key: str, form: str) -> str:
-    """Return a number of a row as a cell of a table.
-
-    A number that was not measured is a dash. A row with an error gives "wrong" or "failed".
-    """
-    if row is not None and "error" in row:
-        return "wrong" if row["error"].startswith("wrong result") else "failed"
-    value = None if row is None else row.get(key)
-    return "-" if value is None else format(value, form)
-
-
 def _driver() -> str | None:
     """Return the version of the GPU driver, which torch does not know; None where nvidia-smi fails."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks.common.results import FOLDER, RESEARCH, Row, machine_of, markdown_table, read_result
+from benchmarks.common.pages import markdown_table, with_range
+from benchmarks.common.results import FOLDER, RESEARCH, Row, machine_of, read_result
 
 OWN = "of the row, each step"  # the guess and the rule of ddpm_fast
 
@@ -105,7 +106,7 @@ def _counts(row: Row) -> str:
 
 def _faster(row: Row, name: str) -> str:
     found = row[f"faster_than_{name}"]
-    return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+    return with_range(found["median"], found["low"], found["high"])
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -1,6 +1,7 @@
 """The tables about moons and digits, in README.md and docs/walk.md."""
 
-from benchmarks.common.results import Row, markdown_table, read_result
+from benchmarks.common.pages import markdown_table
+from benchmarks.common.results import Row, read_result
 
 MISFIT = "median misfit | misfit > 0.1"
 QUALITY = f"{MISFIT} | lit fraction, KS distance | radius, KS distance | deviation of a pixel |"
