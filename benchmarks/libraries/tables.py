@@ -42,7 +42,8 @@ def adapters() -> str:
         ratio = with_range(row["ratio"], row["ratio_lowest"], row["ratio_highest"])
         lines.append(
             f"| {_name(row)} | {row['batch']} | {row['steps']} | {row['theirs_us']:.0f} | {row['ours_us']:.0f} "
-            f"| {ratio} | {result['randn_us'][str(row['batch'])]:.0f} | {whole} | {hoisted} | {row['largest_difference']:.0e} |"
+            f"| {ratio} | {result['randn_us'][str(row['batch'])]:.0f} | {whole} | {hoisted} "
+            f"| {row['largest_difference']:.0e} |"
         )
     header = (
         "| library and call | batch size | steps | original sampler, µs a step | accelerated sampler, µs a step "
