@@ -80,7 +80,7 @@ def _json(value: Any, margin: str) -> str:
 
 
 def _needs_lines(value: Any) -> bool:
-    """Return True for lists of dicts, for what contains one, and for dicts of more than `LONGEST` characters."""
+    """Return True for a list of dicts, for a value with such a list inside, and for a dict longer than `LONGEST`."""
     if isinstance(value, list):
         return any(isinstance(item, dict) or _needs_lines(item) for item in value)
     return isinstance(value, dict) and (any(map(_needs_lines, value.values())) or len(json.dumps(value)) > LONGEST)

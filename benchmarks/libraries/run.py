@@ -139,7 +139,7 @@ class Case:
 
     Attributes:
         library: The name of the library.
-        walk: The name of the library's function.
+        function: The name of the function that samples.
         steps: The number of steps of a run.
         make: A function from the network and the number of steps to the library's object.
         call: A function that samples: `call(object, network, batch, steps)`, for the original object and for the
@@ -149,7 +149,7 @@ class Case:
     """
 
     library: str
-    walk: str
+    function: str
     steps: int
     make: Callable[[Light, int], Any]
     call: Callable[[Any, Light, int, int], Any]
@@ -258,7 +258,7 @@ def measure(case: Case, kind: type[Light], steps: int, rounds: int) -> Row:
     hoisted = [last / others for others, *_, last in zip(*wholes, strict=True)]
     return {
         "library": case.library,
-        "walk": case.walk,
+        "walk": case.function,
         "network": kind.__name__.lower(),
         "batch": case.batch,
         "steps": steps,
@@ -370,7 +370,7 @@ def main() -> None:
                     on_meta = count(case, False, "meta")
                 counts.append({
                     "library": case.library,
-                    "walk": case.walk,
+                    "walk": case.function,
                     "theirs_operations": on_cpu[0].operations,
                     "ours_operations": on_cpu[1].operations,
                     "theirs_kernels": on_meta.kernels,
