@@ -1,6 +1,8 @@
 """Write the tables of README.md and of the pages in docs/ from the files in benchmarks/results.
 
-python -m benchmarks.tables      replaces the text between <!-- table NAME --> and <!-- end -->
+    python -m benchmarks.tables      replaces the text between <!-- table NAME --> and <!-- end -->
+
+The rest of a page stays as it is.
 """
 
 from collections.abc import Callable
@@ -36,7 +38,7 @@ def step() -> str:
         "| state | bytes to move | ddpm_fast, µs | GB/s | share of a copy's rate | torch.compile, µs | PyTorch, µs "
         "| diffusers, µs | diffusers / ddpm_fast |"
     )
-    rows: dict[tuple[str, ...], Row] = {
+    rows: dict[tuple[str | int, ...], Row] = {
         (row["arm"], *row["shape"]): row for row in newest["rows"] if row["case"] == "bfloat16 output"
     }
     lines = []
