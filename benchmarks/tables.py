@@ -1,13 +1,16 @@
 """Write the tables of README.md and of the pages in docs/ from the files in benchmarks/results.
 
-python -m benchmarks.tables      replaces the text between <!-- table NAME --> and <!-- end -->
+    python -m benchmarks.tables      replaces the text between <!-- table NAME --> and <!-- end -->
+
+The rest of a page stays as it is.
 """
 
 from collections.abc import Callable
 
 from benchmarks.common import pages
 from benchmarks.common.command_line import make_parser
-from benchmarks.common.results import FOLDER, ROOT, Row, cell, markdown_table, read_result
+from benchmarks.common.pages import cell, markdown_table
+from benchmarks.common.results import FOLDER, ROOT, Row, read_result
 from benchmarks.libraries import tables as libraries
 from benchmarks.network import tables as network
 from benchmarks.speculation import tables as speculation
@@ -35,7 +38,7 @@ def step() -> str:
         "| state | bytes to move | ddpm_fast, µs | GB/s | share of a copy's rate | torch.compile, µs | PyTorch, µs "
         "| diffusers, µs | diffusers / ddpm_fast |"
     )
-    rows: dict[tuple[str, ...], Row] = {
+    rows: dict[tuple[str | int, ...], Row] = {
         (row["arm"], *row["shape"]): row for row in newest["rows"] if row["case"] == "bfloat16 output"
     }
     lines = []

@@ -1,6 +1,8 @@
-"""A diffusers pipeline, before and after: python examples/with_diffusers.py [FOLDER OR HUB NAME]
+"""Accelerate a pipeline of diffusers, and compare it with the original.
 
-Without an argument a small network with random weights stands in for a trained one.
+    python examples/with_diffusers.py [FOLDER OR HUB NAME]
+
+Without an argument, a small network with random weights takes the place of a trained network.
 """
 
 import sys
@@ -34,7 +36,7 @@ def timed(pipeline):
 
 
 before, seconds_before = timed(pipe)
-after, seconds_after = timed(accelerate(pipe))  # the one line that changes
+after, seconds_after = timed(accelerate(pipe))  # the only line that changes
 
 print(f"1000 steps: {seconds_before:.1f} s before, {seconds_after:.1f} s after")
 print(f"largest difference of the images, on [0, 1]: {abs(before - after).max():.1e}")

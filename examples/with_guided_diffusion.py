@@ -1,6 +1,8 @@
-"""An OpenAI guided-diffusion model, before and after: PYTHONPATH=CHECKOUT python examples/with_guided_diffusion.py
+"""Accelerate a model of OpenAI's guided-diffusion, and compare it with the original.
 
-guided-diffusion is not on PyPI: CHECKOUT is a clone of openai/guided-diffusion. Weights are random.
+    PYTHONPATH=CHECKOUT python examples/with_guided_diffusion.py
+
+guided-diffusion is not on PyPI. CHECKOUT is a clone of openai/guided-diffusion. The weights are random.
 """
 
 import time
@@ -26,7 +28,7 @@ def timed(sampler):
 
 
 before, seconds_before = timed(diffusion)
-after, seconds_after = timed(accelerate(diffusion))  # the one line that changes
+after, seconds_after = timed(accelerate(diffusion))  # the only line that changes
 
 print(f"100 steps: {seconds_before:.1f} s before, {seconds_after:.1f} s after")
 print(f"largest difference of the images, on [-1, 1]: {(before - after).abs().max():.1e}")

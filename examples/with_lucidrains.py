@@ -1,6 +1,9 @@
-"""A denoising-diffusion-pytorch model, before and after: python examples/with_lucidrains.py [model-N.pt]
+"""Accelerate a model of denoising-diffusion-pytorch, and compare it with the original.
 
-The file is a Trainer's; without one, weights are random. Unet and GaussianDiffusion must be those of the training.
+    python examples/with_lucidrains.py [model-N.pt]
+
+The file is a checkpoint of the library's Trainer. The Unet and the GaussianDiffusion below must have the settings of
+the training. Without a file, the weights are random.
 """
 
 import sys
@@ -27,7 +30,7 @@ def timed(sampler):
 
 
 before, seconds_before = timed(diffusion)
-after, seconds_after = timed(accelerate(diffusion))  # the one line that changes
+after, seconds_after = timed(accelerate(diffusion))  # the only line that changes
 
 print(f"1000 steps: {seconds_before:.1f} s before, {seconds_after:.1f} s after")
 print(f"largest difference of the images, on [0, 1]: {(before - after).abs().max():.1e}")

@@ -1,6 +1,8 @@
-"""Any torch.nn.Module, before and after: python examples/with_your_own_network.py
+"""Sample from any torch.nn.Module, and compare with a plain loop.
 
-The loop before is the one of the DDPM paper (Ho et al. 2020, algorithm 2). The network wants times in [0, 1].
+    python examples/with_your_own_network.py
+
+The plain loop is algorithm 2 of the DDPM paper (Ho et al. 2020). The network takes times in [0, 1].
 """
 
 import time
@@ -17,7 +19,7 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Network(nn.Module):
-    """Predicts the noise; random weights stand in for trained ones."""
+    """A network that predicts the noise, with random weights."""
 
     def __init__(self):
         super().__init__()

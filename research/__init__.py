@@ -1,1 +1,1 @@
-"""Studies of ideas that lost; their result tables stand in docs/."""
+"""Studies of ideas that were not adopted. docs/ shows the tables of their results."""

@@ -1,78 +1,95 @@
-"""What else could shorten a speculative walk: guesses and rules of acceptance, counted in plain PyTorch.
+"""Count the network calls of other guesses and other rules of acceptance in speculative sampling, in plain PyTorch.
 
-    python -m research.speculation_ideas           minutes; writes research/results/cpu__speculation_ideas.json
-    python -m research.speculation_ideas --smoke   seconds: whether it runs
+    python -m research.speculation_ideas           takes minutes; writes research/results/cpu__speculation_ideas.json
+    python -m research.speculation_ideas --smoke   tries whether everything runs, in seconds
 
-One sample at a time, windows of one width, the embedded models. Each idea keeps the law
-(research/test_speculation_ideas.py).
+The embedded models draw one sample at a time, with windows of one width. Each idea keeps the law, as
+research/test_speculation_ideas.py tests.
 
-Guesses of the origin, all made before a draft's own noise is looked at:
+A guess is an x0 prediction for a draft, made before the noise of the draft is known:
 
-    frozen      the network's estimate at the last examined state, as published
-    of the row  its estimate at the draft of the same row in the round before, as ddpm_fast does
-    secant      of the row, and kappa (y - y'), where y' is the draft it was made at; kappa fitted to examined rows
-    response    of the row, and M (y - y'), M symmetric, in the few directions in which estimates of examined rows moved
+    frozen      the network's x0 prediction at the last examined state, as published
+    of the row  the network's x0 prediction at the draft of the same row in the round before, as in ddpm_fast
+    secant      the guess of the row plus kappa (y - y'), where y' is the draft of that prediction; kappa is fitted to
+                the examined rows
+    response    the guess of the row plus M (y - y'), with a symmetric M in the few directions in which the predictions
+                of the examined rows moved
 
-Rules:
+A rule decides which drafts are accepted:
 
-    each step   a draft is accepted or not by itself, and the first that is not is reflected, as ddpm_fast does
-    blocks      block verification (Sun et al. 2024, arXiv 2403.10444): what one draft lacks another may make up for;
-                the longest prefix that passes is kept. All noise of the block has a say in that, so that what is
-                not kept of it is drawn anew
+    each step   each draft is accepted or rejected by itself, and the first rejected draft is reflected, as in ddpm_fast
+    blocks      block verification (Sun et al. 2024, arXiv 2403.10444) keeps the longest prefix that passes; one draft
+                may make up for another. The decision depends on all noise of the block, so the noise of the drafts
+                that are not kept is drawn anew
 """
 
-import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.special import ndtr
 from torch import Tensor
 
-from benchmarks.common.results import RESEARCH, write_result
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.results import RESEARCH, Row, write_result
 from benchmarks.speculation.run import labels
 from ddpm_fast.engine.device import Model
 from ddpm_fast.models.checkpoint import load_checkpoint
 from ddpm_fast.table import StepTable, build_table
 
 WIDTHS = (16, 32, 64)
-FORGET = 0.7  # a round: how fast fits forget
+FORGET = 0.7  # the weight that older sums keep with each round
 FEWEST = 8  # pairs that a response is fitted to
-DIRECTIONS = 0.2  # of the strongest: directions of a response that are weaker are left out
-RIDGE = 1e-2  # of the mean square of what is fitted
+DIRECTIONS = 0.2  # a response leaves out directions that are weaker than this share of the strongest one
+RIDGE = 1e-2  # of the fit of a response, as a share of the mean square of its inputs
+
+Array = NDArray[np.float64]
 
 
 @dataclass
 class Round:
-    """What a round drafted, for rows `first` and after: [m, n] float64, n elements of the sample."""
+    """The drafts of a round, float64 [m, n]: m rows of the table from `first` on, n elements of the sample.
+
+    Attributes:
+        first: The first row.
+        states: The drafts y.
+        scaled: The drafts in units of x_0, y / sqrt(alpha_bar).
+        guesses: The guesses that the drafts were made with.
+        noise: The noise of the drafts.
+        x0: The x0 predictions of the network.
+        distance: D, the distance between the means of the prediction and of the guess, in units of sigma.
+        innovations: The part of the next scaled state that the x0 prediction at this one does not explain, [m - 1, n].
+    """
 
     first: int
     states: Tensor
-    scaled: Tensor  # states in units of the origin, y / sqrt(alpha_bar)
+    scaled: Tensor
     guesses: Tensor
     noise: Tensor
-    origins: Tensor  # what the network says
-    distance: Tensor  # D
-    innovations: Tensor  # [m - 1, n]: what the next scaled state has that the estimate at this one does not explain
+    x0: Tensor
+    distance: Tensor
+    innovations: Tensor
 
     def __len__(self) -> int:
         return len(self.states)
 
 
 class Guess(Protocol):
-    """Guesses of the origin."""
+    """A way to guess x0 predictions."""
 
     def __call__(self, row: int, state: Tensor, last: Tensor) -> Tensor:
-        """For the scaled draft `state` of a row; `last` is the estimate at the last examined state."""
+        """Return the guess for the scaled draft `state` of a row; `last` is the x0 prediction at the last state."""
 
     def learn(self, done: Round, examined: int) -> None:
-        """From a round, of which so many rows were looked at."""
+        """Learn from a round whose first `examined` rows were examined."""
 
 
 class Frozen:
-    """One guess for all."""
+    """The guess that serves all drafts of a round."""
 
     def __call__(self, row: int, state: Tensor, last: Tensor) -> Tensor:
         return last
@@ -82,10 +99,10 @@ class Frozen:
 
 
 class OfTheRow:
-    """The row's estimate of the round before; the last one where there is none."""
+    """The x0 prediction of the same row in the round before; the last prediction where the row has none."""
 
     def __init__(self) -> None:
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # row: scaled state, estimate
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # row: scaled state, x0 prediction
 
     def __call__(self, row: int, state: Tensor, last: Tensor) -> Tensor:
         if row in self.before:
@@ -93,7 +110,7 @@ class OfTheRow:
         return self.before[max(self.before)][1] if self.before else last
 
     def correction(self, moved: Tensor) -> Tensor:
-        """What a state that has moved changes."""
+        """Return the change of the guess for a state that has moved by `moved`."""
         return torch.zeros_like(moved)
 
     def learn(self, done: Round, examined: int) -> None:
@@ -101,15 +118,15 @@ class OfTheRow:
         known = [k for k, row in enumerate(rows) if row in self.before and k < examined]
         if known:
             old = [torch.stack(each) for each in zip(*(self.before[rows[k]] for k in known), strict=True)]
-            self.fit(done.scaled[known] - old[0], done.origins[known] - old[1])
-        self.before = {row: (done.scaled[k], done.origins[k]) for k, row in enumerate(rows) if k >= examined}
+            self.fit(done.scaled[known] - old[0], done.x0[known] - old[1])
+        self.before = {row: (done.scaled[k], done.x0[k]) for k, row in enumerate(rows) if k >= examined}
 
     def fit(self, moved: Tensor, changed: Tensor) -> None:
-        """What examined rows show: states moved so far, and estimates changed so much."""
+        """Learn from examined rows whose states moved by `moved` and whose x0 predictions changed by `changed`."""
 
 
 class Secant(OfTheRow):
-    """With the slope that examined rows show."""
+    """The guess of the row with a slope, which is fitted to the examined rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +140,10 @@ class Secant(OfTheRow):
 
 
 class Response(OfTheRow):
-    """With a symmetric response in the directions in which estimates moved, shrunk by how well it foretells."""
+    """The guess of the row with a symmetric response in the directions in which predictions moved.
+
+    The response is shrunk by how well it predicts the changes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,21 +153,22 @@ class Response(OfTheRow):
         self.sums, self.trust = torch.zeros(2, dtype=torch.float64), 1.0
 
     def correction(self, moved: Tensor) -> Tensor:
-        return self.trust * self.foretold(moved)
+        return self.trust * self.response(moved)
 
-    def foretold(self, moved: Tensor) -> Tensor:
+    def response(self, moved: Tensor) -> Tensor:
+        """Return the change that the fitted response predicts."""
         if self.directions is None:
             return torch.zeros_like(moved)
         return moved @ self.directions.T @ self.matrix @ self.directions
 
     def fit(self, moved: Tensor, changed: Tensor) -> None:
-        foretold = self.foretold(moved)
-        self.sums = FORGET * self.sums + torch.stack([(foretold * changed).sum(), foretold.square().sum()])
+        predicted = self.response(moved)
+        self.sums = FORGET * self.sums + torch.stack([(predicted * changed).sum(), predicted.square().sum()])
         self.trust = float((self.sums[0] / self.sums[1].clamp(min=1e-12)).clamp(0, 1))
 
     def learn(self, done: Round, examined: int) -> None:
         super().learn(done, examined)
-        moves, changes = done.innovations[: examined - 1], done.origins[1:examined] - done.origins[: examined - 1]
+        moves, changes = done.innovations[: examined - 1], done.x0[1:examined] - done.x0[: examined - 1]
         self.pairs = [*self.pairs, *zip(moves, changes, strict=True)][-WIDTHS[-1] :]
         if len(self.pairs) < FEWEST:
             return
@@ -163,15 +184,18 @@ class Response(OfTheRow):
 
 
 def excess(weight: float, length: float) -> float:
-    """Mass of (weight q - p)+ for Gaussians p and q of deviation 1, `length` apart."""
+    """Return the mass of (weight q - p)+ for Gaussians p and q of deviation 1, `length` apart."""
     if length < 1e-10:
         return max(weight - 1, 0.0)
     meet = math.log(weight) / length
-    return max(weight * ndtr(length / 2 + meet) - ndtr(meet - length / 2), 0.0)
+    return float(max(weight * ndtr(length / 2 + meet) - ndtr(meet - length / 2), 0.0))
 
 
 def drawn_excess(weight: float, length: float, u: float) -> float:
-    """A draw from (weight q - p)+, along the line from p's centre at 0 to q's, by bisection of its upper tail."""
+    """Draw from (weight q - p)+ on the line from the centre of p, at 0, to the centre of q.
+
+    The draw is the point where the upper tail has the share `u` of the mass, found by bisection.
+    """
     low, high = length / 2 - math.log(weight) / length, 40.0
     mass = excess(weight, length)
     for _ in range(100):
@@ -184,13 +208,14 @@ def drawn_excess(weight: float, length: float, u: float) -> float:
 
 
 def longest_prefix(along: list[float], square: list[float], uniform: np.random.Generator) -> tuple[int, float]:
-    """How many drafts of a block are kept, and the weight of what comes next.
+    """Return how many drafts of a block are kept, and the weight of the next draft.
 
     Args:
-        along, square: D z and |D|^2 of every draft.
-        uniform: what decides.
+        along: D z of every draft.
+        square: |D|^2 of every draft.
+        uniform: The source of the decisions.
     """
-    weight, kept, its = 1.0, 0, 1.0
+    weight, kept, kept_weight = 1.0, 0, 1.0
     for k in range(len(along)):
         weight = min(1.0, weight * math.exp(along[k] - square[k] / 2))
         passes = weight
@@ -198,68 +223,77 @@ def longest_prefix(along: list[float], square: list[float], uniform: np.random.G
             more = excess(weight, math.sqrt(square[k + 1]))
             passes = more / (more + 1 - weight)
         if uniform.random() <= passes:
-            kept, its = k + 1, weight
-    return kept, its
+            kept, kept_weight = k + 1, weight
+    return kept, kept_weight
 
 
 @dataclass
-class Did:
-    """What a walk did, and its end."""
+class Drawn:
+    """A sample and the cost of drawing it.
 
+    Attributes:
+        x: The sample.
+        calls: Network calls.
+        evaluations: Network evaluations.
+        rejected: The place of each rejected draft in its round.
+    """
+
+    x: Tensor
     calls: int = 0
     evaluations: int = 0
-    rejected: list[int] = field(default_factory=list)  # the draft of its round
-    x: Tensor | None = None
+    rejected: list[int] = field(default_factory=list)
 
 
-class Walk:
-    """One sample through all rows of a table.
+class SpeculativeSampler:
+    """A sampler that draws one sample at a time in rounds of drafts.
 
     Args:
-        model: of states [m, 1, n] or the shape given.
-        table: its rows.
-        shape: of a sample.
-        width: of the windows.
-        alpha_bar: of every timestep, float64.
-        guess: a class of guesses.
-        block: rows that are verified together; 1 is each step by itself, with reflection.
-        clip: of the origin.
-        model_kwargs: with an entry, for every draft.
+        model: A network for states [m, *shape].
+        table: The rows of the run.
+        alpha_bar: alpha_bar of every timestep, float64 [T].
+        shape: The shape of a sample.
+        width: The window of every round.
+        guess: The class of the guesses.
+        block: The number of rows that are verified together. 1 verifies each step by itself, with reflection.
+        clip: The bound of the x0 predictions.
+        model_kwargs: Keywords of the model with one entry, which serves every draft.
     """
 
     def __init__(
-        self, model: Model, table: StepTable, alpha_bar: np.ndarray, shape: tuple[int, ...], width: int,
-        guess: type[Guess], *, block: int = 1, clip: float = math.inf, model_kwargs: dict[str, Tensor] | None = None,
+        self, model: Model, table: StepTable, alpha_bar: Array, shape: tuple[int, ...], width: int,
+        guess: Callable[[], Guess], *, block: int = 1, clip: float = math.inf,
+        model_kwargs: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.table, self.shape, self.width = model, table, shape, width
         self.alpha_bar = alpha_bar[table.timestep]
         self.guess, self.block, self.clip, self.kwargs = guess, block, clip, model_kwargs or {}
 
-    def __call__(self, seed: int) -> Did:
+    def __call__(self, seed: int) -> Drawn:
+        """Draw a sample."""
         generator, uniform = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
         size = math.prod(self.shape)
 
         def fresh() -> Tensor:
             return torch.randn(size, generator=generator, dtype=torch.float64)
 
-        guess, did, noise = self.guess(), Did(), {}
-        x, last, row = fresh(), torch.zeros(size, dtype=torch.float64), 0
+        guess, drawn, noise = self.guess(), Drawn(fresh()), dict[int, Tensor]()
+        last, row = torch.zeros(size, dtype=torch.float64), 0
         while row < len(self.table):
-            for ahead in range(row, min(row + self.width, len(self.table))):
-                noise.setdefault(ahead, fresh())
-            done = self._draft(guess, x, last, row, noise)
-            did.calls, did.evaluations = did.calls + 1, did.evaluations + self.width
+            for drafted in range(row, min(row + self.width, len(self.table))):
+                noise.setdefault(drafted, fresh())
+            done = self._draft(guess, drawn.x, last, row, noise)
+            drawn.calls, drawn.evaluations = drawn.calls + 1, drawn.evaluations + self.width
             taken, examined, z = self._decide(done, uniform, fresh)
             if z is not None and len(done) > 1:
-                did.rejected.append(taken - 1)
+                drawn.rejected.append(taken - 1)
             guess.learn(done, taken)
-            at = taken - 1
-            x, last = self._step(row + at, done, at, z), done.origins[at]
+            k = taken - 1
+            drawn.x, last = self._step(row + k, done, k, z), done.x0[k]
             for spent in range(row, row + examined):
                 noise.pop(spent)
             row += taken
-        did.x = x.view(self.shape)
-        return did
+        drawn.x = drawn.x.view(self.shape)
+        return drawn
 
     def _draft(self, guess: Guess, x: Tensor, last: Tensor, first: int, noise: dict[int, Tensor]) -> Round:
         table = self.table
@@ -273,27 +307,30 @@ class Walk:
             states.append(mean + table.sigma[row] * noise[row])
         rows = np.arange(first, first + count)
         y, g = torch.stack(states[:-1]), torch.stack(guesses)
-        origins = self._origins(y, rows)
+        x0 = self._x0(y, rows)
         sigma = np.where(table.sigma[rows] == 0, np.inf, table.sigma[rows])
-        distance = torch.from_numpy(table.c_x0[rows] / sigma)[:, None] * (origins - g)
+        distance = torch.from_numpy(table.c_x0[rows] / sigma)[:, None] * (x0 - g)
         scaled = y / torch.from_numpy(self.alpha_bar[rows])[:, None].sqrt()
         ratio = self.alpha_bar[rows] / (1 - self.alpha_bar[rows])  # of signal to noise, squared
         kept = torch.from_numpy(ratio[:-1] / ratio[1:])[:, None]
-        innovations = scaled[1:] - kept * scaled[:-1] - (1 - kept) * origins[:-1]
-        return Round(first, y, scaled, g, torch.stack([noise[row] for row in rows]), origins, distance, innovations)
+        innovations = scaled[1:] - kept * scaled[:-1] - (1 - kept) * x0[:-1]
+        drawn = torch.stack([noise[row] for row in rows.tolist()])
+        return Round(first, y, scaled, g, drawn, x0, distance, innovations)
 
     @torch.no_grad()
-    def _origins(self, y: Tensor, rows: np.ndarray) -> Tensor:
-        told = {name: value.expand(len(rows)) for name, value in self.kwargs.items()}
+    def _x0(self, y: Tensor, rows: NDArray[np.int64]) -> Tensor:
+        kwargs = {name: value.expand(len(rows)) for name, value in self.kwargs.items()}
         timesteps = torch.from_numpy(self.table.timestep[rows])
-        out = self.model(y.float().view(-1, *self.shape), timesteps, **told).double().flatten(1)
+        out: Tensor = self.model(y.float().view(-1, *self.shape), timesteps, **kwargs).double().flatten(1)
         a, b = (torch.from_numpy(each[rows])[:, None] for each in (self.table.a, self.table.b))
         return (a * y + b * out).clamp(-self.clip, self.clip)
 
-    def _decide(self, done: Round, uniform: np.random.Generator, fresh: Any) -> tuple[int, int, Tensor | None]:
-        """Steps that are taken, rows that were looked at, and the noise of the last one about the true mean.
+    def _decide(
+        self, done: Round, uniform: np.random.Generator, fresh: Callable[[], Tensor]
+    ) -> tuple[int, int, Tensor | None]:
+        """Return the number of steps taken, the number of rows examined, and the noise of the last step.
 
-        The noise is None where all drafts are as they were.
+        The noise is about the true mean. It is None where all drafts are accepted.
         """
         if len(done) == 1:
             return 1, 1, done.noise[0]
@@ -313,61 +350,69 @@ class Walk:
                 return k + 1, k + 1, done.noise[k] - 2 * along[k] / square[k] * distance
             length = math.sqrt(square[k])
             z, towards = fresh(), distance / length
-            # About the true mean, which is `length` from the drafts'.
+            # The noise is about the true mean, which is `length` away from the mean of the draft.
             z += (drawn_excess(weight, length, uniform.random()) - length - z @ towards) * towards
             return k + 1, first + size, z
         return len(done), len(done), None
 
     def _step(self, row: int, done: Round, k: int, z: Tensor | None) -> Tensor:
-        """The state after row k of the round: drafted, or with noise z about the true mean."""
+        """Return the state after row k of the round: the draft, or the true mean with noise z."""
         table = self.table
-        origin, noise = (done.guesses[k], done.noise[k]) if z is None else (done.origins[k], z)
-        return table.c_x0[row] * origin + table.c_x[row] * done.states[k] + table.sigma[row] * noise
+        x0, noise = (done.guesses[k], done.noise[k]) if z is None else (done.x0[k], z)
+        x: Tensor = table.c_x0[row] * x0 + table.c_x[row] * done.states[k] + table.sigma[row] * noise
+        return x
 
 
-IDEAS: dict[str, dict[str, Any]] = {
-    "frozen, each step": {"guess": Frozen},
-    "of the row, each step": {"guess": OfTheRow},
-    "secant, each step": {"guess": Secant},
-    "response, each step": {"guess": Response},
+class Idea(TypedDict):
+    """The options of `SpeculativeSampler` that make an idea."""
+
+    guess: Callable[[], Guess]
+    block: int
+
+
+IDEAS: dict[str, Idea] = {
+    "frozen, each step": {"guess": Frozen, "block": 1},
+    "of the row, each step": {"guess": OfTheRow, "block": 1},
+    "secant, each step": {"guess": Secant, "block": 1},
+    "response, each step": {"guess": Response, "block": 1},
     "frozen, one block": {"guess": Frozen, "block": 1024},
     "of the row, blocks of 8": {"guess": OfTheRow, "block": 8},
 }
 
 
-def count(name: str, seeds: int, widths: tuple[int, ...] = WIDTHS, steps: int | None = None) -> list[dict[str, Any]]:
-    """Calls, volume and rejections of every idea, means over the seeds."""
+def count(name: str, seeds: int, widths: tuple[int, ...] = WIDTHS, steps: int | None = None) -> list[Row]:
+    """Count the calls, the volume and the rejections of every idea, as means over the seeds."""
     checkpoint = load_checkpoint(name)
     config = checkpoint.diffusion
     table = build_table(config if steps is None else replace(config, num_inference_steps=steps))
-    told = labels(checkpoint.classes, 1, torch.device("cpu"))
-    rows = []
+    kwargs = labels(checkpoint.classes, 1, torch.device("cpu"))
+    rows: list[Row] = []
     for width in widths:
-        for idea, how in IDEAS.items():
-            walk = Walk(
-                checkpoint.model, table, config.alphas_cumprod(), checkpoint.shape, width, **how,
-                clip=config.clip_sample_range if config.clip_sample else math.inf, model_kwargs=told,
+        for idea, options in IDEAS.items():
+            sampler = SpeculativeSampler(
+                checkpoint.model, table, config.alphas_cumprod(), checkpoint.shape, width, **options,
+                clip=config.clip_sample_range if config.clip_sample else math.inf, model_kwargs=kwargs,
             )  # fmt: skip
-            did = [walk(seed) for seed in range(seeds)]
-            where = np.bincount(np.concatenate([each.rejected for each in did]).astype(int), minlength=width)
-            calls = sum(each.calls for each in did)
+            samples = [sampler(seed) for seed in range(seeds)]
+            places = np.bincount(np.concatenate([each.rejected for each in samples]).astype(int), minlength=width)
+            calls = sum(each.calls for each in samples)
             rows.append({
                 "model": name, "idea": idea, "width": width, "seeds": seeds,
                 "calls": calls / seeds,
-                "calls_low": min(each.calls for each in did),
-                "calls_high": max(each.calls for each in did),
-                "volume": sum(each.evaluations for each in did) / (seeds * len(table)),
-                "rejections": sum(len(each.rejected) for each in did) / seeds,
-                "rounds_ended_by_the_likeliest_row": float(where.max() / calls),
+                "calls_low": min(each.calls for each in samples),
+                "calls_high": max(each.calls for each in samples),
+                "volume": sum(each.evaluations for each in samples) / (seeds * len(table)),
+                "rejections": sum(len(each.rejected) for each in samples) / seeds,
+                "rounds_ended_by_the_likeliest_row": float(places.max() / calls),
             })  # fmt: skip
             print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="few steps; writes nothing")
-    parser.add_argument("--seeds", type=int, default=8)
+    parser = make_parser(__doc__)
+    parser.add_argument("--smoke", action="store_true", help="take few steps and write nothing")
+    parser.add_argument("--seeds", type=int, default=8, help="samples of each idea (default: %(default)s)")
     given = parser.parse_args()
     if given.smoke:
         count("digits", 1, (4,), 20)

@@ -80,7 +80,7 @@ def _json(value: Any, margin: str) -> str:
 
 
 def _needs_lines(value: Any) -> bool:
-    """Return True for lists of dicts, for what contains one, and for dicts of more than `LONGEST` characters."""
+    """Return True for a list of dicts, for a value with such a list inside, and for a dict longer than `LONGEST`."""
     if isinstance(value, list):
         return any(isinstance(item, dict) or _needs_lines(item) for item in value)
     return isinstance(value, dict) and (any(map(_needs_lines, value.values())) or len(json.dumps(value)) > LONGEST)
@@ -88,7 +88,8 @@ def _needs_lines(value: Any) -> bool:
 
 def read_result(name: str, folder: Path = FOLDER) -> Row:
     """Return the contents of <folder>/<name>.json."""
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    result: Row = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return result
 
 
 def slug(name: str) -> str:
@@ -105,22 +106,6 @@ def machine_of(result: Row) -> str:
     """Return the machine that a result was measured on, as tables show it."""
     environment = result["environment"]
     return environment["gpu"] or f"CPU, {environment['threads']} threads"
-
-
-def markdown_table(header: str, lines: list[str]) -> str:
-    """Return a Markdown table."""
-    return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *lines])
-
-
-def cell(row: Row | None, key: str, form: str) -> str:
-    """Return a number of a row as a cell of a table.
-
-    A number that was not measured is a dash. A row with an error gives "wrong" or "failed".
-    """
-    if row is not None and "error" in row:
-        return "wrong" if row["error"].startswith("wrong result") else "failed"
-    value = None if row is None else row.get(key)
-    return "-" if value is None else format(value, form)
 
 
 def _driver() -> str | None:

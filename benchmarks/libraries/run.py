@@ -67,7 +67,8 @@ class Light(nn.Module):
 
     def compute(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the output of the network, untimed."""
-        return self.conv(x)
+        output: Tensor = self.conv(x)
+        return output
 
 
 class Real(Light):
@@ -88,7 +89,8 @@ class Real(Light):
 
         Unscaled, a run with random weights is chaotic: roundings grow until no two runs agree.
         """
-        return 0.05 * self.unet(x, t).sample
+        output: Tensor = self.unet(x, t).sample
+        return 0.05 * output
 
 
 class Counter(TorchDispatchMode):
@@ -101,7 +103,7 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations = self.kernels = self.waits = 0.0
         self.off = False
 
@@ -137,7 +139,7 @@ class Case:
 
     Attributes:
         library: The name of the library.
-        walk: The name of the library's function.
+        function: The name of the function that samples.
         steps: The number of steps of a run.
         make: A function from the network and the number of steps to the library's object.
         call: A function that samples: `call(object, network, batch, steps)`, for the original object and for the
@@ -147,7 +149,7 @@ class Case:
     """
 
     library: str
-    walk: str
+    function: str
     steps: int
     make: Callable[[Light, int], Any]
     call: Callable[[Any, Light, int, int], Any]
@@ -256,7 +258,7 @@ def measure(case: Case, kind: type[Light], steps: int, rounds: int) -> Row:
     hoisted = [last / others for others, *_, last in zip(*wholes, strict=True)]
     return {
         "library": case.library,
-        "walk": case.walk,
+        "walk": case.function,
         "network": kind.__name__.lower(),
         "batch": case.batch,
         "steps": steps,
@@ -282,12 +284,13 @@ def count(case: Case, ours: bool, device: str) -> Counter:
         network = Light(case.out_channels).to(device)
         original = case.make(network, steps)
         sampler = accelerate(original, optimize=None) if ours else original
-        if not ours or device == "cpu":
-            with contextlib.suppress(NotImplementedError):  # images of the meta device cannot be fetched at the end
-                torch.manual_seed(0)
-                with Counter() as counter:
-                    network.counter = counter
-                    case.call(sampler, network, case.batch, steps)
+        network.counter = counter = Counter()
+        torch.manual_seed(0)
+        with (
+            contextlib.suppress(NotImplementedError),
+            counter,
+        ):  # images on meta cannot be fetched
+            case.call(sampler, network, case.batch, steps)
         counters.append(counter)
     short, long = counters
     for name in ("operations", "kernels", "waits"):
@@ -296,9 +299,9 @@ def count(case: Case, ours: bool, device: str) -> Counter:
 
 
 def half_precision(case: Case) -> dict[str, float]:
-    """Return the largest difference between the images of a bfloat16 network and of a float32 network.
+    """Return the largest difference to the images of a float32 network with a bfloat16 network: theirs and ours.
 
-    Both runs take 1000 steps with the same noise. diffusers rounds the state to the network's dtype after every step;
+    All runs take 1000 steps with the same noise. diffusers rounds the state to the network's dtype after every step;
     the state of the engine stays float32.
     """
     from diffusers.pipelines.ddpm import pipeline_ddpm
@@ -310,12 +313,14 @@ def half_precision(case: Case) -> dict[str, float]:
         pipeline = case.make(network, 1000)
         pipeline.unet.to(dtype)
         torch.manual_seed(0)
-        fast = wrap(pipeline)
-        fast.set_progress_bar_config(disable=True)
-        return fast(batch_size=4, num_inference_steps=1000, output_type="pt").images.float()
+        wrapped = wrap(pipeline)
+        wrapped.set_progress_bar_config(disable=True)
+        found: Tensor = wrapped(batch_size=4, num_inference_steps=1000, output_type="pt").images
+        return found.float()
 
     def in_bfloat16(*args: Any, dtype: torch.dtype, **kwargs: Any) -> Tensor:
-        return randn_tensor(*args, dtype=torch.bfloat16, **kwargs).to(dtype)
+        noise: Tensor = randn_tensor(*args, dtype=torch.bfloat16, **kwargs)
+        return noise.to(dtype)
 
     with (  # torch draws other numbers in bfloat16 than in float32
         mock.patch.object(pipeline_ddpm, "randn_tensor", in_bfloat16),
@@ -365,7 +370,7 @@ def main() -> None:
                     on_meta = count(case, False, "meta")
                 counts.append({
                     "library": case.library,
-                    "walk": case.walk,
+                    "walk": case.function,
                     "theirs_operations": on_cpu[0].operations,
                     "ours_operations": on_cpu[1].operations,
                     "theirs_kernels": on_meta.kernels,

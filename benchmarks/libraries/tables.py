@@ -1,6 +1,7 @@
 """The tables that compare other libraries with their accelerated objects, in README.md and docs/migration.md."""
 
-from benchmarks.common.results import Row, markdown_table, read_result
+from benchmarks.common.pages import markdown_table, with_range
+from benchmarks.common.results import Row, read_result
 
 RESULT = "cpu__adapters"
 
@@ -38,10 +39,10 @@ def adapters() -> str:
         call = calls[_key(row)] if row["batch"] == 1 else None
         whole = f"{call['end_to_end_ratio']:.3f} ({call['control_ratio']:.3f})" if call else "-"
         hoisted = f"{call['hoisted_end_to_end_ratio']:.3f}" if call else "-"
+        ratio = with_range(row["ratio"], row["ratio_lowest"], row["ratio_highest"])
         lines.append(
-            f"| {_name(row)} | {row['batch']} | {row['steps']} | {row['theirs_us']:.0f} "
-            f"| {row['ours_us']:.0f} | {row['ratio']:.2f} ({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f}) "
-            f"| {result['randn_us'][str(row['batch'])]:.0f} | {whole} | {hoisted} "
+            f"| {_name(row)} | {row['batch']} | {row['steps']} | {row['theirs_us']:.0f} | {row['ours_us']:.0f} "
+            f"| {ratio} | {result['randn_us'][str(row['batch'])]:.0f} | {whole} | {hoisted} "
             f"| {row['largest_difference']:.0e} |"
         )
     header = (

@@ -44,7 +44,9 @@ def networks(guided: str | None) -> Iterator[tuple[str, nn.Module, tuple[int, ..
     from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
     label = {"class_labels": torch.tensor([7])}
-    yield "the embedded U-Net", load_checkpoint().model, (1, 1, 32, 32), {}
+    embedded = load_checkpoint().model
+    assert isinstance(embedded, nn.Module)
+    yield "the embedded U-Net", embedded, (1, 1, 32, 32), {}
     yield "diffusers UNet2DModel, google/ddpm-cifar10-32's", UNet2DModel(**CIFAR), (1, 3, 32, 32), {}
     classes = UNet2DModel(num_class_embeds=10, **SMALL, **PLAIN)
     yield "diffusers UNet2DModel, small, ten classes", classes, (1, 3, 32, 32), label

@@ -11,13 +11,13 @@ written to benchmarks/results/<gpu or cpu>__replay.json.
 import copy
 
 import torch
-from torch import nn
 
 from benchmarks.common.command_line import add_result_options, make_parser
 from benchmarks.common.results import Row, machine_name, write_result
 from benchmarks.speculation.run import labels
 from benchmarks.walks.networks import KINDS
 from ddpm_fast.engine.call import Call
+from ddpm_fast.engine.device import Model
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.network import Network
 from ddpm_fast.engine.timer import seconds
@@ -26,9 +26,9 @@ from ddpm_fast.models.checkpoint import Classes, load_checkpoint
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def networks(device: torch.device) -> dict[str, tuple[nn.Module, Classes | None, tuple[int, ...], torch.dtype]]:
+def networks(device: torch.device) -> dict[str, tuple[Model, Classes | None, tuple[int, ...], torch.dtype]]:
     """Return the networks by name, each with its classes, the shape of a sample and the dtype to run in."""
-    found: dict[str, tuple[nn.Module, Classes | None, tuple[int, ...], torch.dtype]] = {}
+    found: dict[str, tuple[Model, Classes | None, tuple[int, ...], torch.dtype]] = {}
     for name in ("moons", "digits"):
         checkpoint = load_checkpoint(name, device=device)
         found[f"embedded {name}"] = (checkpoint.model, checkpoint.classes, checkpoint.shape, torch.float32)

@@ -1,6 +1,7 @@
 """The tables about the network and the loop around it, in README.md and docs/network.md."""
 
-from benchmarks.common.results import markdown_table, read_result
+from benchmarks.common.pages import markdown_table, with_range
+from benchmarks.common.results import read_result
 
 
 def overhead() -> str:
@@ -19,7 +20,7 @@ def hoisting() -> str:
         f"| {row['network']} | {row['before']} | {row['of_t']} | {row['of_condition']} | {row['of_both']} "
         f"| {row['neutral']} | {row['after']} | {row['tables']}, {row['table_bytes'] / 1e6:.1f} "
         f"| {row['plain_ms']:.1f} | {row['hoisted_ms']:.1f} "
-        f"| {row['speedup']:.2f} ({row['speedup_p20']:.2f} to {row['speedup_p80']:.2f}) | {row['build_s']:.1f} "
+        f"| {with_range(row['speedup'], row['speedup_p20'], row['speedup_p80'])} | {row['build_s']:.1f} "
         f"| {row['largest_difference']:.0e} |"
         for row in read_result("cpu__hoisting")["rows"]
     ]

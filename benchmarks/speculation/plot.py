@@ -29,7 +29,7 @@ MARKS = {"of the row": "o", "frozen": "x"}
 
 
 def rounds() -> list[list[int]]:
-    """Return the columns of `Progress` after every round of a run that draws one moon."""
+    """Return the `Position` after every round of a run that draws one moon."""
     checkpoint = load_checkpoint()
     shape = (1, *checkpoint.shape)
     sampler = Sampler(checkpoint.model, shape, config=checkpoint.diffusion, speculate=WINDOWS)
@@ -40,11 +40,11 @@ def rounds() -> list[list[int]]:
 
 def draw_rounds(axes: Any, positions: list[list[int]]) -> None:
     """Draw a bar for each round, with its drafts, the drafts that were taken, and a mark at a rejected draft."""
-    for number, progress in enumerate(positions, start=1):
-        start, taken = progress[Position.START], progress[Position.TAKEN]
-        axes.barh(number, progress[Position.EVALUATED], left=start, color=IN_VAIN, height=0.8)
+    for number, position in enumerate(positions, start=1):
+        start, taken = position[Position.START], position[Position.TAKEN]
+        axes.barh(number, position[Position.EVALUATED], left=start, color=IN_VAIN, height=0.8)
         axes.barh(number, taken, left=start, color=TAKEN, height=0.8)
-        if progress[Position.OUTCOME] == Outcome.REJECTED:
+        if position[Position.OUTCOME] == Outcome.REJECTED:
             axes.plot(start + taken - 0.5, number, marker=".", color=REJECTED, markersize=4)
     steps = positions[-1][Position.ROW]
     axes.set(xlim=(0, steps), ylim=(len(positions) + 1, 0), xlabel="step", ylabel="network call")

@@ -61,12 +61,12 @@ def with_frozen_guesses(loop: SpeculativeLoop) -> None:
         noise: Tensor,
         guess: Tensor,
         output: Tensor,
-        progress: Tensor,
+        position: Tensor,
         *rest: Any,
         **more: Any,
     ) -> None:
-        commit(x, drafts, noise, guess, output, progress, *rest, **more)
-        last = torch.arange(len(x), device=x.device), (progress[:, Position.TAKEN].long() - 1).clamp(min=0)
+        commit(x, drafts, noise, guess, output, position, *rest, **more)
+        last = torch.arange(len(x), device=x.device), (position[:, Position.TAKEN].long() - 1).clamp(min=0)
         guess.copy_(guess[last][:, None].expand_as(guess))
 
     loop._commit = frozen

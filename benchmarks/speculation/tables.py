@@ -1,8 +1,10 @@
 """The tables about speculative sampling, in README.md and docs/speculation.md."""
 
+from collections.abc import Callable
 from functools import partial
 
-from benchmarks.common.results import FOLDER, RESEARCH, Row, machine_of, markdown_table, read_result
+from benchmarks.common.pages import markdown_table, with_range
+from benchmarks.common.results import FOLDER, RESEARCH, Row, machine_of, read_result
 
 OWN = "of the row, each step"  # the guess and the rule of ddpm_fast
 
@@ -94,7 +96,8 @@ def speculated_moons() -> str:
 
 
 def _rows(name: str) -> list[Row]:
-    return read_result(name)["rows"]
+    rows: list[Row] = read_result(name)["rows"]
+    return rows
 
 
 def _counts(row: Row) -> str:
@@ -103,10 +106,10 @@ def _counts(row: Row) -> str:
 
 def _faster(row: Row, name: str) -> str:
     found = row[f"faster_than_{name}"]
-    return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+    return with_range(found["median"], found["low"], found["high"])
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "speculation": speculation, "guesses": guesses, "speculated_moons": speculated_moons, "ideas": ideas,
     "replay": replay, "every": partial(speculation, "cpu__speculation_every"),
 }  # fmt: skip

@@ -1,1 +1,1 @@
-"""The measurements and pictures of docs/walk.md."""
+"""Quality of the samples: moons and digits measured, and the pictures of docs/walk.md."""

@@ -1,34 +1,42 @@
-"""How good is a digit model? An independent classifier, the spread within classes, and the nearest real digits.
+"""Measure the quality of a digit model by a classifier, the spread within classes, and the nearest real digits.
 
     python -m benchmarks.study.digits_quality [MODEL] [--count 500]
 
-The model has seen one half of the data. A support vector machine learns the other half; how often it reads on a sample
-what was asked for is its accuracy. Distances are root mean squares of pixels on [-1, 1]. A model that repeats what it
-has seen is nearer to the half that it has seen than to the other, which is as large: one that does not is so half of
-the time. Writes benchmarks/results/digits__quality.json.
+The model was trained on one half of the data, the seen half. A support vector machine learns the unseen half. The
+accuracy of a model is how often the machine reads the class that was asked for. Distances are root mean squares of
+pixels on [-1, 1]. The samples of a model that repeats its training data are always nearer to the seen half than to the
+unseen half, which is as large. The samples of a model that does not repeat it are nearer to the seen half only half of
+the time. The result is written to benchmarks/results/digits__quality.json.
 """
 
-import argparse
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
-from benchmarks.common.results import write_result
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.results import Row, write_result
 from ddpm_fast.data.digits import CLASSES, Digits, halves
 from ddpm_fast.models.checkpoint import load_checkpoint
-from ddpm_fast.sample import sample
+from ddpm_fast.sample import SampleOptions, sample
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 GUIDANCES = (None, 1.0, 1.5, 2.0, 4.0)
 
 
 class Ruler:
-    """Measures digits; made from both halves of the data.
+    """A measure of digits, made from both halves of the data.
 
     Attributes:
-        seen, unseen: what the model was trained on, and what not; the classifier learns the latter.
+        seen: The half that the model was trained on.
+        unseen: The half that the classifier learns.
+        classifier: The support vector machine.
     """
 
     def __init__(self) -> None:
@@ -36,42 +44,53 @@ class Ruler:
         self.classifier = SVC(C=10.0).fit(self.unseen.images.flatten(1), self.unseen.labels)
         self._spread = spread(Digits(*(torch.cat(pair) for pair in zip(self.seen, self.unseen, strict=True))))
 
-    def __call__(self, found: Digits, labelled: bool = True) -> dict[str, Any]:
-        """What there is to say of some digits; without labels, those that the classifier reads are taken."""
-        read = torch.from_numpy(self.classifier.predict(found.images.flatten(1)))
-        labels = found.labels if labelled else read
-        kept = spread(Digits(found.images, labels)) / self._spread
+    def __call__(self, digits: Digits, labelled: bool = True) -> Row:
+        """Measure digits.
+
+        Args:
+            digits: The digits.
+            labelled: Whether the labels count. Otherwise the labels are those that the classifier reads.
+        """
+        read = torch.from_numpy(self.classifier.predict(digits.images.flatten(1)))
+        labels = digits.labels if labelled else read
+        diversity = spread(Digits(digits.images, labels)) / self._spread
         right = read == labels
         return {
             "accuracy": right.double().mean().item() if labelled else None,
             "accuracy_by_class": [right[labels == k].double().mean().item() for k in range(CLASSES)],
             "share_by_class": [(labels == k).double().mean().item() for k in range(CLASSES)],
-            "diversity": kept.mean().item(),
-            "diversity_by_class": kept.tolist(),
-            **_compared(nearest(found.images, self.seen.images), nearest(found.images, self.unseen.images)),
+            "diversity": diversity.mean().item(),
+            "diversity_by_class": diversity.tolist(),
+            **_compared(nearest(digits.images, self.seen.images), nearest(digits.images, self.unseen.images)),
         }
 
-    def data(self) -> dict[str, Any]:
-        """The data themselves: the classifier on digits that it does not know, every digit among all others."""
+    def data(self) -> Row:
+        """Measure the data: the classifier reads the seen half, and every digit is compared with all others."""
         seen, unseen = self.seen.images, self.unseen.images
         to_seen = torch.cat([nearest(seen, seen, others=True), nearest(unseen, seen)])
         to_unseen = torch.cat([nearest(seen, unseen), nearest(unseen, unseen, others=True)])
         return {**self(self.seen), **_compared(to_seen, to_unseen)}
 
 
-def spread(found: Digits) -> Tensor:
-    """Mean distance between two different digits of every class: [CLASSES], NaN where there are not two."""
-    side = math.sqrt(found.images[0].numel())
-    classes = [found.images[found.labels == k].flatten(1) for k in range(CLASSES)]
+def spread(digits: Digits) -> Tensor:
+    """Return the mean distance between two digits of every class, [CLASSES]; NaN for a class without two digits."""
+    side = math.sqrt(digits.images[0].numel())
+    classes = [digits.images[digits.labels == k].flatten(1) for k in range(CLASSES)]
     return torch.stack([torch.pdist(images).mean() / side for images in classes])
 
 
 def nearest(images: Tensor, among: Tensor, others: bool = False) -> Tensor:
-    """Distance of every image to the nearest `among` these, or to the nearest of the others: [N]."""
-    apart = torch.cdist(images.flatten(1), among.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    """Return the distance of every image to the nearest image in `among`, [N].
+
+    Args:
+        images: The images.
+        among: The candidates.
+        others: Whether `among` are the same images, so that each is compared with the others only.
+    """
+    distances = torch.cdist(images.flatten(1), among.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
     if others:
-        apart.fill_diagonal_(math.inf)
-    return apart.min(1).values / math.sqrt(images[0].numel())
+        distances.fill_diagonal_(math.inf)
+    return distances.min(1).values / math.sqrt(images[0].numel())
 
 
 def _compared(to_seen: Tensor, to_unseen: Tensor) -> dict[str, float]:
@@ -85,31 +104,40 @@ def _compared(to_seen: Tensor, to_unseen: Tensor) -> dict[str, float]:
     }
 
 
-def draw(model: str, count: int, guidance: float | None, **options: Any) -> Digits:
-    """Samples of the model, all steps, seeds 0 … count - 1, the classes in turn; unconditional without guidance."""
+def draw_digits(model: str, count: int, guidance: float | None, **options: Unpack[SampleOptions]) -> Digits:
+    """Return samples of a model, with the seeds 0 … count - 1 and the classes in turn.
+
+    Args:
+        model: The name or the folder of a checkpoint.
+        count: The number of samples.
+        guidance: The guidance scale. None draws without a class.
+        options: More options of `sample`.
+    """
     checkpoint = load_checkpoint(model)
     assert checkpoint.classes is not None
     labels, none = torch.arange(count) % CLASSES, torch.full((count,), checkpoint.classes.none or CLASSES)
     keyword = checkpoint.classes.keyword
+    all_options: SampleOptions = {
+        **options,
+        "config": checkpoint.diffusion,
+        "model_kwargs": {keyword: none if guidance is None else labels},
+        "seeds": 0,
+    }
     if guidance is not None and guidance != 1:
-        options |= {"guidance_scale": guidance, "uncond_kwargs": {keyword: none}}
-    told = {keyword: none if guidance is None else labels}
-    x = sample(
-        checkpoint.model, (count, *checkpoint.shape), config=checkpoint.diffusion, model_kwargs=told, seeds=0, **options
-    )
-    return Digits(x, labels)
+        all_options |= {"guidance_scale": guidance, "uncond_kwargs": {keyword: none}}
+    return Digits(sample(checkpoint.model, (count, *checkpoint.shape), **all_options), labels)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("model", nargs="?", default="digits", help="a checkpoint folder (default: the embedded model)")
-    parser.add_argument("--count", type=int, default=500, help="samples a setting (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=500, help="samples of each setting (default: %(default)s)")
     given = parser.parse_args()
     ruler = Ruler()
-    rows = [{"digits": "data", "guidance": None, "count": len(ruler.seen.labels), **ruler.data()}]
+    rows: list[Row] = [{"digits": "data", "guidance": None, "count": len(ruler.seen.labels), **ruler.data()}]
     for guidance in GUIDANCES:
-        found = draw(given.model, given.count, guidance)
-        measured = ruler(found, labelled=guidance is not None)
+        samples = draw_digits(given.model, given.count, guidance)
+        measured = ruler(samples, labelled=guidance is not None)
         rows.append({"digits": "samples", "guidance": guidance, "count": given.count, **measured})
         print({key: value for key, value in rows[-1].items() if not isinstance(value, list)}, flush=True)
     training = load_checkpoint(given.model).about["training"]

@@ -1,21 +1,24 @@
-"""Every picture of docs/walk.md, from scratch: python -m benchmarks.study.figures [NAME ...]
+"""Draw the pictures of docs/walk.md.
 
-The pictures are drawn by the embedded model and by the ideal denoiser of a toy set; curves and histograms are those of
-benchmarks/results/moons__*.json (`study.py`). Seeds are 0, 1, 2, …, never chosen.
+    python -m benchmarks.study.figures [NAME ...]      writes docs/figures/<name>.png
+
+The embedded model draws the moons, and the ideal denoiser of a toy set draws the points. The curves and histograms show
+benchmarks/results/moons__*.json, which `python -m benchmarks.study` writes. The seeds are 0, 1, 2, …; no seed was
+chosen for its picture.
 """
 
-import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common.command_line import make_parser
 from benchmarks.common.results import ROOT
-from benchmarks.study.digits_quality import draw
-from benchmarks.study.run import FUSION_STEPS, LAMBDAS, LEVELS, PREVIEWS, STEPS, ends
+from benchmarks.study.digits_quality import draw_digits
+from benchmarks.study.run import FUSION_STEPS, LAMBDAS, LEVELS, PREVIEWS, STEPS, draw_moons, ends
 from benchmarks.study.tables import rows_of
 from ddpm_fast.data import moons
 from ddpm_fast.data.digits import halves
@@ -24,7 +27,7 @@ from ddpm_fast.files import whole_file
 from ddpm_fast.kernels import q_sample, q_step
 from ddpm_fast.models.checkpoint import load_checkpoint
 from ddpm_fast.models.ideal import IdealDenoiser
-from ddpm_fast.sample import SamplerConfig, sample
+from ddpm_fast.sample import SampleOptions, Sampler, SamplerConfig, sample
 from ddpm_fast.seeding import seed_tensor
 
 matplotlib.use("Agg")
@@ -32,12 +35,12 @@ import matplotlib.pyplot as plt
 
 FOLDER = ROOT / "docs" / "figures"
 CONFIG = SamplerConfig()
+OUTPUTS: tuple[Literal["trajectory", "x0"], ...] = ("trajectory", "x0")
 ALPHA_BARS = torch.from_numpy(CONFIG.alphas_cumprod())
-QUIET = {"progress": False}
 
 
 def forward() -> Any:
-    """One moon walked to noise: in closed form above, one step at a time below."""
+    """Draw one moon on its way to noise: in closed form above, one step at a time below."""
     levels = (0, 20, 50, 100, 200, 300, 400, 600, 800, 999)
     moon, seed = moons.batch(1, seed=3), seed_tensor([0])
     x, stepwise = moon.clone(), {}
@@ -51,29 +54,32 @@ def forward() -> Any:
 
 
 def spiral(count: int = 600) -> Tensor:
-    """Points on a spiral: [count, 2, 1]."""
+    """Return points on a spiral, [count, 2, 1]."""
     angle = torch.linspace(0.5, 3.0, count) * torch.pi
     return (torch.stack([angle.cos(), angle.sin()], dim=1) * angle[:, None] / (3.0 * torch.pi))[..., None]
 
 
 def points() -> Any:
-    """A set of points in two dimensions, walked to noise and back."""
+    """Draw a set of points in two dimensions on its way to noise and back."""
     levels, data = (0, 50, 150, 400, 999), spiral()
     count = 800
     seeds = seed_tensor(range(count))
     x_0 = data[torch.randint(len(data), (count,), generator=torch.Generator().manual_seed(0))]
     out = [q_sample(x_0, torch.full((count,), t), ALPHA_BARS, seeds=seeds) for t in levels]
     kept = [999 - t for t in reversed(levels)]
-    options = {"clip_sample": False, "output": "trajectory", "seeds": 0, **QUIET}
-    found = sample(IdealDenoiser(data, ALPHA_BARS), (count, 2, 1), output_steps=kept, **options)
+    result = sample(
+        IdealDenoiser(data, ALPHA_BARS), (count, 2, 1), output="trajectory", output_steps=kept, seeds=0,
+        clip_sample=False, progress=False,
+    )  # fmt: skip
+    assert result.frames is not None
     figure, panels = plt.subplots(2, len(levels), figsize=(11, 4.9), layout="constrained", sharex=True, sharey=True)
     colours = x_0[:, 0, 0].atan2(x_0[:, 1, 0])
     for panel, x, t in zip(panels[0], out, levels, strict=True):
         panel.scatter(x[:, 0], x[:, 1], s=2, c=colours, cmap="twilight")
         panel.set_title(f"out: t = {t}", fontsize=9)
-    ended = found.sample[:, 0, 0].atan2(found.sample[:, 1, 0])
-    for panel, x, t in zip(panels[1], reversed(found.frames), levels, strict=True):
-        panel.scatter(x[:, 0], x[:, 1], s=2, c=ended, cmap="twilight")
+    final_colours = result.sample[:, 0, 0].atan2(result.sample[:, 1, 0])
+    for panel, x, t in zip(panels[1], reversed(result.frames), levels, strict=True):
+        panel.scatter(x[:, 0], x[:, 1], s=2, c=final_colours, cmap="twilight")
         panel.set_title(f"back: after the step at t = {t}", fontsize=9)
     for panel in panels.flat:
         panel.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
@@ -81,19 +87,21 @@ def points() -> Any:
 
 
 def previews() -> Any:
-    """States and guesses of the origin on one walk, and how the guess sharpens."""
+    """Draw the states and the x0 predictions of one run, and how the predictions become sharper."""
     checkpoint = load_checkpoint()
     shown = [t for t in PREVIEWS if t not in (10, 20)]
     kept = [999 - t for t in shown]
+    sampler = Sampler(checkpoint.model, (1, *checkpoint.shape), config=checkpoint.diffusion)
     rows = []
-    for output in ("trajectory", "x0"):
-        options = {"seeds": 0, "output": output, "output_steps": kept, "config": checkpoint.diffusion, **QUIET}
-        rows.append(list(sample(checkpoint.model, (1, *checkpoint.shape), **options).frames))
+    for output in OUTPUTS:
+        frames = sampler(seeds=0, output=output, output_steps=kept, progress=False).frames
+        assert frames is not None
+        rows.append(list(frames))
     figure = _strip(rows, [f"t = {t}" for t in shown], ["x_t", "guess of x_0"], below=2.2)
     panel = figure.add_axes((0.1, 0.12, 0.88, 0.31))
-    found = rows_of("previews")
+    measured = rows_of("previews")
     for key, style, label in (("distance", "o-", "guess to final image"), ("misfit_median", "s--", "guess to a moon")):
-        panel.plot([row["t"] for row in found], [row[key] for row in found], style, label=label)
+        panel.plot([row["t"] for row in measured], [row[key] for row in measured], style, label=label)
     panel.set(xlabel="t", ylabel="root mean square", xlim=(1010, -10))
     panel.legend(frameon=False, fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)
@@ -101,7 +109,7 @@ def previews() -> Any:
 
 
 def steps() -> Any:
-    """Quality against the number of steps."""
+    """Draw the quality against the number of steps."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     rows = rows_of("steps")
     for name in dict.fromkeys(row["walk"] for row in rows):
@@ -117,28 +125,28 @@ def steps() -> Any:
 
 
 def collapse() -> Any:
-    """The same seeds in fewer and fewer steps: one step is the mean of all that it might be."""
+    """Draw the same seeds in fewer and fewer steps. A single step returns the mean of all moons."""
     checkpoint = load_checkpoint()
     rows = []
     for count in reversed(STEPS):
-        options = {"num_inference_steps": count, "timestep_spacing": "trailing", "config": checkpoint.diffusion}
-        rows.append(list(sample(checkpoint.model, (10, *checkpoint.shape), seeds=0, **options, **QUIET)[:, None]))
+        options: SampleOptions = {"num_inference_steps": count, "timestep_spacing": "trailing", "progress": False}
+        rows.append(list(draw_moons(checkpoint, 10, options)[:, None]))
     labels = [f"{count} step{'s' if count > 1 else ''}" for count in reversed(STEPS)]
     return _strip(rows, [f"seed {seed}" for seed in range(10)], labels)
 
 
 def temperature() -> Any:
-    """The same seeds with less noise in the steps: the mean alone is no sample."""
+    """Draw the same seeds with less noise in the steps. Without noise, the mean alone is no sample."""
     checkpoint = load_checkpoint()
     rows = []
     for value in (0.0, 0.5, 1.0):
-        options = {"num_inference_steps": 250, "temperature": value, "config": checkpoint.diffusion}
-        rows.append(list(sample(checkpoint.model, (10, *checkpoint.shape), seeds=0, **options, **QUIET)[:, None]))
+        options: SampleOptions = {"num_inference_steps": 250, "temperature": value, "progress": False}
+        rows.append(list(draw_moons(checkpoint, 10, options)[:, None]))
     return _strip(rows, [f"seed {seed}" for seed in range(10)], ["temperature 0", "0.5", "1"])
 
 
 def fusion() -> Any:
-    """Full and half moon fused: the mean of all draws, three draws, and the lit fractions of all."""
+    """Draw the fusions of a full moon and a half moon: their mean, three of them, and the lit fractions of all."""
     checkpoint, rows = load_checkpoint(), rows_of("fusion")
     full, half = (end.expand(64, *checkpoint.shape) for end in ends())
     figure, panels = plt.subplots(
@@ -146,8 +154,10 @@ def fusion() -> Any:
         height_ratios=[1] * 4 + [0.8] * len(LAMBDAS),
     )  # fmt: skip
     for column, level in enumerate(LEVELS):
-        options = {"config": checkpoint.diffusion, "num_inference_steps": FUSION_STEPS, "seeds": 0, **QUIET}
-        x = interpolate(checkpoint.model, full, half, level, 0.5, **options)
+        x = interpolate(
+            checkpoint.model, full, half, level, 0.5, config=checkpoint.diffusion, num_inference_steps=FUSION_STEPS,
+            seeds=0, progress=False,
+        )  # fmt: skip
         for place, picture in enumerate([x.mean(0), *x[:3]]):
             _show(panels[place, column], picture)
         panels[0, column].set_title(f"t = {level}", fontsize=9)
@@ -167,32 +177,42 @@ def fusion() -> Any:
 
 
 def inpainting() -> Any:
-    """Half a moon is known; what is drawn to it by the plain walk, and by one that goes back."""
+    """Draw moons whose left half is known, by a plain run and by a run with resamplings."""
     checkpoint = load_checkpoint()
     known = moons.batch(10, seed=11)
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :16] = 1
     rows: list[list[Tensor]] = [list(known[:, None]), list((known * mask - (1 - mask))[:, None])]
     for resamplings in (1, 10):
-        options = {"num_inference_steps": 100, "jump_length": 1, "config": checkpoint.diffusion, "seeds": 0, **QUIET}
-        rows.append(list(inpaint(checkpoint.model, known, mask, resamplings=resamplings, **options)[:, None]))
+        x = inpaint(
+            checkpoint.model, known, mask, resamplings=resamplings, jump_length=1, num_inference_steps=100,
+            config=checkpoint.diffusion, seeds=0, progress=False,
+        )  # fmt: skip
+        rows.append(list(x[:, None]))
     return _strip(rows, [""] * 10, ["the moon", "known", "plain walk", "10 resamplings"])
 
 
 def digits() -> Any:
-    """Digits asked for and drawn, each over the one that is nearest to it of all that the model has seen."""
+    """Draw digits, each over the nearest digit of the training data."""
     seen, _ = halves()
     rows, labels = [], []
     for guidance in (1.0, 2.0):
-        found = draw("digits", 10, guidance, **QUIET).images
-        rows.append(list(found[:, None]))
-        rows.append(list(seen.images[torch.cdist(found.flatten(1), seen.images.flatten(1)).argmin(1)][:, None]))
+        images = draw_digits("digits", 10, guidance, progress=False).images
+        nearest = torch.cdist(images.flatten(1), seen.images.flatten(1)).argmin(1)
+        rows += [list(images[:, None]), list(seen.images[nearest][:, None])]
         labels += [f"guidance {guidance:g}", "nearest seen"]
     return _strip(rows, [str(seed) for seed in range(10)], labels)
 
 
 def _strip(rows: list[list[Tensor]], titles: list[str], labels: list[str], below: float = 0.0) -> Any:
-    """Pictures in rows; `below` leaves room, in inches."""
+    """Return a figure of pictures in rows.
+
+    Args:
+        rows: The pictures of each row.
+        titles: The titles of the columns.
+        labels: The labels of the rows.
+        below: Height of the room below the pictures, in inches.
+    """
     columns = len(rows[0])
     height = 1.0 * len(rows) + 0.5
     figure, panels = plt.subplots(len(rows), columns, figsize=(1.0 * columns + 1.0, height + below), squeeze=False)
@@ -224,8 +244,10 @@ FIGURES: dict[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[[], *FIGURES], metavar="NAME", help=", ".join(FIGURES))
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "names", nargs="*", choices=[[], *FIGURES], metavar="NAME", help=f"default: all pictures, {', '.join(FIGURES)}"
+    )
     FOLDER.mkdir(exist_ok=True)
     for name in parser.parse_args().names or FIGURES:
         figure = FIGURES[name]()

@@ -1,19 +1,20 @@
-"""How good is a moon model? Measured moons against the data, by two-sample tests.
+"""Measure the quality of a moon model: two-sample tests of measured moons against the data.
 
     python -m benchmarks.study.moons_quality [FOLDER ...] [--count 512]
 
-Every sample is fitted with the moon that is nearest to it (ddpm_fast.data.moons.measure). Lit fraction, radius and
-position of the fits are compared with those of fresh data by the Kolmogorov-Smirnov test; the misfit, the pixel
-distance that no moon explains, says how sharp the pictures are. Writes benchmarks/results/moons__quality.json.
+Every sample is fitted with the moon that is nearest to it (`ddpm_fast.data.moons.measure`). The Kolmogorov-Smirnov test
+compares the lit fraction, radius and position of the fits with those of fresh data. The misfit is the pixel distance
+that no moon explains; a small misfit means sharp pictures. The result is written to
+benchmarks/results/moons__quality.json.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.common.results import write_result
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.results import Row, write_result
 from benchmarks.study.moons_statistics import DATA_COUNT, STATISTICS, compare, statistics_of
 from ddpm_fast.data import moons
 from ddpm_fast.models.checkpoint import EMBEDDED, load_checkpoint
@@ -23,7 +24,7 @@ BATCH = 64
 
 
 def draw(folder: Path, count: int) -> torch.Tensor:
-    """Samples of the model in `folder`, all steps, seeds 0 … count - 1."""
+    """Return samples of the model in `folder`, with all steps and the seeds 0 … count - 1."""
     checkpoint = load_checkpoint(folder)
     sampler = Sampler(checkpoint.model, (BATCH, *checkpoint.shape), config=checkpoint.diffusion)
     starts = tqdm(range(0, count, BATCH), desc=folder.name)
@@ -31,18 +32,21 @@ def draw(folder: Path, count: int) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="*", type=Path, default=[EMBEDDED["moons"]])
-    parser.add_argument("--count", type=int, default=512)
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "folders", nargs="*", type=Path, default=[EMBEDDED["moons"]], metavar="FOLDER",
+        help="a checkpoint folder (default: the embedded model)",
+    )  # fmt: skip
+    parser.add_argument("--count", type=int, default=512, help="samples of each model (default: %(default)s)")
     arguments = parser.parse_args()
     data = statistics_of(moons.batch(DATA_COUNT, seed=1_000_003))
-    rows = []
+    rows: list[Row] = []
     for folder in arguments.folders:
-        found = statistics_of(draw(folder, arguments.count))
-        row = {"model": folder.name, "training": load_checkpoint(folder).about["training"], "count": arguments.count}
-        row |= compare(found, data)
+        samples = statistics_of(draw(folder, arguments.count))
+        training = load_checkpoint(folder).about["training"]
+        row: Row = {"model": folder.name, "training": training, "count": arguments.count, **compare(samples, data)}
         row["measured"] = {
-            name: [round(value, 5) for value in found[name].tolist()] for name in (*STATISTICS, "misfit")
+            name: [round(value, 5) for value in samples[name].tolist()] for name in (*STATISTICS, "misfit")
         }
         rows.append(row)
         for name in STATISTICS:

@@ -1,4 +1,4 @@
-"""What is measured of a set of moons, and the two-sample test between two sets."""
+"""The statistics of a set of moons, and the two-sample tests between two sets."""
 
 import numpy as np
 import torch
@@ -6,30 +6,31 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from benchmarks.common.results import Row
 from ddpm_fast.data import moons
 
 STATISTICS = ("lit", "radius", "x", "y")
 DATA_COUNT = 8192
-LEVEL = 0.001  # a model is rejected where p falls below, after Bonferroni over the statistics
+LEVEL = 0.001  # a model is rejected below this p, after Bonferroni over the statistics
 
-Measured = dict[str, NDArray[np.float64]]
+Measured = dict[str, NDArray[np.float64]]  # statistic: its values, one for each image
 
 
 def statistics_of(images: Tensor) -> Measured:
-    """Lit fraction, radius, position and misfit of every image."""
+    """Return the lit fraction, radius, position and misfit of every image."""
     parts = [moons.measure(part) for part in torch.split(images, 512)]
     found = {name: torch.cat([getattr(moon, name) for moon, _ in parts]) for name in STATISTICS}
     found["misfit"] = torch.cat([misfit for _, misfit in parts])
     return {name: values.double().numpy() for name, values in found.items()}
 
 
-def compare(found: Measured, data: Measured) -> dict:
-    """Kolmogorov-Smirnov distance and p of every statistic, and whether the set is told apart from the data."""
-    row: dict = {}
+def compare(samples: Measured, data: Measured) -> Row:
+    """Return the Kolmogorov-Smirnov distance and p of every statistic, and whether the samples are rejected."""
+    row: Row = {}
     for name in STATISTICS:
-        test = stats.ks_2samp(found[name], data[name])
+        test = stats.ks_2samp(samples[name], data[name])
         row[name] = {"distance": float(test.statistic), "p": float(test.pvalue)}
-    misfit = found["misfit"]
+    misfit = samples["misfit"]
     row["misfit"] = {
         "median": float(np.median(misfit)),
         "p95": float(np.quantile(misfit, 0.95)),

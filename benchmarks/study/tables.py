@@ -1,6 +1,7 @@
 """The tables about moons and digits, in README.md and docs/walk.md."""
 
-from benchmarks.common.results import Row, markdown_table, read_result
+from benchmarks.common.pages import markdown_table
+from benchmarks.common.results import Row, read_result
 
 MISFIT = "median misfit | misfit > 0.1"
 QUALITY = f"{MISFIT} | lit fraction, KS distance | radius, KS distance | deviation of a pixel |"
@@ -8,7 +9,8 @@ QUALITY = f"{MISFIT} | lit fraction, KS distance | radius, KS distance | deviati
 
 def rows_of(part: str) -> list[Row]:
     """Return the rows that were measured for a part of the study."""
-    return read_result(f"moons__{part}")["rows"]
+    rows: list[Row] = read_result(f"moons__{part}")["rows"]
+    return rows
 
 
 def quality() -> str:
@@ -110,4 +112,7 @@ def _quality(row: Row) -> str:
     )
 
 
-TABLES = {each.__name__: each for each in (schedules, temperature, steps, fusion, likelihood, inpainting)}
+TABLES = {
+    "schedules": schedules, "temperature": temperature, "steps": steps, "fusion": fusion, "likelihood": likelihood,
+    "inpainting": inpainting,
+}  # fmt: skip

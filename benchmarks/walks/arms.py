@@ -187,7 +187,7 @@ class Diffusers(Arm):
         problem = self.problem
         generator = torch.Generator(problem.device).manual_seed(seed)
         if self.pipeline is not None:
-            images = self.pipeline(problem.batch, generator, steps or problem.steps, output_type="pt").images
+            images: Tensor = self.pipeline(problem.batch, generator, steps or problem.steps, output_type="pt").images
             self.scheduler.set_timesteps(problem.steps)
             return 2 * images - 1
         x = torch.randn(problem.shape, generator=generator, device=problem.device, dtype=problem.dtype)
@@ -198,8 +198,8 @@ class Diffusers(Arm):
 
     def _network(self, x: Tensor, t: Tensor) -> Tensor:
         if self.pipeline is not None:
-            return self.problem.model(x, t).sample
-        return self.problem.model(x, t.to(x.device).expand(len(x)), **self.problem.kwargs)
+            return tensor_of(self.problem.model(x, t))
+        return tensor_of(self.problem.model(x, t.to(x.device).expand(len(x)), **self.problem.kwargs))
 
     def step(self, x: Tensor, row: int) -> tuple[Tensor, Tensor]:
         x = x.to(self.state_dtype)

@@ -47,14 +47,16 @@ class HalfDiT(nn.Module):
         self.dit = DiTTransformer2DModel(**config)
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
-        return self.dit(x, t, class_labels=class_labels).sample[:, : x.shape[1]]
+        output: Tensor = self.dit(x, t, class_labels=class_labels).sample
+        return output[:, : x.shape[1]]
 
 
 def _unet(config: dict[str, Any]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         from diffusers import UNet2DModel
 
-        return UNet2DModel(**config)
+        network: nn.Module = UNet2DModel(**config)
+        return network
 
     return make
 
@@ -155,9 +157,10 @@ class Problem:
         t = torch.zeros(1, dtype=torch.int64, device=self.device)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.exact(x, t, **self.kind.kwargs(1, self.device))
-        return self.batch * counter.get_total_flops()
+        return self.batch * int(counter.get_total_flops())
 
 
 def tensor_of(output: Any) -> Tensor:
     """Return the tensor of a network's output, which is the tensor itself or an object with `.sample`."""
-    return output if isinstance(output, Tensor) else output.sample
+    tensor: Tensor = output if isinstance(output, Tensor) else output.sample
+    return tensor

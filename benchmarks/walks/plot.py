@@ -1,6 +1,8 @@
 """The plot of whole runs: milliseconds a step of every arm, one panel for each part.
 
-python -m benchmarks.walks.plot      draws docs/walks-<machine>.png from the files in benchmarks/results
+    python -m benchmarks.walks.plot      draws docs/walks-<machine>.png
+
+The numbers come from the files in benchmarks/results.
 """
 
 import json

@@ -1,9 +1,11 @@
 """The tables of whole runs, in README.md and docs/benchmarks.md."""
 
-from benchmarks.common.results import FOLDER, Row, cell, machine_of, markdown_table
+from benchmarks.common.pages import cell, markdown_table, with_range
+from benchmarks.common.results import FOLDER, Row, machine_of
+from benchmarks.walks.arms import COMPILED, OURS, SHIPPED
 from benchmarks.walks.networks import KINDS
 from benchmarks.walks.plot import read_results
-from benchmarks.walks.run import COMPILED, OURS, PARTS, SHIPPED
+from benchmarks.walks.run import PARTS
 
 COLUMNS = {
     "s_per_1000_steps": ".3g", "images_per_s": ".3g", "share_of_ceiling": ".1%", "kernels_per_step": ".0f",
@@ -83,4 +85,4 @@ def _by_part() -> dict[str, list[Row]]:
 
 def _ratio(row: Row | None, key: str) -> str:
     found = None if row is None else row.get(key)
-    return f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f})" if found else "-"
+    return with_range(found["ratio"], found["low"], found["high"]) if found else "-"

@@ -1,4 +1,4 @@
-"""denoising-diffusion-pytorch imports torchvision, so the stand-in comes first."""
+"""Install the stand-in for torchvision before any test imports denoising-diffusion-pytorch."""
 
 from benchmarks.common.standins import stand_in_for_torchvision
 

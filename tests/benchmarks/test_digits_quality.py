@@ -1,4 +1,4 @@
-"""The digits: the two halves of the data, the ruler that measures a model, and the embedded model under it."""
+"""The digits: the two halves of the data, the ruler, and the embedded model as the ruler measures it."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_the_halves_share_no_image_and_every_class():
     both = torch.cat([seen.images, unseen.images]).flatten(1)
     assert both.shape == everything.shape == (1797, 64)
     assert torch.equal(both.unique(dim=0), everything.unique(dim=0))
-    assert len(both.unique(dim=0)) == 1797  # no two are equal, so none is in both
+    assert len(both.unique(dim=0)) == 1797  # no two images are equal, so no image is in both halves
     assert (seen.labels.bincount() - unseen.labels.bincount()).abs().max() <= 1
     assert (both.min(), both.max()) == (-1, 1)
     again, _ = digits.halves()
@@ -53,9 +53,9 @@ def test_distances():
     images = torch.tensor([0.0, 0.0, 1.0, 3.0]).view(4, 1, 1, 1).expand(4, 1, 8, 8)
     assert nearest(images, images[2:]).tolist() == [1, 1, 0, 0]
     assert nearest(images, images, others=True).tolist() == [0, 0, 1, 2]
-    of = spread(Digits(images, torch.tensor([0, 0, 1, 1])))
-    assert of[:2].tolist() == pytest.approx([0, 2])
-    assert of[2:].isnan().all()
+    distances = spread(Digits(images, torch.tensor([0, 0, 1, 1])))
+    assert distances[:2].tolist() == pytest.approx([0, 2])
+    assert distances[2:].isnan().all()
 
 
 def test_the_ruler_on_the_data(ruler):
@@ -65,7 +65,7 @@ def test_the_ruler_on_the_data(ruler):
     assert abs(row["nearer_to_seen"] - 0.5) < 4 * row["nearer_to_seen_error"]
 
 
-def test_the_ruler_sees_what_is_wrong(ruler):
+def test_the_ruler_detects_copies_wrong_classes_and_averages(ruler):
     images, labels = ruler.seen
     generator = torch.Generator().manual_seed(0)
     repeated = ruler(Digits(images + 0.1 * torch.randn(images.shape, generator=generator), labels))
@@ -91,7 +91,7 @@ def test_the_embedded_model():
 
 
 def test_a_live_draw(ruler):
-    found = digits_quality.draw("digits", 60, 2.0, num_inference_steps=100, progress=False)
+    found = digits_quality.draw_digits("digits", 60, 2.0, num_inference_steps=100, progress=False)
     row = ruler(found)
     assert row["accuracy"] >= 0.9
     assert 0.5 < row["diversity"] < 1.1
@@ -127,6 +127,6 @@ def test_training_on_digits_and_a_folder_of_that_name(tmp_path, monkeypatch, cap
     assert load_checkpoint("run").about["data"]["count"] == 899
     assert cli.main(["train", "--out", "run2", "--flip", *options]) == 2
     assert "a mirrored digit is none" in capsys.readouterr().err
-    Path("digits").mkdir()  # what is there is what one means
+    Path("digits").mkdir()  # a folder that exists comes before the built-in data
     assert cli.main(["train", "--out", "run2", *options]) == 2
     assert "digits holds no picture" in capsys.readouterr().err

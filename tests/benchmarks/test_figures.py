@@ -1,4 +1,4 @@
-"""docs/walk.md: every picture has its script, every script its picture, and every number a file."""
+"""docs/walk.md: every picture is drawn by a function, every function draws a picture, every number has a file."""
 
 import re
 
@@ -9,9 +9,7 @@ pytest.importorskip("matplotlib")
 import torch
 
 from benchmarks.common.results import ROOT
-from benchmarks.study import figures
-from benchmarks.study import run as study
-from benchmarks.study import tables as moon_tables
+from benchmarks.study import figures, run, tables
 from ddpm_fast.data import moons
 
 DOCS = ROOT / "docs"
@@ -24,9 +22,9 @@ def test_the_page_shows_every_figure():
 
 
 def test_every_part_of_the_study_has_its_table_or_its_figure():
-    assert set(moon_tables.TABLES) == set(study.PARTS) - {"previews"}
-    for part in study.PARTS:
-        assert moon_tables.rows_of(part), part
+    assert set(tables.TABLES) == set(run.PARTS) - {"previews"}
+    for part in run.PARTS:
+        assert tables.rows_of(part), part
 
 
 def test_the_forward_strip_is_drawn():
@@ -36,12 +34,12 @@ def test_the_forward_strip_is_drawn():
 
 
 def test_the_measures_tell_moons_from_blends():
-    data = study.statistics_of(moons.batch(256, seed=0))
-    good = study.measured(moons.batch(64, seed=1), data)
-    blends = study.measured((moons.batch(64, seed=1) + moons.batch(64, seed=2)) / 2, data)
+    data = run.statistics_of(moons.batch(256, seed=0))
+    good = run.measured(moons.batch(64, seed=1), data)
+    blends = run.measured((moons.batch(64, seed=1) + moons.batch(64, seed=2)) / 2, data)
     assert good["misfit_median"] < 0.001
     assert good["lit_distance"] < 0.25
     assert blends["misfit_above_0.1"] > 0.9
-    full, half = study.ends()
+    full, half = run.ends()
     found, _ = moons.measure(torch.stack([full, half]))
     assert found.lit.tolist() == pytest.approx([1.0, 0.5], abs=0.02)

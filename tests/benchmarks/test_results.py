@@ -1,4 +1,4 @@
-"""Result files: what is read back is what was written, a row stands on one line, and no file is half written."""
+"""Result files: reading returns the written value, a row stands on one line, and no file is half written."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def lines_of(path):
         [{"terms": [0.1] * 1000, "none": None, "text": '"quoted"\n'}],
     ],
 )
-def test_what_is_read_is_what_was_written(rows, tmp_path):
+def test_reading_returns_the_written_value(rows, tmp_path):
     path = write_result("name", rows, folder=tmp_path, goals=[{"met": True}], left_out=[])
     found = read_result("name", tmp_path)
     assert path == tmp_path / "name.json"
@@ -33,12 +33,12 @@ def test_what_is_read_is_what_was_written(rows, tmp_path):
     assert list(found) == ["environment", "goals", "left_out", "rows"]
 
 
-def test_keys_and_tuples_become_what_json_has(tmp_path):
+def test_keys_become_strings_and_tuples_lists(tmp_path):
     write_rows(tmp_path / "a.json", {"windows": {0: 2, 100: 8}, "rows": [{"shape": (1, 2)}]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"windows": {"0": 2, "100": 8}, "rows": [{"shape": [1, 2]}]}
 
 
-def test_numbers_that_json_does_not_have_are_kept(tmp_path):
+def test_nan_and_infinity_are_kept(tmp_path):
     write_rows(tmp_path / "a.json", {"rows": [{"nan": math.nan, "low": -math.inf, "high": math.inf}]})
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert math.isnan(row["nan"])

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.common import pages
-from benchmarks.common.results import cell, markdown_table
+from benchmarks.common.pages import cell, markdown_table, with_range
 
 PAGE = "above\n<!-- table a -->\n{a}<!-- end -->\nbetween\n<!-- table b -->\nold\nlines\n<!-- end -->\nbelow\n"
 
@@ -25,4 +25,5 @@ def test_a_table_of_cells():
     assert [cell(row, "ms", ",.1f"), cell(row, "missing", ".1f"), cell(None, "ms", ".1f")] == ["1,234.5", "-", "-"]
     assert cell({"error": "wrong result: off"}, "ms", ".1f") == "wrong"
     assert cell({"error": "RuntimeError: no"}, "ms", ".1f") == "failed"
+    assert with_range(1.5, 1.4, 1.625) == "1.50 (1.40 to 1.62)"
     assert markdown_table("| a | b |", ["| 1 | 2 |"]) == "| a | b |\n|---|---|\n| 1 | 2 |"

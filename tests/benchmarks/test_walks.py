@@ -137,7 +137,7 @@ def test_every_part_can_be_built_here():
 
 
 def test_the_whole_script(tmp_path, monkeypatch, capsys):
-    """All pieces run except the compiled arms; one arm is broken, and one is wrong."""
+    """Every piece runs except the compiled arms; one arm is broken, and one is wrong."""
 
     class Wrong(Diffusers):
         def step(self, x, row):
