@@ -1,4 +1,4 @@
-"""What was tried on the step kernel and what it costs: each variant is an edit of the kernels' source, compiled anew.
+"""Variants of the step kernel and their cost: each variant is an edit of the kernels' source, compiled anew.
 
     python -m research.sass_variants     writes research/results/sass_variants.json and the table of docs/kernels.md
 
@@ -24,11 +24,11 @@ BY_ITSELF, WITH_INPUT = "step-bf16-clip-philox", "step-bf16-clip-philox-input"
 
 @dataclass(frozen=True)
 class Variant:
-    """An edit: in each file some text for another.
+    """A variant: an edit that replaces some text in each of some files.
 
     Attributes:
-        name: what differs from the kernel as it is.
-        verdict: what came of it.
+        name: What differs from the kernel as it is.
+        verdict: The result of the trial.
         edits: (file under kernels/, text that it has, text instead).
     """
 
@@ -94,7 +94,7 @@ VARIANTS = (
 
 
 def measure(variant: Variant, name: str) -> dict[str, Any]:
-    """The row of specialisation `name` with the kernels edited."""
+    """Return the row of specialisation `name` with the kernels edited."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "ddpm_fast"
         shutil.copytree(ROOT / "ddpm_fast", package, ignore=shutil.ignore_patterns("kernels", "weights", "__pycache__"))
@@ -116,11 +116,12 @@ def measure(variant: Variant, name: str) -> dict[str, Any]:
         )
     if done.returncode != 0:
         raise RuntimeError(f"{variant.name}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout)
+    row: dict[str, Any] = json.loads(done.stdout)
+    return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line a variant."""
+    """Return the table, a line for each variant."""
     lines = [
         "| variant | instructions / element | with the next input | registers | shared | local | issue slots, H200 "
         "| verdict |",
@@ -136,7 +137,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for variant in VARIANTS:
         rows.append(
             {

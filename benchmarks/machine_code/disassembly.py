@@ -1,4 +1,4 @@
-"""What the compiler made of a kernel: SASS (NVIDIA) or GCN assembly (AMD), read as text.
+"""The machine code of a kernel: SASS (NVIDIA) or GCN assembly (AMD), read as text.
 
 Counted is the longest path from the entry to an exit, with calls followed and each loop's body taken once: no tile
 executes more than that, and a full tile in the table executes it all, but for the rare arms of a branch. Instructions
@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of machine code: its opcode with modifiers, the guard before it ("@P0", "@!UP1" or ""), the rest."""
+    """A line of machine code: the guard ("@P0", "@!UP1" or ""), the opcode with its modifiers, and the operands."""
 
     guard: str
     opcode: str
@@ -25,7 +25,7 @@ class Instruction:
 
 @dataclass
 class Code:
-    """A kernel's machine code: instructions in order, and what label stands before which."""
+    """A kernel's machine code: the instructions in order, and the position of every label."""
 
     instructions: list[Instruction]
     labels: dict[str, int]
@@ -33,7 +33,7 @@ class Code:
 
 
 def of_cubin(cubin: bytes) -> Code:
-    """Disassemble NVIDIA machine code with the nvdisasm that Triton brings along."""
+    """Disassemble NVIDIA machine code with the nvdisasm of Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -50,8 +50,9 @@ def of_cubin(cubin: bytes) -> Code:
 
 
 def read_sass(text: str) -> Code:
-    """Read what nvdisasm prints."""
-    instructions, labels = [], {}
+    """Read the output of nvdisasm."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
     for line in text.splitlines():
         if label := re.match(r"\s*([.$\w]+):\s*$", line):
             labels[label[1]] = len(instructions)
@@ -62,7 +63,8 @@ def read_sass(text: str) -> Code:
 
 def of_amdgcn(text: str) -> Code:
     """Read AMD assembly as LLVM prints it."""
-    instructions, labels = [], {}
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
     body = text.split(".Lfunc_end", 1)[0]
     for line in body.splitlines():
         line = line.split(";", 1)[0].rstrip()
@@ -74,7 +76,7 @@ def of_amdgcn(text: str) -> Code:
     resources = {
         "registers": number["vgpr_count"],
         "stack": number["private_segment_fixed_size"],
-        "local": 4 * number["vgpr_spill_count"],  # scalars go to lanes of vectors, or else to the private segment
+        "local": 4 * number["vgpr_spill_count"],  # scalars are spilled to lanes of vectors, or to the private segment
     }
     return Code(instructions, labels, resources)
 
@@ -87,12 +89,12 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def longest_path(code: Code) -> list[Instruction]:
-    """The instructions of the longest way through the code, in order."""
+    """Return the instructions of the longest way through the code, in order."""
     return _longest(code, 0, frozenset())
 
 
 def _longest(code: Code, start: int, calls: frozenset[int]) -> list[Instruction]:
-    """The longest way from `start` on; `calls` are the routines being walked through already."""
+    """Return the longest way from `start` on; `calls` are the routines that the way is already inside."""
     order = _finished_last_first(code, start)
     rank = {position: i for i, position in enumerate(order)}
     length: dict[int, int] = {}
@@ -115,7 +117,7 @@ def _longest(code: Code, start: int, calls: frozenset[int]) -> list[Instruction]
 
 
 def _finished_last_first(code: Code, start: int) -> list[int]:
-    """Positions in the order in which a depth-first walk leaves them: those ahead first, but for back edges."""
+    """Return the positions in the order in which a depth-first search leaves them: later ones first."""
     order: list[int] = []
     seen = {start}
     stack = [(start, iter(_next(code, start)))]
@@ -132,7 +134,7 @@ def _finished_last_first(code: Code, start: int) -> list[int]:
 
 
 def _next(code: Code, position: int) -> list[int]:
-    """Where control can go after the instruction at `position`."""
+    """Return the positions that control can reach after the instruction at `position`."""
     instruction = code.instructions[position]
     opcode = instruction.opcode.split(".")[0]
     conditional = instruction.guard or opcode.startswith("s_cbranch") or re.match(r"!?U?P\w+,", instruction.operands)
@@ -164,7 +166,7 @@ _SPACES = {
 
 
 def count(path: list[Instruction]) -> dict[str, Any]:
-    """Instructions on the path, by kind; global accesses by width in bits, such as {"load 128": 4}."""
+    """Count the instructions on the path by kind, and global accesses by width in bits, such as {"load 128": 4}."""
     result: dict[str, Any] = {"instructions": len(path)}
     for space, pattern in _SPACES.items():
         result[f"{space}_accesses"] = sum(bool(re.match(pattern, i.opcode)) for i in path)

@@ -1,4 +1,4 @@
-"""What every kernel costs, read from the machine code that the compiler makes: no GPU needed.
+"""The cost of every kernel, counted in the machine code that the compiler makes; no GPU is needed.
 
     python -m benchmarks.machine_code                    all specialisations for all targets: results/sass.json and the
                                                          table of docs/kernels.md; fails over a budget
@@ -32,13 +32,13 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {  # backend, architecture, war
 
 @dataclass(frozen=True)
 class GPU:
-    """What bounds an elementwise kernel.
+    """A GPU: what bounds an elementwise kernel there.
 
     Attributes:
-        target: of `TARGETS`.
-        processors: multiprocessors (compute units on AMD).
-        lanes: instructions, counted a thread, that a processor issues a clock.
-        clock: in GHz, the boost clock of the data sheet.
+        target: A name in `TARGETS`.
+        processors: Number of multiprocessors (compute units on AMD).
+        lanes: Instructions, counted for one thread, that a processor issues in a clock.
+        clock: Boost clock of the data sheet, in GHz.
         copy: GB/s, read and written together: measured on an H200 (90 % of its data sheet), 90 % of it elsewhere.
     """
 
@@ -49,8 +49,9 @@ class GPU:
     copy: float
 
     def issue_slots(self, instructions: float, size: float) -> float:
-        """The share of the issue slots that `instructions` an element take where `size` bytes an element move at the
-        pace of a copy; above 1 arithmetic sets the pace, and the copy's pace divided by this number is reached.
+        """Return the share of issue slots that `instructions` of an element take while its `size` bytes are copied.
+
+        Above 1, arithmetic sets the pace: the copy's pace divided by this number.
         """
         return instructions * (self.copy / size) / (self.processors * self.lanes * self.clock)
 
@@ -66,14 +67,14 @@ GPUS = {
 
 
 def code_of(kernel: Any) -> machine_code.Code:
-    """The machine code in one of Triton's compiled kernels."""
+    """Return the machine code of one of Triton's compiled kernels."""
     if "cubin" in kernel.asm:
         return machine_code.of_cubin(kernel.asm["cubin"])
     return machine_code.of_amdgcn(kernel.asm["amdgcn"])
 
 
 def measure(specialisation: Specialisation, target: str, kernel: Any = None) -> dict[str, Any]:
-    """One row of the table; counts are those of a thread, instructions also per element."""
+    """Return one row of the table; counts are those of a thread, instructions also per element."""
     code = code_of(compile_for(specialisation, *TARGETS[target]) if kernel is None else kernel)
     counts = machine_code.count(machine_code.longest_path(code))
     per_element = counts["instructions"] / specialisation.elements_per_thread()
@@ -94,7 +95,7 @@ def measure(specialisation: Specialisation, target: str, kernel: Any = None) -> 
 
 
 def complaints(rows: list[dict[str, Any]]) -> list[str]:
-    """Budgets that are exceeded, and spills."""
+    """Return the budgets that are exceeded, and the spills."""
     found = []
     for row in rows:
         where = f"{row['name']} on {row['target']}"
@@ -106,12 +107,12 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def bound(slots: float) -> str:
-    """What sets the pace, for the page: see `GPU.issue_slots`."""
+    """Return what sets the pace, for the page; see `GPU.issue_slots`."""
     return f"memory ({slots:.0%})" if slots <= 1 else f"arithmetic: {1 / slots:.0%}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The page's table: a line a specialisation."""
+    """Return the page's table, a line for each specialisation."""
     by_name: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["name"], {})[row["target"]] = row

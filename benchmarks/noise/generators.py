@@ -13,23 +13,23 @@ from ddpm_fast.kernels.philox import Stream
 
 
 class Uniforms(NamedTuple):
-    """How the top `bits` bits of a 32-bit word become the uniforms of Box-Muller; both maps are monotone."""
+    """A rule that turns the top `bits` bits of a 32-bit word into uniforms of Box-Muller; both maps are monotone."""
 
     bits: int
     radius: Callable[[Tensor], Tensor]
     angle: Callable[[Tensor], Tensor]
 
     def reach(self, cut: float) -> int:
-        """No word from here on has a radius beyond `cut`."""
+        """Return a word from which on no word has a radius beyond `cut`."""
         return int(math.exp(-cut * cut / 2) * 2**self.bits) + 2
 
     def polar(self, radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-        """Radius and angle in float64, from words of `bits` bits."""
+        """Return radius and angle in float64, from words of `bits` bits."""
         u, v = self.radius(radius_word).double(), self.angle(angle_word).double()
         return (-2 * u.log()).abs().sqrt(), 2 * math.pi * v
 
     def normals(self, words: tuple[Tensor, ...]) -> Tensor:
-        """Box-Muller in float64, as in philox.py, from four words of 32 bits: [4, …]."""
+        """Return Box-Muller's normals in float64, as in philox.py, from four words of 32 bits: [4, …]."""
         z = []
         for pair in (0, 2):
             radius, angle = self.polar(*(word >> (32 - self.bits) for word in words[pair : pair + 2]))
@@ -54,13 +54,13 @@ class Generator(NamedTuple):
     name: str
     draw: Callable[..., Tensor]
     radius_pairs: Callable[[Tensor], Tensor]
-    uniforms: Uniforms | None = None  # of those whose far tails are counted
+    uniforms: Uniforms | None = None  # of a generator whose far tails are counted
     streams: tuple[int, ...] = tuple(range(8))
-    caught_by: str = ""  # of a planted one: the family that must reject it
+    caught_by: str = ""  # the family of tests that must reject a planted generator
 
 
 def lanes(z: Tensor) -> Tensor:
-    """[M, n] → [4, M, n / 4], for n a multiple of 64."""
+    """Return [M, n] as [4, M, n / 4], for n a multiple of 64."""
     return z.view(len(z), 4, -1).transpose(0, 1)
 
 
@@ -74,7 +74,7 @@ def _torch_pairs(z: Tensor) -> Tensor:
 
 
 def draw_torch(seeds: Tensor, ids: Tensor, stream: int, n: int, visit: Tensor | int = 0) -> Tensor:
-    """torch.randn has no counter: each row is the next n numbers of its seed's generator."""
+    """Draw with torch.randn, which has no counter: each row is the next n numbers of its seed's generator."""
     generators: dict[int, torch.Generator] = {}
     z = torch.empty(len(seeds), n)
     for row, seed in zip(z, seeds.tolist(), strict=True):
@@ -85,7 +85,7 @@ def draw_torch(seeds: Tensor, ids: Tensor, stream: int, n: int, visit: Tensor | 
 
 
 def draw_with(uniforms: Uniforms, order: tuple[int, ...] = (0, 1, 2, 3)) -> Callable[..., Tensor]:
-    """philox.normals from other uniforms, or from these words of each counter in place of all four."""
+    """Draw philox.normals from other uniforms, or from some words of each counter instead of all four."""
 
     def draw(seeds: Tensor, ids: Tensor, stream: int, n: int, visit: Tensor | int = 0) -> Tensor:
         z = torch.empty(len(seeds), 4, philox.quarter(n))
@@ -100,7 +100,7 @@ def draw_with(uniforms: Uniforms, order: tuple[int, ...] = (0, 1, 2, 3)) -> Call
 
 
 def _overlapping_seeds(seeds: Tensor, ids: Tensor, stream: int, n: int, visit: Tensor | int = 0) -> Tensor:
-    """The noise of seed s + 1 is that of seed s, one element on."""
+    """Draw noise in which seed s + 1 is seed s, shifted by one element."""
     visits = torch.as_tensor(visit).expand(len(seeds))
     zero = torch.zeros(1, dtype=torch.int64)
     rows = []
@@ -115,14 +115,14 @@ def _variance(seeds: Tensor, ids: Tensor, stream: int, n: int, visit: Tensor | i
 
 
 def _heavy_tailed(seeds: Tensor, ids: Tensor, stream: int, n: int, visit: Tensor | int = 0) -> Tensor:
-    """One in a thousand from N(0, 4), the whole scaled to variance 1."""
+    """Draw one in a thousand from N(0, 4), all scaled to variance 1."""
     z = philox.normals(seeds, ids, stream, n, visit)
     chosen = philox.normals(seeds, ids, stream, n, visit + (1 << 20)) > special.ndtri(0.999)
     return torch.where(chosen, 2 * z, z) / math.sqrt(1.003)
 
 
 def _neighbours_mixed(seeds: Tensor, ids: Tensor, stream: int, n: int, visit: Tensor | int = 0) -> Tensor:
-    """A correlation of 0.005 between neighbouring elements."""
+    """Draw normals with a correlation of 0.005 between neighbouring elements."""
     z = philox.normals(seeds, ids, stream, n, visit)
     return (z + 0.005 * z.roll(1, 1)) / math.sqrt(1 + 0.005**2)
 
@@ -144,7 +144,7 @@ def _visits_ignored(seeds: Tensor, ids: Tensor, stream: int, n: int, visit: Tens
 
 
 PHILOX = Generator("ddpm_fast", philox.normals, _lane_pairs, OURS)
-RANDN = Generator("torch.randn", draw_torch, _torch_pairs, TORCH, (Stream.STEP,))  # it has no streams
+RANDN = Generator("torch.randn", draw_torch, _torch_pairs, TORCH, (Stream.STEP,))  # torch.randn has no streams
 PLANTED = [
     Generator("uniforms of 23 bits, clamped at 1e-7", draw_with(CLAMPED), _lane_pairs, CLAMPED, caught_by="far tails"),
     Generator("seed s + 1 is seed s, one element on", _overlapping_seeds, _lane_pairs, caught_by="neighbouring seeds"),

@@ -1,4 +1,4 @@
-"""Two-sided p-values of what the battery finds, the lines of its result file, and Bonferroni's verdict on them."""
+"""Two-sided p-values of the battery's statistics, the lines of its result file, and Bonferroni's verdict."""
 
 import math
 from typing import Any
@@ -11,36 +11,37 @@ LEVEL = 0.001  # of a whole battery
 
 
 def two_sided(lower: float, upper: float) -> float:
-    """From the probabilities of at most and at least what was found; NaN stays NaN."""
+    """Return the two-sided p-value from the probabilities of at most and at least the value; NaN stays NaN."""
     return float(np.minimum(1.0, 2 * np.minimum(lower, upper)))
 
 
 def p_score(score: float) -> float:
-    """Of a standard normal score."""
+    """Return the p-value of a standard normal score."""
     return float(special.erfc(abs(score) / math.sqrt(2)))
 
 
 def p_largest(score: float, count: int) -> float:
-    """Of the largest of `count` independent scores (Sidak)."""
+    """Return the p-value of the largest of `count` independent scores (Sidak)."""
     return float(-np.expm1(count * np.log1p(-min(p_score(score), 1 - 1e-16))))
 
 
 def p_count(count: float, draws: int, probability: float) -> float:
-    """Of a binomial count."""
+    """Return the p-value of a binomial count."""
     law = stats.binom(draws, probability)
     return two_sided(law.cdf(count), law.sf(count - 1))
 
 
 def p_law(law: Any, value: float) -> float:
-    """Of a value of a continuous law of scipy.stats."""
+    """Return the p-value of a value under a continuous law of scipy.stats."""
     return two_sided(law.cdf(value), law.sf(value))
 
 
 def anderson_darling_sf(a2: float) -> float:
-    """P(A^2 > a2) for a fully specified law and many draws (Anderson & Darling 1952; Marsaglia & Marsaglia 2004).
+    """Return P(A^2 > a2) for a fully specified law and many draws.
 
-    The integrals of the series are smooth and fall off on both sides, so that the trapezoid rule is exact to rounding.
-    Far out the series cancels, and the largest term of A^2 = sum of chi^2_1 / (j (j + 1)) rules alone.
+    The series is Anderson & Darling's (1952; Marsaglia & Marsaglia 2004). The integrals of the series are smooth and fall
+    off on both sides, so that the trapezoid rule is exact to rounding. Far out the series cancels, and only the largest
+    term of A^2 = sum of chi^2_1 / (j (j + 1)) counts.
     """
     if a2 > 20:
         return math.sqrt(3) * math.erfc(math.sqrt(a2))
@@ -60,14 +61,14 @@ def p_anderson_darling(a2: float) -> float:
 
 
 def row(family: str, test: str, statistic: float, p: float, draws: int, **more: Any) -> dict[str, Any]:
-    """One line of a result file. NaN is rejected here, for all tests: its p is 0."""
+    """Return one line of a result file. NaN is rejected here, for all tests: its p is 0."""
     if math.isnan(statistic) or math.isnan(p):
         p = 0.0
     return {"family": family, "test": test, "statistic": float(statistic), "p": p, "draws": draws, **more}
 
 
 def no_counts(cuts: tuple[float, ...]) -> dict[str, dict[str, float]]:
-    """What `count_beyond` adds to and `tail_rows` reads."""
+    """Return counts of 0, which `count_beyond` increases and `tail_rows` reads."""
     return {f"{cut:g}": {"below": 0, "above": 0} for cut in cuts}
 
 
@@ -80,7 +81,7 @@ def count_beyond(z: Tensor, counts: dict[str, dict[str, float]]) -> None:
 
 
 def tail_rows(family: str, counts: dict[str, dict[str, float]], draws: int) -> list[dict[str, Any]]:
-    """Below -cut, above cut and both together, for each cut."""
+    """Return a line below -cut, one above cut and one for both together, for each cut."""
     rows = []
     for cut, sides in counts.items():
         side = float(special.ndtr(-float(cut)))
@@ -97,7 +98,7 @@ def tail_rows(family: str, counts: dict[str, dict[str, float]], draws: int) -> l
 
 
 def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Bonferroni over all p-values of a generator."""
+    """Return Bonferroni's verdict over all p-values of a generator."""
     limit = LEVEL / len(rows)
     smallest = min(rows, key=lambda found: found["p"])
     return {

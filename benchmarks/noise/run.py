@@ -1,4 +1,4 @@
-"""Do the normals of philox.py stand up? Fixed-seed tests of them, of torch.randn and of planted bad generators.
+"""The battery: tests with fixed seeds of philox.py's normals, of torch.randn, and of planted bad generators.
 
     python -m benchmarks.noise [--far-draws 1e11] [--planted NAME]
 
@@ -13,6 +13,7 @@ import json
 import math
 import re
 import time
+from functools import partial
 from typing import Any
 
 from benchmarks.common.results import FOLDER, ROOT, environment, write_result, write_rows
@@ -27,7 +28,7 @@ NAME = "noise__battery"
 
 
 def strict(value: Any) -> Any:
-    """`value` as strict JSON can hold it: null for what is not a finite number."""
+    """Return `value` in strict JSON: null for a number that is not finite."""
     if isinstance(value, dict):
         return {key: strict(found) for key, found in value.items()}
     if isinstance(value, list):
@@ -36,7 +37,7 @@ def strict(value: Any) -> Any:
 
 
 def measure(generator: Generator, sizes: Sizes, far: dict[str, Any] | None) -> dict[str, Any]:
-    """Battery and verdict of one generator."""
+    """Run the battery on one generator and return its report with the verdict."""
     started = time.perf_counter()
     rows = battery(generator, sizes) + (tail_rows("far tails", far["counts"], far["draws"]) if far else [])
     seconds = round(time.perf_counter() - started, 1)
@@ -44,7 +45,8 @@ def measure(generator: Generator, sizes: Sizes, far: dict[str, Any] | None) -> d
     if generator.caught_by:
         report["planted_for"] = generator.caught_by
     show(report)
-    return strict(report)
+    result: dict[str, Any] = strict(report)
+    return result
 
 
 def measure_planted(bad: Generator) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """The tables of docs/noise.md."""
+    """Return the tables of docs/noise.md."""
     return {
         "battery": _battery_table(result),
         "far": _far_table(result),
@@ -140,13 +142,17 @@ def _planted_table(result: dict[str, Any]) -> str:
 
 
 def filled(text: str, result: dict[str, Any]) -> str:
-    """The page with every marked table made anew."""
+    """Return the page with every marked table made anew."""
     for name, table in tables(result).items():
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.S)
+        text, count = re.subn(pattern, partial(_filled, table), text, flags=re.S)
         if count != 1:
             raise ValueError(f"{PAGE.name} must have the table {name!r} once, found it {count} times")
     return text
+
+
+def _filled(table: str, found: re.Match[str]) -> str:
+    return f"{found[1]}{table}\n{found[2]}"
 
 
 def _no_constant(name: str) -> None:
@@ -154,13 +160,17 @@ def _no_constant(name: str) -> None:
 
 
 def committed_file() -> dict[str, Any]:
-    """The result file, which must be strict JSON."""
-    return json.loads((FOLDER / f"{NAME}.json").read_text(encoding="utf-8"), parse_constant=_no_constant)
+    """Return the result file, which must be strict JSON."""
+    result: dict[str, Any] = json.loads(
+        (FOLDER / f"{NAME}.json").read_text(encoding="utf-8"), parse_constant=_no_constant
+    )
+    return result
 
 
 def committed() -> dict[str, Any]:
-    """The rows of the result file."""
-    return committed_file()["rows"]
+    """Return the rows of the result file."""
+    rows: dict[str, Any] = committed_file()["rows"]
+    return rows
 
 
 def replace_planted(name: str) -> None:
@@ -181,7 +191,7 @@ def write_page() -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--far-draws", type=float, default=1e10, help="of ours; the others' are 1e10")
     parser.add_argument("--planted", metavar="NAME", choices=[bad.name for bad in PLANTED], help="run only this one")
@@ -189,7 +199,7 @@ def main() -> None:
     if arguments.planted:
         replace_planted(arguments.planted)
         write_page()
-        return
+        return 0
     exact = {
         name: [exact_tail(cut, uniforms) for cut in EXACT_CUTS]
         for name, uniforms in (("ddpm_fast", OURS), ("torch.randn", TORCH), ("clamped", CLAMPED))
@@ -203,3 +213,4 @@ def main() -> None:
     json.dumps(result, allow_nan=False)  # raises, before the file is touched
     write_result(NAME, result)
     write_page()
+    return 0

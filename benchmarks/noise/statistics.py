@@ -1,4 +1,4 @@
-"""The tests that look at normals as the sampler gets them: moments, fit, pairs that share a radius, correlations."""
+"""The tests of normals as the sampler gets them: moments, fit, pairs that share a radius, correlations."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ from ddpm_fast.kernels.philox import Stream
 N = 1 << 18  # elements of one sample: a 4 x 256 x 256 latent; Q = 2^16
 LAGS = (1, 2, 3, 16, 64, N // 4)
 CELLS = 64  # a side
-# Values whose correlations are looked at, each with mean 0 and variance 1 under the hypothesis.
+# Functions of z whose correlations are tested; each has mean 0 and variance 1 under the hypothesis.
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "z": lambda z: z,
     "z^2": lambda z: z.square().sub_(1).mul_(0.5**0.5),
@@ -35,7 +35,7 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Sizes(NamedTuple):
-    """Draws of each family of tests."""
+    """Sizes: the number of draws of each family of tests."""
 
     draws: int  # moments, tails, lags, lanes
     fit: int  # Kolmogorov-Smirnov, Anderson-Darling
@@ -48,14 +48,14 @@ SMALL = Sizes(1 << 22, 1 << 20, 1 << 16, 1 << 22)
 
 
 def chunks(generator: Generator, draws: int) -> Iterator[Tensor]:
-    """Chunks [4, N] of the noise of seeds 0, 1, …, four samples at a time, each four at another noise id."""
+    """Yield chunks [4, N] of the noise of seeds 0, 1, …: four samples at a time, each four at another noise id."""
     for chunk in range(draws // (4 * N)):
         seeds = torch.arange(4 * chunk, 4 * chunk + 4)
         yield generator.draw(seeds, torch.full((4,), chunk % 1000), Stream.STEP, N)
 
 
 def moments(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
-    """Mean, variance, skewness and kurtosis in their standard errors; tails at 4 and 5, each side."""
+    """Test mean, variance, skewness and kurtosis in their standard errors, and the tails at 4 and 5 on each side."""
     powers, total = torch.zeros(4, dtype=torch.float64), 0
     counts = no_counts((4, 5))
     for z in chunks(generator, sizes.draws):
@@ -82,7 +82,7 @@ def moments(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def fit(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
-    """Kolmogorov-Smirnov and Anderson-Darling against N(0, 1)."""
+    """Test the fit to N(0, 1) by Kolmogorov-Smirnov and Anderson-Darling."""
     z = torch.cat([chunk.flatten() for chunk in chunks(generator, sizes.fit)]).sort().values.double().numpy()
     n = len(z)
     distance = stats.ks_1samp(z, special.ndtr).statistic
@@ -95,11 +95,11 @@ def fit(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def cells(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
-    """Chi-square of pairs that share a radius, in equiprobable cells of the plane."""
+    """Test pairs that share a radius by chi-square, in equiprobable cells of the plane."""
     tables: dict[int, Tensor] = {}
     extra = 0.0
     for z in chunks(generator, sizes.cells):
-        if bool(z.isnan().any()):  # it has no cell
+        if bool(z.isnan().any()):  # NaN has no cell
             extra, z = math.nan, z.nan_to_num()
         for i, (a, b) in enumerate(generator.radius_pairs(z)):
             x, y = ((torch.special.ndtr(v.double()) * CELLS).long().clamp_(max=CELLS - 1).flatten() for v in (a, b))
@@ -115,7 +115,7 @@ def cells(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def lags(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
-    """Correlation of elements that are some places apart."""
+    """Test the correlation of elements that are some places apart."""
     sums = {(lag, name): 0.0 for lag in LAGS for name in TRANSFORMS}
     samples = 0
     for z in chunks(generator, sizes.draws):
@@ -132,7 +132,7 @@ def lags(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def matrix_rows(family: str, products: dict[str, Tensor], size: int) -> list[dict[str, Any]]:
-    """The largest correlation and the sum of all squares, of matrices of scores [M, M]."""
+    """Test the largest correlation and the sum of all squares, of matrices of scores [M, M]."""
     rows = []
     for name, scores in products.items():
         i, k = torch.triu_indices(len(scores), len(scores), 1)
@@ -146,8 +146,9 @@ def matrix_rows(family: str, products: dict[str, Tensor], size: int) -> list[dic
 
 
 def lane_correlations(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
-    """The four quarters of the samples against each other."""
-    products, total = dict.fromkeys(TRANSFORMS, 0), 0
+    """Test the four quarters of the samples against each other."""
+    products: dict[str, Tensor] = {name: torch.zeros(4, 4, dtype=torch.float64) for name in TRANSFORMS}
+    total = 0
     for z in chunks(generator, sizes.draws):
         x = lanes(z).reshape(4, -1).double()
         total += z.numel()
@@ -158,7 +159,7 @@ def lane_correlations(generator: Generator, sizes: Sizes) -> list[dict[str, Any]
 
 
 def correlations(family: str, z: Tensor) -> list[dict[str, Any]]:
-    """Rows of z [M, n] against each other, element by element, and each against the next at every shift."""
+    """Test the rows of z [M, n] against each other, element by element, and each against the next at every shift."""
     z = z.double()
     count, n = z.shape
     products = {}
@@ -177,27 +178,27 @@ def correlations(family: str, z: Tensor) -> list[dict[str, Any]]:
 
 
 def seeds_apart(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
-    """Seeds 0 … 63."""
+    """Test the seeds 0 … 63."""
     seeds = torch.arange(64)
     z = generator.draw(seeds, torch.full((64,), 3), Stream.STEP, sizes.row)
     return correlations("neighbouring seeds", z)
 
 
 def bits_apart(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
-    """Seed 5 and those that differ from it in one bit, s + 2^32 among them."""
+    """Test seed 5 and the seeds that differ from 5 in one bit, 5 + 2^32 among them."""
     seeds = torch.tensor([5] + [5 ^ (1 << bit) for bit in range(63)] + [5 - (1 << 63)])
     z = generator.draw(seeds, torch.full((65,), 3), Stream.STEP, sizes.row)
     return correlations("seeds one bit apart", z)
 
 
 def steps(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
-    """Noise ids 0 … 63 of one seed."""
+    """Test the noise ids 0 … 63 of one seed."""
     z = generator.draw(torch.full((64,), 11), torch.arange(64), Stream.STEP, sizes.row)
     return correlations("steps", z)
 
 
 def streams_and_visits(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
-    """Four visits of eight streams (more than there are), one seed and one noise id."""
+    """Test four visits of eight streams (more than there are), with one seed and one noise id."""
     seeds, ids, visits = torch.full((4,), 12), torch.full((4,), 0), torch.arange(4)
     z = torch.cat([generator.draw(seeds, ids, which, sizes.row, visits) for which in generator.streams])
     return correlations("streams and visits", z)
@@ -217,5 +218,5 @@ FAMILIES: dict[str, Callable[[Generator, Sizes], list[dict[str, Any]]]] = {
 
 
 def battery(generator: Generator, sizes: Sizes) -> list[dict[str, Any]]:
-    """Every test but the far tails."""
+    """Run every test but the far tails."""
     return [found for family in FAMILIES.values() for found in family(generator, sizes)]

@@ -1,8 +1,8 @@
-"""The step of a sampler as this package takes it and as others do: the states, the arms, and whether they are right."""
+"""The arms of the step benchmark: our step and others', their states, and the check of their results."""
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,28 +13,28 @@ from ddpm_fast.config import SamplerConfig
 from ddpm_fast.kernels.step import implementation, step_torch
 from ddpm_fast.table import build_table
 
-ROW, QUIET_ROW = 499, 999  # timestep 500, and the last one, where sigma is 0
-PICKS = 16  # samples that are compared with float64: the first, the last and some between
+ROW, QUIET_ROW = 499, 999  # timestep 500, and the last timestep, where sigma is 0
+PICKS = 16  # samples to compare with float64: the first, the last and some between
 TOLERANCE = 1e-4  # float32 and the device's approximations of log, sine and cosine, times sigma = 0.1
 BFLOAT16_TOLERANCE = 5e-3  # diffusers multiplies a bfloat16 output, and its noise, in bfloat16
 NOT_INSTALLED = "not installed"
 
 
 class WrongResultError(RuntimeError):
-    """An arm does not compute the step."""
+    """An error for an arm that does not compute the step."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a step has to do.
+    """A case: what a step has to do.
 
     Attributes:
-        name: unique.
-        output_dtype: the network's.
+        name: A unique name.
+        output_dtype: Dtype of the network's output.
         noise: "philox" (made in the step, from seeds), "tensor" (brought along) or "none".
-        guided: classifier-free guidance: the output has a conditional and an unconditional half.
-        input_dtype: of the network's next input, if the step writes it (and the next timestep).
-        options: of `SamplerConfig`.
+        guided: Whether the output has a conditional and an unconditional half, for classifier-free guidance.
+        input_dtype: Dtype of the denoiser's next input, if the step writes that input and the next timestep.
+        options: Options of `SamplerConfig`.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Case:
         return self.options.get("variance_type") == "learned_range"
 
     def bytes_per_element(self) -> int:
-        """What the step must move through memory, for each element of the state.
+        """Return the bytes that the step must move through memory, for each element of the state.
 
         4 + 4: the float32 state, read and written. The output once: its one value an element, two if guided, and
         one more if the variance is learned (only the conditional half's is read). 4 for noise that comes in a
@@ -76,7 +76,7 @@ CASES = (
 
 @dataclass
 class Problem:
-    """The arguments of one step on one device; every sample is in row ROW."""
+    """A problem: the arguments of one step on one device, with every sample in row ROW."""
 
     case: Case
     x: Tensor
@@ -92,14 +92,14 @@ class Problem:
         return self.case.bytes_per_element() * self.x.numel()
 
     def twin(self) -> "Problem":
-        """The same step on buffers of its own."""
+        """Return the same step on buffers of its own."""
         buffers = ("z", "model_input", "timestep")
         options = {key: v.clone() if key in buffers and v is not None else v for key, v in self.options.items()}
         return replace(self, x=self.x.clone(), output=self.output.clone(), options=options)
 
 
 def make_problem(case: Case, shape: tuple[int, ...], device: torch.device, seed: int = 0) -> Problem:
-    """A random state, a random output, and the table of the case."""
+    """Make a random state, a random output, and the table of the case."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -136,17 +136,20 @@ def make_problem(case: Case, shape: tuple[int, ...], device: torch.device, seed:
 
 
 def memory_needed(case: Case, shape: tuple[int, ...], arm: str) -> int:
-    """Bytes that an arm may hold at once: its operands and, written to check it, a result; or its temporaries."""
+    """Return the bytes that an arm may hold at once: its operands and a result for the check, or its temporaries."""
     own = case.bytes_per_element() + 8 if arm == "ddpm_fast" else 40 + case.output_dtype.itemsize
     return own * math.prod(shape)
 
 
-# Arms. `run` is what is timed; `evidence` yields (row, result, noise) where noise is "own" (the problem's), the tensor
-# that was added, or "unknown" (standard normal, it claims).
+Evidence = Iterator[tuple[int, Tensor, Tensor | str]]
+
+
+# Arms. The benchmark times `run`. `evidence` yields (row, result, noise): noise is "own" (the problem's), the tensor
+# that was added, or "unknown" (the arm claims standard normals).
 
 
 class Ours:
-    """The fused step, in place and unchecked, as the engine calls it."""
+    """An arm: the fused step, in place and unchecked, as the sampling loop calls it."""
 
     tolerance = TOLERANCE
 
@@ -161,8 +164,8 @@ class Ours:
         p = self.problem
         return self.step(p.x, p.output, p.coefficients, p.ids, p.base, 0, **p.options, x_new=x_new)
 
-    def evidence(self):
-        """A step into NaN, and what it wrote besides; then one in place, which must be the same."""
+    def evidence(self) -> Evidence:
+        """Yield a step into NaN with everything that it wrote, then a step in place, which must give the same."""
         p = self.problem
         result = self.into(torch.full_like(p.x, math.nan))
         model_input, timestep = p.options["model_input"], p.options["timestep"]
@@ -186,13 +189,13 @@ class Ours:
 
 
 def formula(x: Tensor, output: Tensor, a: Tensor, b: Tensor, c_x0: Tensor, c_x: Tensor, sigma: Tensor) -> Tensor:
-    """Take the step as plain PyTorch has it: one line of Ho et al.'s algorithm 2, with their clipped x_0."""
+    """Take the step in plain PyTorch: one line of Ho et al.'s algorithm 2, with their clipped x_0."""
     x0 = (a * x + b * output.float()).clamp(-1, 1)
     return c_x0 * x0 + c_x * x + sigma * torch.randn_like(x)
 
 
 class Eager:
-    """`formula`, operation by operation."""
+    """An arm: `formula`, operation by operation."""
 
     tolerance = TOLERANCE
 
@@ -202,15 +205,15 @@ class Eager:
         self.columns = self.row(ROW)
 
     def row(self, number: int) -> list[Tensor]:
-        """The numbers of a row, each a tensor on the device: nothing waits for a copy."""
+        """Return the numbers of a row as tensors on the device, so that no copy is waited for."""
         columns = [self.problem.columns[name][number] for name in ("a", "b", "c_x0", "c_x", "sigma")]
         return [torch.tensor(value, dtype=torch.float32, device=self.problem.x.device) for value in columns]
 
     def run(self) -> Tensor:
         return self.function(self.problem.x, self.problem.output, *self.columns)
 
-    def evidence(self):
-        """A step whose noise is drawn once more, from the same state of torch's generator."""
+    def evidence(self) -> Evidence:
+        """Yield a step, and its noise drawn again from the same state of torch's generator."""
         torch.manual_seed(7)
         result = self.run()
         torch.manual_seed(7)
@@ -218,35 +221,35 @@ class Eager:
 
 
 class Compiled(Eager):
-    """`torch.compile(formula)`, compiled for this one shape."""
+    """An arm: `torch.compile(formula)`, compiled for this one shape."""
 
     mode: str | None = None
 
     def __init__(self, problem: Problem, backend: str) -> None:
         super().__init__(problem, backend)
-        torch._dynamo.reset()  # a compilation for each shape, and no limit on how many
+        torch._dynamo.reset()  # a compilation for each shape, without a limit on their number
         options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
         if problem.x.device.type == "cpu":
-            options["backend"] = "eager"  # traced, not compiled: the smoke run is to be quick
+            options["backend"] = "eager"  # traced, not compiled, because the smoke run has to be quick
         else:
             options["mode"] = self.mode
         self.function = torch.compile(formula, **options)
 
-    def evidence(self):
-        """Its noise is its own: a step without noise, and one whose noise must be standard normal."""
+    def evidence(self) -> Evidence:
+        """Yield a step without noise, and a step whose own noise must be standard normal."""
         p = self.problem
         yield QUIET_ROW, self.function(p.x, p.output, *self.row(QUIET_ROW)).clone(), "none"
         yield ROW, self.run().clone(), "unknown"
 
 
 class ReduceOverhead(Compiled):
-    """The same, replayed as a CUDA graph."""
+    """An arm: the compiled formula, replayed as a CUDA graph."""
 
     mode = "reduce-overhead"
 
 
 class Diffusers:
-    """`DDPMScheduler.step`, as DDPMPipeline calls it."""
+    """An arm: `DDPMScheduler.step`, as DDPMPipeline calls it."""
 
     def __init__(self, problem: Problem, backend: str) -> None:
         from diffusers import DDPMScheduler
@@ -259,10 +262,11 @@ class Diffusers:
         self.timestep = self.scheduler.timesteps[ROW]
 
     def run(self) -> Tensor:
-        return self.scheduler.step(self.problem.output, self.timestep, self.problem.x).prev_sample
+        x_new: Tensor = self.scheduler.step(self.problem.output, self.timestep, self.problem.x).prev_sample
+        return x_new
 
-    def evidence(self):
-        """A step whose noise is drawn once more, in the output's dtype as diffusers draws it."""
+    def evidence(self) -> Evidence:
+        """Yield a step, and its noise drawn again in the output's dtype, as diffusers draws."""
         torch.manual_seed(7)
         result = self.run()
         torch.manual_seed(7)
@@ -279,7 +283,7 @@ ARMS: dict[str, Callable[[Problem, str], Any]] = {
 
 
 def missing(arm: str) -> str | None:
-    """Why an arm cannot run here, or None."""
+    """Return the reason why an arm cannot run here, or None."""
     return NOT_INSTALLED if arm == "diffusers" and importlib.util.find_spec("diffusers") is None else None
 
 
@@ -309,7 +313,7 @@ def check(arm: Any) -> float:
 
 
 def judged(p: Problem, picks: Tensor, row: int, noise: Any) -> Tensor:
-    """The step of some samples in float64, with `noise` as in an arm's evidence."""
+    """Compute the step of some samples in float64, with `noise` as in an arm's evidence."""
     every = torch.cat([picks, picks + len(p.x)]) if p.case.guided else picks
     x = p.x[picks].double()
     options = {key: p.options[key] for key in ("clip", "learned", "use_output")}

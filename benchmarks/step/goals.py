@@ -1,16 +1,16 @@
-"""What the fused step is to reach on a GPU, and whether it did. Nothing here is loosened where it is missed."""
+"""The goals of the fused step on a GPU. A goal that is missed is not loosened."""
 
 from typing import Any
 
 from benchmarks.step.arms import CASES, FLOAT32, MAIN
 
-LARGE = 256_000_000  # bytes of state: from there on the goals of bandwidth hold
-CLAIMED = 100_000_000  # bytes of traffic; below it the cache and the launch say as much as the memory
+LARGE = 256_000_000  # bytes of state, from which on the goals of bandwidth hold
+CLAIMED = 100_000_000  # bytes of traffic; below, cache and launch count as much as memory
 BANDWIDTH_GOAL, DIFFUSERS_GOAL, LAUNCH_GOAL = 0.92, 7.0, 0.20
 
 
-def goals(rows: list[dict], launch: dict) -> list[dict[str, Any]]:
-    """Every goal, its worst value, and whether it was met; None where nothing of it was measured."""
+def goals(rows: list[dict[str, Any]], launch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return every goal with its worst value and whether the goal was met; None where nothing was measured."""
     large = [row for row in rows if row["arm"] == "ddpm_fast" and row["state_bytes"] >= LARGE]
     found = []
     for case in CASES:

@@ -1,4 +1,4 @@
-"""What a launch of the step costs the host, against an empty Triton kernel with the same arguments."""
+"""The host time of a launch of the step, against an empty Triton kernel with the same arguments."""
 
 import contextlib
 import inspect
@@ -19,7 +19,7 @@ SHAPE = (256, 3, 32, 32)
 def launch_cost(
     device: torch.device, backend: str, timer: Timer, shape: tuple[int, ...] = SHAPE, launches: int = 500
 ) -> dict[str, Any]:
-    """Host time of the step, checked and unchecked, and of an empty Triton kernel with the same arguments.
+    """Measure the host time of the step, checked and unchecked, and of an empty Triton kernel with the same arguments.
 
     The case is the engine's: noise from seeds, clip, next input and timestep. Off a GPU there is no empty kernel.
     """
@@ -48,11 +48,11 @@ def launch_cost(
 
 
 class NoLaunchError(RuntimeError):
-    """The call did not launch the kernel by `kernel[grid](…)`."""
+    """An error for a call that did not launch the kernel by `kernel[grid](…)`."""
 
 
-def recorded_launch(module: Any, name: str, call: Launch) -> tuple[Any, tuple, dict]:
-    """Grid, arguments and options of the first launch of `module.<name>` in `call`, which launches nothing."""
+def recorded_launch(module: Any, name: str, call: Launch) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return grid, arguments and options of the first launch of `module.<name>` in `call`, without a launch."""
     launches = []
 
     class Recorder:
@@ -72,7 +72,7 @@ def recorded_launch(module: Any, name: str, call: Launch) -> tuple[Any, tuple, d
 
 @contextlib.contextmanager
 def empty_kernel(kernel: Any) -> Iterator[Any]:
-    """A Triton kernel with the parameters of `kernel` (kinds and specialisation too) that does nothing.
+    """Make a Triton kernel with the parameters of `kernel` (kinds and specialisation too) that does nothing.
 
     Triton reads a kernel's source from its file: there is one as long as the context lasts.
     """

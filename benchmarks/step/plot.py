@@ -1,4 +1,4 @@
-"""The plot of a result of `step.py`: how near the step comes to a copy's bandwidth."""
+"""The plot of a result of `python -m benchmarks.step`: the step's share of a copy's bandwidth."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from benchmarks.step.arms import CASES, MAIN
 from benchmarks.step.goals import BANDWIDTH_GOAL, CLAIMED
 from ddpm_fast.files import whole_file
 
-SHOWN = 64_000_000  # bytes of state; what the forms of our step are compared from
+SHOWN = 64_000_000  # bytes of state, from which on the forms of our step are compared
 ARM_COLOURS = {"ddpm_fast": "C0", "torch.compile": "C1", "torch eager": "C2", "diffusers": "C3"}
 
 
@@ -36,16 +36,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _arms(axes: Any, result: dict) -> None:
+def _arms(axes: Any, result: dict[str, Any]) -> None:
     copy = result["copy"]["GB_per_s"]
     for arm, colour in ARM_COLOURS.items():
         rows = _rows(result, arm, MAIN.name)
         if not rows:
             continue
         xs = [row["traffic_bytes"] for row in rows]
-        ys, low, high = zip(*(_shares(row, copy) for row in rows), strict=True)
+        shares, low, high = zip(*(_shares(row, copy) for row in rows), strict=True)
         width = 2.4 if arm == "ddpm_fast" else 1.5
-        axes.plot(xs, ys, "o-", color=colour, label=arm, linewidth=width, markersize=4)
+        axes.plot(xs, shares, "o-", color=colour, label=arm, linewidth=width, markersize=4)
         axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
     graphed = [row for row in _rows(result, "ddpm_fast", MAIN.name) if (row.get("in_graph") or {}).get("cold")]
     if graphed:
@@ -67,7 +67,7 @@ def _arms(axes: Any, result: dict) -> None:
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, 0.9))
 
 
-def _forms(axes: Any, result: dict) -> None:
+def _forms(axes: Any, result: dict[str, Any]) -> None:
     copy = result["copy"]["GB_per_s"]
     lowest, states = 1.0, set()
     for place, case in enumerate(CASES):
@@ -93,25 +93,25 @@ def _forms(axes: Any, result: dict) -> None:
     axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=3)
 
 
-def _rows(result: dict, arm: str, case: str) -> list[dict]:
+def _rows(result: dict[str, Any], arm: str, case: str) -> list[dict[str, Any]]:
     rows = [row for row in result["rows"] if (row["arm"], row["case"]) == (arm, case) and "median_us" in row]
     return sorted(rows, key=lambda row: row["traffic_bytes"])
 
 
-def _shares(row: dict, copy: float) -> tuple[float, float, float]:
-    """The share at the median, and at the slow and the fast percentile."""
+def _shares(row: dict[str, Any], copy: float) -> tuple[float, float, float]:
+    """Return the share at the median, and at the slow and the fast percentile."""
     median, low, high = (1e-3 * row["traffic_bytes"] / row[key] / copy for key in ("median_us", "p80_us", "p20_us"))
     return median, low, high
 
 
 def _blue(state_bytes: int) -> tuple[float, float, float]:
-    """The larger the state, the darker."""
+    """Return a colour: the larger the state, the darker."""
     depth = min(1.0, max(0.0, (state_bytes.bit_length() - 25) / 7))
     return 0.65 - 0.6 * depth, 0.8 - 0.55 * depth, 0.95 - 0.4 * depth
 
 
 def size(count: float) -> str:
-    """Bytes as a text with three digits: 64 MiB are 67.1 MB."""
+    """Return bytes as a text with three digits: 64 MiB are 67.1 MB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"

@@ -42,7 +42,7 @@ from benchmarks.step.launch import launch_cost
 from ddpm_fast.kernels.dispatch import choose_backend, has_triton, on_device
 
 DOCS = ROOT / "docs"
-SMALL = 64_000_000  # bytes of state; from there on a graph of launches cannot help an arm
+SMALL = 64_000_000  # bytes of state, from which on a graph of launches cannot help an arm
 SETS, FEWEST_LAUNCHES = 512, 64  # in one graph: buffers in turn at most, launches at least
 
 SIZES = (
@@ -54,13 +54,16 @@ COPIES = (
     512 << 20,
     1 << 30,
     2 << 30,
-)  # of smaller ones the cache would keep too much to be the memory's rate
+)  # the cache would hold too much of smaller states to show the memory's rate
 SMOKE_SIZES = ((1, 3, 8, 8), (5, 3, 8, 8), (2, 3, 16, 16))
+
+
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row to measure."""
+    """A row to measure."""
 
     arm: str
     case: Case
@@ -83,7 +86,7 @@ class Job:
 
 
 def planned(sizes: Iterable[tuple[int, ...]], arms: Iterable[str] = tuple(ARMS)) -> list[Job]:
-    """Every row, the ones that the goals are about first; the rivals take the two bare cases."""
+    """List every row, the rows of the goals first; the rivals take the two bare cases."""
     jobs = [Job(arm, case, shape) for shape in sizes for arm in arms for case in CASES if _belongs(arm, case, shape)]
     return sorted(jobs, key=_rank)
 
@@ -107,7 +110,7 @@ def _rank(job: Job) -> int:
 
 @dataclass
 class Bench:
-    """What measures: a device and its timer, and what a measurement may use."""
+    """A bench: a device, its timer, and what a measurement may use."""
 
     device: torch.device
     backend: str
@@ -117,7 +120,7 @@ class Bench:
     arms: dict[str, Any]
 
     def measure(self, job: Job) -> dict[str, Any]:
-        """One row; of a wrong result it has the error and no time."""
+        """Measure one row; the row of a wrong result has the error and no time."""
         row = job.describe()
         problem = make_problem(job.case, job.shape, self.device)
         try:
@@ -135,7 +138,7 @@ class Bench:
         return row
 
     def in_graph(self, problem: Any) -> dict[str, Any] | None:
-        """A launch among many in one CUDA graph, on buffers in turn: the kernel without the cost of its launch."""
+        """Time a launch among many in one CUDA graph, on buffers in turn: the kernel without the cost of its launch."""
         sets = min(SETS, max(1, -(-self.timer.cold_bytes // problem.traffic)))
         arms = [self.arms["ddpm_fast"](problem.twin(), self.backend) for _ in range(sets)]
         timing = self.timer.graphed([arm.run for arm in arms] * -(-FEWEST_LAUNCHES // sets))
@@ -145,10 +148,12 @@ class Bench:
         return {**vars(timing), "GB_per_s": 1e-3 * problem.traffic / timing.median_us, "buffers": sets, "cold": cold}
 
 
-def run(jobs: list[Job], bench: Bench, budget: float, clock: Callable[[], float] = time.perf_counter):
+def run(
+    jobs: list[Job], bench: Bench, budget: float, clock: Callable[[], float] = time.perf_counter
+) -> tuple[Rows, Rows]:
     """Measure until `budget` seconds are over; return the rows, and what was left out and why."""
-    rows: list[dict] = []
-    left_out = [{"arm": arm, "reason": why} for arm in bench.arms if (why := missing(arm))]
+    rows: Rows = []
+    left_out: Rows = [{"arm": arm, "reason": why} for arm in bench.arms if (why := missing(arm))]
     absent = {entry["arm"] for entry in left_out}
     began = clock()
     for job in jobs:
@@ -165,7 +170,7 @@ def run(jobs: list[Job], bench: Bench, budget: float, clock: Callable[[], float]
             try:
                 rows.append(_measured(job, bench))
                 print(line(rows[-1]), flush=True)
-            except torch.OutOfMemoryError:  # what an arm holds besides its operands is an estimate
+            except torch.OutOfMemoryError:  # the memory of an arm besides its operands is an estimate
                 left_out.append(job.describe() | {"reason": "memory: ran out of it"})
     for entry in left_out:
         print(line(entry))
@@ -177,12 +182,12 @@ def _measured(job: Job, bench: Bench) -> dict[str, Any]:
         return bench.measure(job)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # one arm that breaks is no reason to lose the others
+    except Exception as error:  # one broken arm must not lose the others
         return job.describe() | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
-def with_ratios(rows: list[dict]) -> list[dict]:
-    """The rows with `ratio_to_diffusers`, how many times as fast as diffusers' step they are on the same state."""
+def with_ratios(rows: Rows) -> Rows:
+    """Return the rows with `ratio_to_diffusers`: how many times as fast as diffusers' step on the same state."""
     times = {_key(row): row["median_us"] for row in rows if row["arm"] == "diffusers" and "median_us" in row}
     for row in rows:
         if "median_us" in row:
@@ -191,12 +196,12 @@ def with_ratios(rows: list[dict]) -> list[dict]:
     return rows
 
 
-def _key(row: dict) -> tuple:
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["case"], *row["shape"]
 
 
-def line(row: dict) -> str:
-    """A row for the terminal."""
+def line(row: dict[str, Any]) -> str:
+    """Return a row for the terminal."""
     shape = "x".join(map(str, row.get("shape", [])))
     text = f"{row['arm']:30} {row.get('case', ''):16} {shape:16} "
     if "reason" in row:
@@ -209,7 +214,7 @@ def line(row: dict) -> str:
 
 
 def free_memory(device: torch.device) -> Callable[[], int]:
-    """What tells the bytes free on the device; on a CPU a gibibyte, enough to try the pieces."""
+    """Return a function that returns the bytes free on the device; on a CPU a gibibyte, enough to try the pieces."""
     if device.type != "cuda":
         return lambda: 1 << 30
 
@@ -222,7 +227,7 @@ def free_memory(device: torch.device) -> Callable[[], int]:
 
 
 def benchmark(device: torch.device, smoke: bool, budget: float, arms: dict[str, Any] = ARMS) -> dict[str, Any]:
-    """Everything that a result file holds besides its environment."""
+    """Measure everything that a result file holds besides its environment."""
     began = time.perf_counter()
     cuda = device.type == "cuda"
     timer: Timer = CudaTimer(device) if cuda else WallTimer()
@@ -252,7 +257,9 @@ def benchmark(device: torch.device, smoke: bool, budget: float, arms: dict[str, 
 
 def _launch(device: torch.device, backend: str, timer: Timer, smoke: bool) -> dict[str, Any]:
     try:
-        return launch_cost(device, backend, timer, **({"shape": SMOKE_SIZES[0], "launches": 20} if smoke else {}))
+        if smoke:
+            return launch_cost(device, backend, timer, SMOKE_SIZES[0], launches=20)
+        return launch_cost(device, backend, timer)
     except Exception as error:
         print(f"host time of a launch: ERROR: {error}", flush=True)
         return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
