@@ -39,9 +39,9 @@ def p_law(law: Any, value: float) -> float:
 def anderson_darling_sf(a2: float) -> float:
     """Return P(A^2 > a2) for a fully specified law and many draws.
 
-    The series is Anderson & Darling's (1952; Marsaglia & Marsaglia 2004). The integrals of the series are smooth and fall
-    off on both sides, so that the trapezoid rule is exact to rounding. Far out the series cancels, and only the largest
-    term of A^2 = sum of chi^2_1 / (j (j + 1)) counts.
+    The series is Anderson & Darling's (1952; Marsaglia & Marsaglia 2004). The integrals of the series are smooth and
+    fall off on both sides, so that the trapezoid rule is exact to rounding. Far out the series cancels, and only the
+    largest term of A^2 = sum of chi^2_1 / (j (j + 1)) counts.
     """
     if a2 > 20:
         return math.sqrt(3) * math.erfc(math.sqrt(a2))
