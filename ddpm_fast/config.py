@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,35 @@ SAMPLERS = ("ddpm", "ddim")
 DDIM_DIRECTIONS = ("x0", "output")
 PREVIOUS_TIMESTEPS = ("spacing", "stride")
 NOISE_FREE = ("last_step", "t_zero")
+
+
+class ConfigOptions(TypedDict, total=False):
+    """The fields of `SamplerConfig` as keyword options, for type checkers."""
+
+    num_inference_steps: int | None
+    num_train_timesteps: int
+    beta_schedule: str
+    beta_start: float
+    beta_end: float
+    trained_betas: Sequence[float] | None
+    rescale_betas_zero_snr: bool
+    prediction_type: str
+    variance_type: str
+    sampler: str
+    eta: float
+    ddim_direction: str
+    set_alpha_to_one: bool
+    timestep_spacing: str
+    steps_offset: int
+    timesteps: Sequence[int] | None
+    previous_timestep: str
+    noise_free: str
+    clip_sample: bool
+    clip_sample_range: float
+    thresholding: bool
+    dynamic_thresholding_ratio: float
+    sample_max_value: float
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -198,24 +227,23 @@ class SamplerConfig:
         return spacing
 
 
-def with_config_options(*sources: Callable[..., Any]) -> Callable[[F], F]:
-    """Return a decorator that replaces **options in a signature, for help() and editors.
-
-    The signature then lists every keyword of `sources` and every field of SamplerConfig.
-    """
+def listed(*sources: Callable[..., Any]) -> Callable[[F], F]:
+    """Let help() list every option of a function, instead of `**options`: the keywords of `sources` with defaults."""
 
     def decorate(function: F) -> F:
-        signature = inspect.signature(function).parameters.values()
-        parameters = {p.name: p for p in signature if p.kind is not p.VAR_KEYWORD}
+        signature = inspect.signature(function)
+        parameters = {p.name: p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD}
         for source in sources:
-            for p in inspect.signature(source).parameters.values():
-                if p.kind is p.KEYWORD_ONLY and p.name not in parameters:
-                    parameters[p.name] = p
-        for field in dataclasses.fields(SamplerConfig):
-            parameters[field.name] = inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
-            )
-        function.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+            if dataclasses.is_dataclass(source):
+                fields = [(f.name, f.default, f.type) for f in dataclasses.fields(source)]
+            else:
+                found = inspect.signature(source).parameters.values()
+                fields = [(p.name, p.default, p.annotation) for p in found if p.kind is p.KEYWORD_ONLY]
+            for name, default, annotation in fields:
+                kind = inspect.Parameter.KEYWORD_ONLY
+                keyword = inspect.Parameter(name, kind, default=default, annotation=annotation)
+                parameters.setdefault(name, keyword)
+        function.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
         return function
 
     return decorate

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,12 +20,16 @@ from ddpm_fast.engine.progress import Show
 from ddpm_fast.kernels.normal import normal
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.kernels.q_sample import q_sample
+from ddpm_fast.options import ModelOptions
 from ddpm_fast.sample import Sampler
 from ddpm_fast.schedules import Array
 from ddpm_fast.seeding import Seeds, resolve_seeds, seed_tensor
 from ddpm_fast.table import StepTable, build_table
 from ddpm_fast.timesteps import Timesteps
 from ddpm_fast.validate import checked_start, one_of, whole, within
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger("ddpm_fast")
 
@@ -61,7 +65,7 @@ def denoise(
     seeds: Seeds = None,
     config: SamplerConfig | None = None,
     progress: Show = None,
-    **options: Any,
+    **options: "Unpack[ModelOptions]",
 ) -> Tensor:
     """Noise images to level t and sample from there (SDEdit, Meng et al. 2022).
 
@@ -100,7 +104,7 @@ def interpolate(
     seeds: Seeds = None,
     config: SamplerConfig | None = None,
     progress: Show = None,
-    **options: Any,
+    **options: "Unpack[ModelOptions]",
 ) -> Tensor:
     """Fuse two images: noise both to level t, mix them, and sample from the mixture.
 
@@ -189,7 +193,7 @@ def inpaint(
     seeds: Seeds = None,
     config: SamplerConfig | None = None,
     progress: Show = None,
-    **options: Any,
+    **options: "Unpack[ModelOptions]",
 ) -> Tensor:
     """Draw the missing part of images (RePaint, Lugmayr et al. 2022).
 
@@ -215,9 +219,9 @@ def inpaint(
         ValueError, TypeError: An argument does not fit. Raised before any network call.
     """
     _check_images("known", known)
-    config, options = _split_options(config, options)
+    config, others = _split_options(config, options)
     table = resampled(config, resamplings, jump_length)
-    sampler: Sampler[Tensor] = Sampler(model, known.shape, config=config, table=table, **options)
+    sampler: Sampler[Tensor] = Sampler(model, known.shape, config=config, table=table, **others)
     return sampler(seeds=seeds, known=known, mask=mask, progress=progress)
 
 
@@ -227,7 +231,7 @@ def invert(
     *,
     config: SamplerConfig | None = None,
     progress: Show = None,
-    **options: Any,
+    **options: "Unpack[ModelOptions]",
 ) -> Tensor:
     """Return the noise from which DDIM draws these images (Song et al. 2021, sec. 4.3).
 
@@ -249,9 +253,9 @@ def invert(
         ValueError, TypeError: An argument does not fit. Raised before any network call.
     """
     _check_images("x_0", x_0)
-    config, options = _split_options(config, options)
+    config, others = _split_options(config, options)
     config = replace(config, clip_sample=False, thresholding=False, sampler="ddim", eta=0.0)
-    sampler: Sampler[Tensor] = Sampler(model, x_0.shape, config=config, table=inverted(config), **options)
+    sampler: Sampler[Tensor] = Sampler(model, x_0.shape, config=config, table=inverted(config), **others)
     return sampler(seeds=0, x_T=x_0, progress=progress)  # the seed has no effect, since no row draws noise
 
 
@@ -354,7 +358,7 @@ def inverted(config: SamplerConfig) -> StepTable:
     return StepTable.of(t, columns, draws=np.zeros(len(t), bool), doubled=doubled)
 
 
-def _split_options(config: SamplerConfig | None, options: dict[str, Any]) -> tuple[SamplerConfig, dict[str, Any]]:
+def _split_options(config: SamplerConfig | None, options: ModelOptions) -> tuple[SamplerConfig, dict[str, Any]]:
     """Return the config changed by the options that are its fields, and the other options."""
     fields = SamplerConfig.__dataclass_fields__.keys()
     changes = {name: value for name, value in options.items() if name in fields}
@@ -362,15 +366,15 @@ def _split_options(config: SamplerConfig | None, options: dict[str, Any]) -> tup
 
 
 def _sampler_from_level(
-    model: Model, shape: Sequence[int], t: int, seeds: Seeds, config: SamplerConfig | None, options: dict[str, Any]
+    model: Model, shape: Sequence[int], t: int, seeds: Seeds, config: SamplerConfig | None, options: ModelOptions
 ) -> tuple[Sampler[Tensor], list[int]]:
     """Return the sampler of a run's last part, from level t on, and one seed a sample. Drawn seeds are logged."""
-    config, options = _split_options(config, options)
+    config, others = _split_options(config, options)
     config = from_level(config, t)
     resolved = resolve_seeds(seeds, shape[0])
     if seeds is None:
         logger.info("drew seeds %d … %d", resolved[0], resolved[-1])
-    return Sampler(model, shape, config=config, **options), resolved
+    return Sampler(model, shape, config=config, **others), resolved
 
 
 def _check_images(name: str, images: Tensor) -> None:

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ddpm_fast.config import SamplerConfig, with_config_options
+from ddpm_fast.config import ConfigOptions, SamplerConfig, listed
 from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.device import Model
 from ddpm_fast.engine.network import Network
@@ -20,6 +20,9 @@ from ddpm_fast.seeding import Seeds, resolve_seeds, seed_tensor
 from ddpm_fast.table import StepTable, build_table, posterior_deviation, posterior_variance, previous_alpha_bars
 from ddpm_fast.timesteps import Timesteps
 from ddpm_fast.validate import checked_start, whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 HALF_BIN = 1 / 255  # half the distance of 256 values on [-1, 1]
 SMALLEST = 1e-12  # smallest probability of a bin, as in Ho et al.'s own code
@@ -54,7 +57,7 @@ def prior_bits(x_0: Tensor, alpha_bar_T: float) -> Tensor:
     return 0.5 * (mean_square - alpha_bar_T - math.log1p(-alpha_bar_T)) / math.log(2)
 
 
-@with_config_options()
+@listed(SamplerConfig)
 def bits_per_dimension(
     model: Model,
     x_0: Tensor,
@@ -66,7 +69,7 @@ def bits_per_dimension(
     dtype: torch.dtype | None = None,
     config: SamplerConfig | None = None,
     progress: Show = None,
-    **options: Any,
+    **options: "Unpack[ConfigOptions]",
 ) -> Likelihood:
     """Compute the bound for the run that `config` describes, every term from one draw of x_t.
 

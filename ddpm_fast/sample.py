@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, cas
 import torch
 from torch import Tensor
 
-from ddpm_fast.config import SamplerConfig
+from ddpm_fast.config import SamplerConfig, listed
 from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.device import Model
 from ddpm_fast.engine.execution import Execution
@@ -20,7 +20,7 @@ from ddpm_fast.engine.noise import GeneratorNoise, Noise, PhiloxNoise
 from ddpm_fast.engine.progress import Show
 from ddpm_fast.engine.report import Speculation
 from ddpm_fast.kernels.dispatch import on_device
-from ddpm_fast.options import RunOptions, SamplerOptions, listed, split_options
+from ddpm_fast.options import RunOptions, SamplerOptions, split_options
 from ddpm_fast.seeding import Seeds, resolve_seeds
 from ddpm_fast.speculation.choose import Speculate, build_loop
 from ddpm_fast.speculation.loop import check_run

@@ -7,9 +7,9 @@ import typing
 import pytest
 
 from ddpm_fast import accelerate
-from ddpm_fast.config import SamplerConfig
-from ddpm_fast.engine.execution import Execution
-from ddpm_fast.options import ConfigOptions, ExecutionOptions, SamplerOptions, execution_of, split_options
+from ddpm_fast.config import ConfigOptions, SamplerConfig
+from ddpm_fast.engine.execution import Execution, ExecutionOptions
+from ddpm_fast.options import SamplerOptions, execution_of, split_options
 from ddpm_fast.sample import DrawOptions, Sampler, sample
 
 

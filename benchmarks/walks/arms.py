@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from benchmarks.common.standins import stand_in_for_torchvision
 from benchmarks.walks.networks import Problem, tensor_of
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.engine.execution import tf32
+from ddpm_fast.engine.execution import ExecutionOptions, tf32
 from ddpm_fast.engine.graph import StepGraph
 from ddpm_fast.engine.loop import Loop
 from ddpm_fast.kernels.normal import normal
 from ddpm_fast.kernels.philox import Stream
-from ddpm_fast.options import ExecutionOptions
 from ddpm_fast.sample import Sampler
 from ddpm_fast.seeding import resolve_seeds, seed_tensor
 from ddpm_fast.table import StepTable, build_table

@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from ddpm_fast.adapters.runner import Options
-from ddpm_fast.engine.execution import Execution
-from ddpm_fast.options import ExecutionOptions, execution_of, listed
+from ddpm_fast.config import listed
+from ddpm_fast.engine.execution import Execution, ExecutionOptions
+from ddpm_fast.options import execution_of
 from ddpm_fast.speculation.choose import Speculate
 
 if TYPE_CHECKING:

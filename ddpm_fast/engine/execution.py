@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -12,6 +12,18 @@ from ddpm_fast.validate import one_of, whole
 EXECUTIONS = ("auto", "graph", "eager")
 OPTIMIZATIONS = ("auto", "hoist", None)
 MEMORY_FORMATS = (None, "contiguous", "channels_last", "auto")
+
+
+class ExecutionOptions(TypedDict, total=False):
+    """The fields of `Execution` as keyword options, for type checkers."""
+
+    execution: str
+    steps_per_replay: int
+    backend: str | None
+    optimize: str | None
+    memory_format: str | None
+    compile: bool
+    tf32: bool | None
 
 
 @dataclass(frozen=True)
