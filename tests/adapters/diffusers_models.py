@@ -27,6 +27,16 @@ class Denoiser(UNet2DModel):
         return UNet2DOutput(sample=ideal + 0.1 * random)
 
 
+class Elementwise(UNet2DModel):
+    """A UNet whose forward is a few elementwise operations: for grids of configurations, where the tables are tested."""
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        t = timestep.view(-1, *[1] * (sample.dim() - 1)) / 1000
+        out = torch.tanh(sample * (1 + t)) + 0.1 * sample.roll(1, -1)
+        copies = self.config.out_channels // self.config.in_channels
+        return UNet2DOutput(sample=torch.cat([out, 0.5 * torch.sin(3 * sample)], 1)[:, : copies * sample.shape[1]])
+
+
 def unet(channels: int = 3, out_channels: int | None = None, size: int = 8, kind: type = UNet2DModel) -> UNet2DModel:
     torch.manual_seed(0)
     return kind(sample_size=size, in_channels=channels, out_channels=out_channels or channels, **CONFIG).eval()

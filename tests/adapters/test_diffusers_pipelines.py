@@ -27,7 +27,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_fast import accelerate
 from ddpm_fast.adapters.runner import is_globally_seeded
-from tests.adapters.diffusers_models import Denoiser, transformer, unet, vae, vqvae
+from tests.adapters.diffusers_models import Denoiser, Elementwise, transformer, unet, vae, vqvae
 
 # Images lie in [0, 1]. Measured: 1e-6 over 1000 steps; more where a step divides by a small sqrt(alpha_bar) unclipped.
 SAME = 1e-5
@@ -75,7 +75,7 @@ CLIPPINGS = ({}, {"clip_sample": False}, {"clip_sample_range": 2.0}, {"threshold
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large", "learned_range"])
 def test_ddpm(prediction, variance, spacing):
-    network = unet(out_channels=6 if variance == "learned_range" else 3)
+    network = unet(out_channels=6 if variance == "learned_range" else 3, kind=Elementwise)
     for clipping, steps in itertools.product(CLIPPINGS, (7, 25)):
         schedule = {"beta_schedule": "squaredcos_cap_v2"} if steps == 7 else {}
         config = {"prediction_type": prediction, "variance_type": variance, "timestep_spacing": spacing}
@@ -87,7 +87,7 @@ def test_ddpm(prediction, variance, spacing):
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim(prediction, eta, spacing):
-    network = unet()
+    network = unet(kind=Elementwise)
     for clipping, clipped, to_one in itertools.product(CLIPPINGS, (None, True), (True, False)):
         stock = ddim(network, prediction_type=prediction, timestep_spacing=spacing, set_alpha_to_one=to_one, **clipping)
         options = {"num_inference_steps": 10, "eta": eta, "use_clipped_model_output": clipped}
@@ -103,7 +103,7 @@ def test_the_end_of_trailing_spacing_at_minus_one():
 
 
 def test_further_fields():
-    network = unet()
+    network = unet(kind=Elementwise)
     for config in (
         {"steps_offset": 1},
         {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.01},

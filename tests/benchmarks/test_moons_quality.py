@@ -14,7 +14,7 @@ from ddpm_fast.models.checkpoint import load_checkpoint
 from ddpm_fast.sample import sample
 
 RESULT = FOLDER / "moons__quality.json"
-COUNT = 24  # moons of the live draw
+COUNT = 16  # moons of the live draw
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_so_few_moons_tell_a_bad_model(data):
         draws = [rng.choice(row["count"], COUNT, replace=False) for _ in range(100)]
         passed[row["training"]["steps"]] = sum(passes({n: v[i] for n, v in measured.items()}, data) for i in draws)
     assert passed.pop(500) == 0
-    assert min(passed.values()) >= 98
+    assert min(passed.values()) >= 95
 
 
 def test_the_committed_measurement_rejects_500_steps_and_keeps_the_embedded_model(data):
