@@ -28,7 +28,7 @@ class Denoiser(UNet2DModel):
 
 
 class Elementwise(UNet2DModel):
-    """A UNet whose forward is a few elementwise operations: for grids of configurations, where the tables are tested."""
+    """A UNet whose forward is a few elementwise operations, for tests of tables over many configurations."""
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
         t = timestep.view(-1, *[1] * (sample.dim() - 1)) / 1000
