@@ -16,7 +16,6 @@ from benchmarks.network import tables as network
 from benchmarks.speculation import tables as speculation
 from benchmarks.study import tables as study
 from benchmarks.walks import tables as walks
-from ddpm_fast.files import whole_file
 
 RESULTS = FOLDER
 
@@ -84,23 +83,16 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 }
 
 
-def filled(page: str) -> str:
-    """Return the text of a page with every marked table made anew.
-
-    Raises:
-        ValueError: The page does not have each of its tables exactly once.
-    """
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return pages.filled(text, {name: table() for name, table in PAGES[page].items()}, page)
+def tables_of(page: str) -> dict[str, str]:
+    """Return the tables of a page by name, made anew."""
+    return {name: table() for name, table in PAGES[page].items()}
 
 
 def main() -> None:
     """Rewrite the pages."""
     make_parser(__doc__).parse_args()
     for page in PAGES:
-        text = filled(page)
-        with whole_file(ROOT / page) as part:
-            part.write_text(text, encoding="utf-8")
+        pages.fill(ROOT / page, tables_of(page))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.pages import fill
 from benchmarks.common.results import RESEARCH, ROOT, write_result
-from benchmarks.machine_code.run import write_page
+from benchmarks.machine_code.run import PAGE
 
 BY_ITSELF, WITH_INPUT = "step-bf16-clip-philox", "step-bf16-clip-philox-input"
 
@@ -137,6 +139,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    make_parser(__doc__).parse_args()
     rows: list[dict[str, Any]] = []
     for variant in VARIANTS:
         rows.append(
@@ -149,7 +152,7 @@ def main() -> None:
         )
         print(f"{variant.name:90}{rows[-1]['step']['instructions_per_element']:8.2f}", flush=True)
     write_result("sass_variants", rows, folder=RESEARCH)
-    write_page("variants", table(rows))
+    fill(PAGE, {"variants": table(rows)})
 
 
 if __name__ == "__main__":

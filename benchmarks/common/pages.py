@@ -2,8 +2,17 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from benchmarks.common.results import Row
+from ddpm_fast.files import whole_file
+
+
+def fill(page: Path, tables: Mapping[str, str]) -> None:
+    """Replace tables of a page, whole or not at all; see `filled`."""
+    text = filled(page.read_text(encoding="utf-8"), tables, page.name)
+    with whole_file(page) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def filled(text: str, tables: Mapping[str, str], page: str) -> str:

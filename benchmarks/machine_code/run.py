@@ -9,15 +9,15 @@ Compiled is the function that the host launches, with the types, constants and d
 elements a thread: with mask, lookup of the row and addresses in 64 bits, and everything else that is not an element's.
 """
 
-import argparse
 import json
 import multiprocessing
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.pages import fill
 from benchmarks.common.results import FOLDER, ROOT, write_result
 from benchmarks.machine_code import disassembly as machine_code
-from ddpm_fast.files import whole_file
 from ddpm_fast.kernels.specialisations import SPECIALISATIONS, Specialisation, compile_for
 
 PAGE = ROOT / "docs" / "kernels.md"
@@ -132,15 +132,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(name: str, content: str) -> None:
-    """Put `content` between the marks of table `name` in docs/kernels.md."""
-    mark = f"<!-- table {name} -->\n"
-    head, rest = PAGE.read_text(encoding="utf-8").split(mark)
-    _, tail = rest.split("<!-- end -->", 1)
-    with whole_file(PAGE) as part:
-        part.write_text(f"{head}{mark}{content}\n<!-- end -->{tail}", encoding="utf-8")
-
-
 def _measure(job: tuple[str, str]) -> dict[str, Any]:
     return measure(NAMED[job[0]], job[1])
 
@@ -149,8 +140,14 @@ NAMED = {specialisation.name: specialisation for specialisation in SPECIALISATIO
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[[], *NAMED], help="default: all, for all targets")
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "names",
+        nargs="*",
+        choices=[[], *NAMED],
+        metavar="NAME",
+        help="of specialisations (default: all, for all targets)",
+    )
     parser.add_argument("--code", action="store_true", help="print the instructions of the counted path")
     arguments = parser.parse_args()
     if arguments.names:
@@ -171,7 +168,7 @@ def main() -> int:
                 flush=True,
             )
     write_result("sass", rows)
-    write_page("sass", table(rows))
+    fill(PAGE, {"sass": table(rows)})
     found = complaints(rows)
     print("\n".join(found) or f"{len(rows)} kernels within their budgets: {FOLDER / 'sass.json'}")
     return int(bool(found))

@@ -8,20 +8,18 @@ words. Writes benchmarks/results/noise__battery.json and the tables of docs/nois
 generator is run; its report takes the old one's place, with an environment of its own.
 """
 
-import argparse
 import json
 import math
-import re
 import time
-from functools import partial
 from typing import Any
 
+from benchmarks.common.command_line import make_parser
+from benchmarks.common.pages import fill
 from benchmarks.common.results import FOLDER, ROOT, environment, write_result, write_rows
 from benchmarks.noise.generators import CLAMPED, OURS, PHILOX, PLANTED, RANDN, TORCH, Generator
 from benchmarks.noise.p_values import LEVEL, tail_rows, verdict
 from benchmarks.noise.statistics import BIG, Sizes, battery
 from benchmarks.noise.tails import EXACT_CUTS, exact_tail, far_tails, far_tails_of_randn, lost_cells
-from ddpm_fast.files import whole_file
 
 PAGE = ROOT / "docs" / "noise.md"
 NAME = "noise__battery"
@@ -141,20 +139,6 @@ def _planted_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def filled(text: str, result: dict[str, Any]) -> str:
-    """Return the page with every marked table made anew."""
-    for name, table in tables(result).items():
-        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, partial(_filled, table), text, flags=re.S)
-        if count != 1:
-            raise ValueError(f"{PAGE.name} must have the table {name!r} once, found it {count} times")
-    return text
-
-
-def _filled(table: str, found: re.Match[str]) -> str:
-    return f"{found[1]}{table}\n{found[2]}"
-
-
 def _no_constant(name: str) -> None:
     raise ValueError(f"{NAME}.json has {name}, which is not JSON")
 
@@ -186,13 +170,11 @@ def replace_planted(name: str) -> None:
 
 def write_page() -> None:
     """Put the numbers of the result file into docs/noise.md."""
-    text = filled(PAGE.read_text(encoding="utf-8"), committed())
-    with whole_file(PAGE) as part:
-        part.write_text(text, encoding="utf-8")
+    fill(PAGE, tables(committed()))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--far-draws", type=float, default=1e10, help="of ours; the others' are 1e10")
     parser.add_argument("--planted", metavar="NAME", choices=[bad.name for bad in PLANTED], help="run only this one")
     arguments = parser.parse_args()

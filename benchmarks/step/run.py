@@ -10,7 +10,6 @@ no time, and the exit code is 1. GB/s are of the bytes that the step must move (
 arm: what an arm moves besides is its own loss.
 """
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.command_line import make_parser
 from benchmarks.common.results import FOLDER, ROOT, machine_name, write_result
 from benchmarks.common.timers import CudaTimer, Timer, WallTimer, copy_bandwidth
 from benchmarks.step.arms import (
@@ -298,7 +298,7 @@ def draw(path: Path, out: Path | None) -> None:
 
 def main(arguments: list[str] | None = None, arms: dict[str, Any] = ARMS) -> int:
     """Run from the command line; the exit code is 1 if a row has an error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or with --smoke cpu")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes; nothing is written unless --out says where")
     parser.add_argument("--budget", type=float, default=450, help="seconds; what does not fit is listed (default 450)")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import special
 
+from benchmarks.common import pages
 from benchmarks.noise import run as noise_battery
 from benchmarks.noise import tails as noise_tails
 from benchmarks.noise.generators import CLAMPED, OURS, PHILOX, PLANTED, Uniforms
@@ -215,7 +216,7 @@ class TestCommitted:
 
     def test_the_page_is_in_step(self, committed):
         text = noise_battery.PAGE.read_text(encoding="utf-8")
-        assert noise_battery.filled(text, committed) == text
+        assert pages.filled(text, noise_battery.tables(committed), noise_battery.PAGE.name) == text
 
 
 @pytest.mark.slow
