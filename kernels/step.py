@@ -17,7 +17,7 @@ from ddpm_fast.kernels.checks import (
 )
 from ddpm_fast.kernels.dispatch import choose_backend, on_device
 from ddpm_fast.kernels.rows import COLUMNS, Rows, halves, rows_on_host, split_output
-from ddpm_fast.kernels.step_options import StepOptions, with_defaults
+from ddpm_fast.kernels.step_options import StepOptions, list_options, with_defaults
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "StepOptions", "implementation", "rows_on_host", "step", "step_torch"]
 
 
+@list_options
 @torch.no_grad()
 def step(
     x: Tensor,
@@ -76,6 +77,7 @@ def step(
         return launch(x, output, coefficients.contiguous(), ids.contiguous(), base.contiguous(), offset, **vars(given))
 
 
+@list_options
 def step_torch(
     x: Tensor,
     output: Tensor,

@@ -1,9 +1,13 @@
 """The options of a step: listed once, for the contract, its twin and its kernel."""
 
+import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class StepOptions(TypedDict, total=False):
@@ -58,3 +62,14 @@ def with_defaults(options: StepOptions) -> Any:
     if len(given) != len(_DEFAULTS):
         raise TypeError(f"unknown options {sorted(given.keys() - _DEFAULTS)}; a step takes {sorted(_DEFAULTS)}")
     return SimpleNamespace(**given)
+
+
+def list_options(function: F) -> F:
+    """Decorate a function whose last parameter is **options: `help` then names each option with its default."""
+    *parameters, _ = inspect.signature(function).parameters.values()
+    named = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS[name], annotation=annotation)
+        for name, annotation in StepOptions.__annotations__.items()
+    ]
+    function.__signature__ = inspect.signature(function).replace(parameters=[*parameters, *named])  # type: ignore[attr-defined]
+    return function

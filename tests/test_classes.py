@@ -18,9 +18,9 @@ from ddpm_fast.models.checkpoint import Classes, load_checkpoint, save_checkpoin
 from ddpm_fast.models.unet import UNet, UNetConfig
 from ddpm_fast.sample import Sampler, sample
 from ddpm_fast.training import Trainer, TrainingConfig
-from tests.models.test_unet import random_unet
+from tests.support.unets import TINY, random_unet
 
-TINY = UNetConfig(widths=(8, 8), attention=(False, True), embedding=16, image_size=8, heads=2, groups=4, num_classes=3)
+THREE_CLASSES = dataclasses.replace(TINY, num_classes=3)
 DIFFUSION = SamplerConfig(num_train_timesteps=20)
 CONFIG = TrainingConfig(steps=6, batch_size=8, learning_rate=3e-3, warmup=2, save_every=3)
 QUIET = {"progress": False}
@@ -36,7 +36,7 @@ def shades(count, seed, step):
 def model(tmp_path_factory):
     """Return a checkpoint of a random network with classes."""
     folder = tmp_path_factory.mktemp("models") / "classes"
-    save_checkpoint(folder, random_unet(TINY), DIFFUSION, dtype=torch.float32)
+    save_checkpoint(folder, random_unet(THREE_CLASSES), DIFFUSION, dtype=torch.float32)
     return folder
 
 
@@ -44,7 +44,7 @@ def model(tmp_path_factory):
 
 
 def test_the_output_depends_on_the_class_and_on_no_neighbour():
-    model, x = random_unet(TINY), torch.randn(1, 1, 8, 8).expand(4, 1, 8, 8)
+    model, x = random_unet(THREE_CLASSES), torch.randn(1, 1, 8, 8).expand(4, 1, 8, 8)
     labels = torch.tensor([0, 1, 2, 3])
     together = model(x, torch.full((4,), 5), labels)
     for row, other in itertools.combinations(together, 2):
@@ -54,12 +54,12 @@ def test_the_output_depends_on_the_class_and_on_no_neighbour():
 
 
 def test_no_label_is_no_class():
-    model, x, t = random_unet(TINY), torch.randn(2, 1, 8, 8), torch.tensor([3, 9])
+    model, x, t = random_unet(THREE_CLASSES), torch.randn(2, 1, 8, 8), torch.tensor([3, 9])
     assert torch.equal(model(x, t), model(x, t, torch.tensor([3, 3])))
 
 
 def test_a_network_without_classes_takes_no_label():
-    model = random_unet(dataclasses.replace(TINY, num_classes=None))
+    model = random_unet(TINY)
     with pytest.raises(ValueError, match="knows no classes"):
         model(torch.randn(1, 1, 8, 8), torch.tensor([0]), torch.tensor([0]))
 
@@ -161,7 +161,7 @@ def test_bad_class_folders_are_named(folders):
 def seen_labels(folder, dropout, steps=40):
     """Return the labels that the network gets in training, and the labels of the data."""
     config = dataclasses.replace(CONFIG, steps=steps, save_every=steps, label_dropout=dropout)
-    run = Trainer(folder, config, TINY, DIFFUSION, shades)
+    run = Trainer(folder, config, THREE_CLASSES, DIFFUSION, shades)
     seen = []
     run.model.register_forward_pre_hook(lambda module, given: seen.append(given[2]))
     run.run(**QUIET)
@@ -179,7 +179,7 @@ def test_a_share_of_labels_is_withheld(tmp_path, dropout):
 def test_it_learns_the_classes_and_guidance_sharpens_them(tmp_path):
     config = dataclasses.replace(CONFIG, steps=300, batch_size=32, save_every=300, learning_rate=1e-2, ema_decay=0.99)
     diffusion = SamplerConfig(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2")
-    Trainer(tmp_path, config, TINY, diffusion, shades).run(**QUIET)
+    Trainer(tmp_path, config, THREE_CLASSES, diffusion, shades).run(**QUIET)
     checkpoint = load_checkpoint(tmp_path)
     labels, none = torch.arange(48) % 3, torch.full((48,), 3)
 
@@ -204,10 +204,10 @@ def test_an_interrupted_run_with_classes_resumes_bit_for_bit(tmp_path):
             raise KeyboardInterrupt
         return shades(count, seed, step)
 
-    Trainer(tmp_path / "a", CONFIG, TINY, DIFFUSION, shades).run(**QUIET)
+    Trainer(tmp_path / "a", CONFIG, THREE_CLASSES, DIFFUSION, shades).run(**QUIET)
     with pytest.raises(KeyboardInterrupt):
-        Trainer(tmp_path / "b", CONFIG, TINY, DIFFUSION, interrupted).run(**QUIET)
-    resumed = Trainer(tmp_path / "b", CONFIG, TINY, DIFFUSION, shades)
+        Trainer(tmp_path / "b", CONFIG, THREE_CLASSES, DIFFUSION, interrupted).run(**QUIET)
+    resumed = Trainer(tmp_path / "b", CONFIG, THREE_CLASSES, DIFFUSION, shades)
     assert resumed.step == 3
     resumed.run(**QUIET)
     a, b = load_checkpoint(tmp_path / "a").model.state_dict(), load_checkpoint(tmp_path / "b").model.state_dict()
@@ -215,7 +215,7 @@ def test_an_interrupted_run_with_classes_resumes_bit_for_bit(tmp_path):
 
 
 def test_samples_on_the_way_are_of_every_class(tmp_path):
-    Trainer(tmp_path, CONFIG, TINY, DIFFUSION, shades, samples=4).run(**QUIET)
+    Trainer(tmp_path, CONFIG, THREE_CLASSES, DIFFUSION, shades, samples=4).run(**QUIET)
     checkpoint = load_checkpoint(tmp_path)
     options = {"config": checkpoint.diffusion, "sampler": "ddim", "num_inference_steps": 20, **QUIET}
     labels = {"class_labels": torch.tensor([0, 1, 2, 0])}
@@ -228,8 +228,8 @@ def test_samples_on_the_way_are_of_every_class(tmp_path):
 @pytest.mark.parametrize(
     ("network", "data", "says"),
     [
-        (TINY, lambda *key: shades(*key)[0], "the data have none, the network takes 3 classes"),
-        (dataclasses.replace(TINY, num_classes=None), shades, "the data have labels, the network takes none"),
+        (THREE_CLASSES, lambda *key: shades(*key)[0], "the data have none, the network takes 3 classes"),
+        (TINY, shades, "the data have labels, the network takes none"),
         (dataclasses.replace(TINY, num_classes=2), shades, r"labels must lie in 0 … 1, got 0 … 2"),
     ],
     ids=["no-labels", "no-classes", "too-few"],
@@ -295,7 +295,7 @@ def test_the_likelihood_command_passes_the_labels(model, tmp_path):
 
 
 def test_the_samples_of_a_save_are_of_all_classes(tmp_path):
-    run = Trainer(tmp_path, CONFIG, TINY, DIFFUSION, shades, samples=5)
+    run = Trainer(tmp_path, CONFIG, THREE_CLASSES, DIFFUSION, shades, samples=5)
     for parameter in run.ema.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     run.save()

@@ -9,6 +9,7 @@ import pytest
 from ddpm_fast import accelerate
 from ddpm_fast.config import ConfigOptions, SamplerConfig
 from ddpm_fast.engine.execution import Execution, ExecutionOptions
+from ddpm_fast.kernels.step import StepOptions, step, step_torch
 from ddpm_fast.options import SamplerOptions, execution_of, split_options
 from ddpm_fast.sample import DrawOptions, Sampler, sample
 
@@ -32,6 +33,17 @@ def test_help_lists_the_options_of_accelerate():
     for field in dataclasses.fields(Execution):
         assert parameters[field.name].default == field.default
         assert parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize("function", [step, step_torch])
+def test_help_lists_the_options_of_a_step(function):
+    parameters = inspect.signature(function).parameters
+    assert set(parameters) >= set(StepOptions.__annotations__)
+    defaults = {name: parameters[name].default for name in StepOptions.__annotations__}
+    assert {name: default for name, default in defaults.items() if default is not None} == {
+        "learned": False,
+        "use_output": True,
+    }
 
 
 def test_options_are_split():

@@ -1,7 +1,9 @@
 """The pages: their numbers are those of the result files, and their code runs."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from benchmarks.common import pages
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+PROSE = ["README.md", "ARCHITECTURE.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
 
 
 @pytest.mark.parametrize("page", tables.PAGES)
@@ -40,8 +44,19 @@ def test_the_code_of_the_pages_runs(page, name, shape):
     assert names[name].shape == shape
 
 
-@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+@pytest.mark.parametrize("page", PROSE)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)", text):
         assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PROSE)
+def test_commands_and_names_of_the_pages_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for module in re.findall(r"python -m ([a-z_.]+)", text):
+        assert find_spec(module.rstrip(".")), module
+    for name in re.findall(r"`((?:ddpm_fast|kernels|benchmarks|research)(?:\.\w+)+)", text):
+        assert resolve_name(name) is not None
+    for target in re.findall(r"\bmake ([a-z-]+)`", text):
+        assert re.search(rf"^{target}:", MAKEFILE, flags=re.M), target

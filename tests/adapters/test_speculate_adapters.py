@@ -6,9 +6,9 @@ import torch
 
 from ddpm_fast import accelerate, cli, images
 from ddpm_fast.models.checkpoint import save_checkpoint
-from ddpm_fast.models.unet import UNet, UNetConfig
 from ddpm_fast.sample import SamplerConfig, sample
 from ddpm_fast.table import build_table
+from tests.support.unets import random_unet
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = 60
@@ -103,16 +103,12 @@ def test_a_lucidrains_diffusion():
 
 # The command line
 
-TINY = UNetConfig(widths=(8, 8), attention=(False, True), embedding=16, image_size=8, heads=2, groups=4)
 DIFFUSION = SamplerConfig(num_train_timesteps=40)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.manual_seed(0)
-    network = UNet(TINY)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
+    network = random_unet(std=0.05)
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_checkpoint(folder, network, DIFFUSION, dtype=torch.float32)
     return folder, network.eval()

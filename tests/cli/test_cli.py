@@ -22,21 +22,18 @@ from ddpm_fast.edit import interpolate
 from ddpm_fast.kernels import to_uint8
 from ddpm_fast.likelihood import bits_per_dimension
 from ddpm_fast.models.checkpoint import load_checkpoint, save_checkpoint
-from ddpm_fast.models.unet import UNet, UNetConfig
+from ddpm_fast.models.unet import UNet
 from ddpm_fast.sample import Sampler
+from tests.support.unets import TINY, random_unet
 
 ROOT = Path(__file__).parents[2]
-TINY = UNetConfig(widths=(8, 8), attention=(False, True), embedding=16, image_size=8, heads=2, groups=4)
 DIFFUSION = SamplerConfig(num_train_timesteps=20)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Return a checkpoint of a small random network."""
-    torch.manual_seed(0)
-    network = UNet(TINY)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    network = random_unet()
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_checkpoint(folder, network, DIFFUSION)
     return folder

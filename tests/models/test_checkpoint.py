@@ -13,18 +13,9 @@ from safetensors.torch import save_file
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.models import checkpoint
 from ddpm_fast.models.checkpoint import EMBEDDED, CheckpointError, load_checkpoint, save_checkpoint
-from ddpm_fast.models.unet import UNet, UNetConfig
+from tests.support.unets import TINY, random_unet
 
-TINY = UNetConfig(widths=(8, 8), attention=(False, True), embedding=16, image_size=8, heads=2, groups=4)
 DIFFUSION = SamplerConfig(num_train_timesteps=20, beta_schedule="scaled_linear", clip_sample_range=1.5)
-
-
-def random_unet(config=TINY, seed=0):
-    torch.manual_seed(seed)
-    model = UNet(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 @pytest.fixture

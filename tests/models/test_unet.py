@@ -8,17 +8,9 @@ import pytest
 import torch
 
 from ddpm_fast.models.unet import Attention, UNet, UNetConfig, timestep_embedding
+from tests.support.unets import TINY, random_unet
 
-TINY = UNetConfig(widths=(8, 16), attention=(False, True), embedding=16, image_size=8, heads=2, groups=4)
-
-
-def random_unet(config=TINY):
-    """Return a network without zero parameters, unlike a network at the start of training."""
-    torch.manual_seed(0)
-    model = UNet(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
+TWO_WIDTHS = dataclasses.replace(TINY, widths=(8, 16))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +24,7 @@ def random_unet(config=TINY):
 )
 def test_config_errors(changes, says):
     with pytest.raises(ValueError, match=says):
-        dataclasses.replace(TINY, **changes)
+        dataclasses.replace(TWO_WIDTHS, **changes)
 
 
 @pytest.mark.parametrize(
@@ -53,11 +45,11 @@ def test_config_errors(changes, says):
 )
 def test_config_says_which_value_is_bad(changes):
     with pytest.raises(ValueError, match="channels|image_size|width|attention|embedding|heads|groups"):
-        dataclasses.replace(TINY, **changes)
+        dataclasses.replace(TWO_WIDTHS, **changes)
 
 
 def test_config_survives_json():
-    assert UNetConfig(**json.loads(json.dumps(TINY.to_dict()))) == TINY
+    assert UNetConfig(**json.loads(json.dumps(TWO_WIDTHS.to_dict()))) == TWO_WIDTHS
     assert UNetConfig(widths=[8, 16], attention=[False, True], image_size=8).widths == (8, 16)
 
 
@@ -72,7 +64,7 @@ def test_config_survives_json():
     ],
 )
 def test_output_shape(changes, size):
-    config = dataclasses.replace(TINY, **{"image_size": size, **changes})
+    config = dataclasses.replace(TWO_WIDTHS, **{"image_size": size, **changes})
     x = torch.randn(3, config.channels, size, size)
     y = random_unet(config)(x, torch.tensor([0, 5, 999]))
     assert y.shape == x.shape
@@ -81,7 +73,7 @@ def test_output_shape(changes, size):
 
 
 def test_starts_at_zero():
-    assert (UNet(TINY)(torch.randn(2, 1, 8, 8), torch.tensor([3, 4])) == 0).all()
+    assert (UNet(TWO_WIDTHS)(torch.randn(2, 1, 8, 8), torch.tensor([3, 4])) == 0).all()
 
 
 @pytest.mark.parametrize("width", [2, 8, 32])
@@ -95,14 +87,14 @@ def test_timestep_embedding_formula(width):
 
 
 def test_integer_and_float_timesteps_agree():
-    model, x, t = random_unet(), torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 999])
+    model, x, t = random_unet(TWO_WIDTHS), torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 999])
     want = model(x, t)
     for dtype in (torch.int32, torch.float32, torch.float64):
         assert torch.equal(model(x, t.to(dtype)), want)
 
 
 def test_every_input_matters():
-    model, x, t = random_unet(), torch.randn(2, 1, 8, 8), torch.tensor([5, 5])
+    model, x, t = random_unet(TWO_WIDTHS), torch.randn(2, 1, 8, 8), torch.tensor([5, 5])
     y = model(x, t)
     assert not torch.allclose(model(x, t + 1), y)
     far = x.clone()
@@ -111,7 +103,7 @@ def test_every_input_matters():
 
 
 def test_samples_do_not_mix():
-    model, x, t = random_unet(), torch.randn(4, 1, 8, 8), torch.tensor([1, 5, 30, 999])
+    model, x, t = random_unet(TWO_WIDTHS), torch.randn(4, 1, 8, 8), torch.tensor([1, 5, 30, 999])
     alone = torch.cat([model(x[i : i + 1], t[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(model(x, t), alone)
 
@@ -119,7 +111,7 @@ def test_samples_do_not_mix():
 def test_attention_formula():
     """Check x + out(softmax(q k^T / sqrt(d)) v), each head on its own channels (Vaswani et al. 2017, eq. 1)."""
     torch.manual_seed(0)
-    module = Attention(8, TINY).double()
+    module = Attention(8, TWO_WIDTHS).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(2, 8, 3, 4, dtype=torch.float64)
@@ -134,7 +126,7 @@ def test_attention_formula():
 
 
 def test_gradient_reaches_every_number():
-    model = random_unet()
+    model = random_unet(TWO_WIDTHS)
     model(torch.randn(4, 1, 8, 8), torch.tensor([1, 5, 90, 900])).square().sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or (p.grad == 0).any()]
     assert without == []

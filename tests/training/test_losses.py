@@ -16,7 +16,8 @@ from ddpm_fast.sample import sample
 from ddpm_fast.training import Trainer, TrainingConfig
 from ddpm_fast.training.losses import HYBRID_WEIGHT, Loss
 from tests.support.networks import Wavy
-from tests.training.test_trainer import TINY, assert_same_run, small_moons
+from tests.support.unets import TINY
+from tests.training.test_trainer import assert_same_run, small_moons
 
 T = 50
 

@@ -28,8 +28,8 @@ from ddpm_fast.models.checkpoint import CheckpointError, load_checkpoint
 from ddpm_fast.models.unet import UNetConfig
 from ddpm_fast.sample import sample
 from ddpm_fast.training import Trainer, TrainingConfig
+from tests.support.unets import TINY
 
-TINY = UNetConfig(widths=(8, 8), attention=(False, True), embedding=16, image_size=8, heads=2, groups=4)
 DIFFUSION = SamplerConfig(num_train_timesteps=50)
 CONFIG = TrainingConfig(steps=11, batch_size=4, learning_rate=3e-3, warmup=3, save_every=4, seed=5)
 SAVES = (4, 8, 11)
@@ -232,7 +232,8 @@ import sys
 import torch
 from torch import distributed
 sys.path.insert(0, {tests!r})
-from tests.training.test_trainer import CONFIG, DIFFUSION, TINY, interrupt_at, small_moons
+from tests.support.unets import TINY
+from tests.training.test_trainer import CONFIG, DIFFUSION, interrupt_at, small_moons
 from dataclasses import replace
 from ddpm_fast.training import Trainer
 
