@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ddpm_fast.engine.base import SamplingLoop
 from ddpm_fast.engine.call import Call
+from ddpm_fast.engine.device import global_generator
 from ddpm_fast.engine.execution import DEFAULT, Execution
 from ddpm_fast.engine.graph import GraphPool
 from ddpm_fast.engine.loop import Correction
-from ddpm_fast.engine.noise import GeneratorNoise, Noise, PhiloxNoise, global_generator
+from ddpm_fast.engine.noise import GeneratorNoise, Noise, PhiloxNoise
 from ddpm_fast.engine.report import Speculation
 from ddpm_fast.seeding import Seeds, resolve_seeds
 from ddpm_fast.speculation.choose import Speculate, build_loop, check_speculate

@@ -64,3 +64,10 @@ def dtype_of(model: Model) -> torch.dtype | None:
     if not isinstance(model, nn.Module):
         return None
     return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+
+
+def global_generator(device: torch.device) -> torch.Generator:
+    """Return torch's global generator of the device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator

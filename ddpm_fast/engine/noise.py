@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ddpm_fast.engine.device import global_generator
 from ddpm_fast.kernels.normal import normal
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.seeding import seed_tensor
@@ -186,10 +187,3 @@ class GeneratorNoise:
         z.normal_(generator=self.generator)
         batch = self.shape[0]
         return (z if len(z) == batch else z[:batch]).to(self.device, torch.float32)
-
-
-def global_generator(device: torch.device) -> torch.Generator:
-    """Return torch's global generator of the device."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    return torch.default_generator
