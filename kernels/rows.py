@@ -123,4 +123,6 @@ def split_output(x: Tensor, output: Tensor, guidance: Tensor | None) -> tuple[Te
     conditional, unconditional = output.split(batch)
     scale = guidance.to(x.dtype).view(batch, *(1,) * (x.dim() - 1))
     # Only the mean is guided; the variance is that of the conditional half.
-    return torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale), conditional[:, channels:]
+    mean, variance = conditional[:, :channels], conditional[:, channels:]
+    unconditional = unconditional[:, :channels]
+    return torch.addcmul(unconditional, mean - unconditional, scale), variance

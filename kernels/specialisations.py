@@ -270,9 +270,10 @@ _VERIFY = Specialisation(
         "drafts_ptr": "*fp32", "noise_ptr": "*fp32", "guess_ptr": "*fp32", "output_ptr": "*bf16", "bound_ptr": None,
         "guidance_ptr": None, "dots_ptr": "*fp32", "position_ptr": "*i32", "windows_ptr": "*i32",
         "coefficients_ptr": "*fp32", "clip": 1.0, "steps": 1000, "batch": 4, "room": 32, "n": 3072, "q": 768,
-        "output_batch": 3072, "CLIP": "fixed", "GUIDED": False, "WIDTH": 16, "PTX": True, "num_warps": 2,
+        "output_batch": 3072, "CLIP": "fixed", "USE_OUTPUT": False, "GUIDED": False, "WIDTH": 16, "PTX": True,
+        "num_warps": 2,
     },
-    26,
+    23,
 )  # fmt: skip
 _DECIDE = Specialisation(
     "decide",
@@ -291,9 +292,9 @@ _COMMIT = Specialisation(
         "x_ptr": "*fp32", "drafts_ptr": "*fp32", "noise_ptr": "*fp32", "guess_ptr": "*fp32", "output_ptr": "*bf16",
         "bound_ptr": None, "guidance_ptr": None, "factor_ptr": "*fp32", "position_ptr": "*i32",
         "coefficients_ptr": "*fp32", "clip": 1.0, "batch": 4, "room": 32, "n": 3072, "q": 768, "output_batch": 3072,
-        "CLIP": "fixed", "GUIDED": False, "WIDTH": 16, "PTX": True, "num_warps": 2,
+        "CLIP": "fixed", "USE_OUTPUT": False, "GUIDED": False, "WIDTH": 16, "PTX": True, "num_warps": 2,
     },
-    40,
+    33,
 )  # fmt: skip
 DRAFTS = {"bound_ptr": "*fp32", "CLIP": "bound", "clip": 0.0}
 
@@ -365,11 +366,13 @@ SPECIALISATIONS = (
     _with(_DRAFT, "draft-guided", 40, GUIDED=True),
     _with(_DRAFT, "draft-float32-batch-1", 37, input_ptr="*fp32", batch=1),
     _VERIFY,
-    _with(_VERIFY, "verify-bound", 29, **DRAFTS),
-    _with(_VERIFY, "verify-guided", 31, **GUIDED),
-    _with(_VERIFY, "verify-latents", 23, clip=0.0, CLIP="none"),
+    _with(_VERIFY, "verify-bound", 26, **DRAFTS),
+    _with(_VERIFY, "verify-guided", 28, **GUIDED),
+    _with(_VERIFY, "verify-latents", 21, clip=0.0, CLIP="none"),
+    _with(_VERIFY, "verify-ddim", 26, USE_OUTPUT=True),
     _DECIDE,
     _COMMIT,
-    _with(_COMMIT, "commit-bound", 43, **DRAFTS),
-    _with(_COMMIT, "commit-guided", 43, **GUIDED),
+    _with(_COMMIT, "commit-bound", 38, **DRAFTS),
+    _with(_COMMIT, "commit-guided", 38, **GUIDED),
+    _with(_COMMIT, "commit-ddim", 40, USE_OUTPUT=True),
 )

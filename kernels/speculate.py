@@ -84,9 +84,13 @@ class RoundRows:
             return raw, raw.clamp(-limit, limit) / limit
         return raw, raw if clip is None else raw.clamp(-clip, clip)
 
-    def distance(self, raw: Tensor, x0: Tensor, guess: Tensor, at: Any = ...) -> Tensor:
-        """Return D of the drafts `at`: the means' difference over sigma, without cancellation; 0 without noise."""
-        return self.of_x0[at] * (x0 - guess) + self.of_raw[at] * (raw - guess)
+    def distance(self, raw: Tensor | None, x0: Tensor, guess: Tensor, at: Any = ...) -> Tensor:
+        """Return D of the drafts `at`: the means' difference over sigma, without cancellation; 0 without noise.
+
+        Without `raw`, c_out is 0 in every row; 0 times an infinite prediction would be NaN.
+        """
+        distance = self.of_x0[at] * (x0 - guess)
+        return distance if raw is None else distance + self.of_raw[at] * (raw - guess)
 
 
 def log_uniforms(seeds: Tensor, ids: Tensor) -> Tensor:
@@ -156,15 +160,16 @@ def verify_torch(
     clip: float | None = None,
     bound: Tensor | None = None,
     guidance: Tensor | None = None,
+    use_output: bool = True,
     dots: Tensor,
     rows: RoundRows | None = None,
 ) -> None:
-    """Write D z and |D|^2 of every draft to `dots`."""
+    """Write D z and |D|^2 of every draft to `dots`. Without `use_output`, c_out must be 0 in every row."""
     drafts, noise, guess = drafts[:, :width], noise[:, :width], guess[:, :width]
     rows = rows or RoundRows(coefficients, position, windows, width, guess.dim() - 1)
     out, _ = split_output(drafts.flatten(0, 1), output, guidance)
     raw, x0 = rows.predict_x0(drafts, out.reshape(drafts.shape), clip, bound)
-    distance = rows.distance(raw, x0, guess).flatten(2).double()
+    distance = rows.distance(raw if use_output else None, x0, guess).flatten(2).double()
     dots.zero_()
     dots[:, :width, 0, 0] = (distance * noise.flatten(2)).sum(2)
     dots[:, :width, 0, 1] = distance.square().sum(2)
@@ -218,6 +223,7 @@ def commit_torch(
     clip: float | None = None,
     bound: Tensor | None = None,
     guidance: Tensor | None = None,
+    use_output: bool = True,
     rows: RoundRows | None = None,
 ) -> None:
     """Take the steps that were decided on: write the new states to x, and the network's x0 predictions to guess."""
@@ -231,8 +237,10 @@ def commit_torch(
     at = torch.arange(batch, device=x.device), (taken.long() - 1).clamp(min=0)
     y, z, g, sigma = drafts[at], noise[at], guess[at], rows.sigma[at]
     drafted = rows.of_guess[at] * g + rows.of_state[at] * y + sigma * z
-    mean = rows.c_x0[at] * x0[at] + rows.c_x[at] * y + rows.c_out[at] * out[at]
-    distance = rows.distance(raw[at], x0[at], g, at)
+    mean = rows.c_x0[at] * x0[at] + rows.c_x[at] * y
+    if use_output:
+        mean = mean + rows.c_out[at] * out[at]
+    distance = rows.distance(raw[at] if use_output else None, x0[at], g, at)
     outcome = outcome.view(batch, *ones)
     new = torch.where(
         outcome == Outcome.ACCEPTED, drafted, mean + sigma * (z - factor.to(x.dtype).view(batch, *ones) * distance)

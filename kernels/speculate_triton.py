@@ -131,7 +131,7 @@ def verify_kernel(
     drafts_ptr, noise_ptr, guess_ptr, output_ptr, bound_ptr, guidance_ptr, dots_ptr, position_ptr, windows_ptr,
     coefficients_ptr, clip, steps, batch, room, n, q, output_batch,
     CLIP: tl.constexpr,  # "none", "fixed" or "bound"
-    GUIDED: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+    USE_OUTPUT: tl.constexpr, GUIDED: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum D z and |D|^2 over PARTS blocks of counters of one draft."""
     i_draft = sample_index()
@@ -173,7 +173,9 @@ def verify_kernel(
                 else:
                     out = to_float32(outs[lane], PTX)
                 raw, x0 = predict_x0(ys[lane], out, a, b, limit, CLIP)
-                apart = clipped_scale * (x0 - guesses[lane]) + raw_scale * (raw - guesses[lane])
+                apart = clipped_scale * (x0 - guesses[lane])
+                if USE_OUTPUT:
+                    apart += raw_scale * (raw - guesses[lane])
                 apart = tl.where(masks[lane], apart, 0.0)
                 along += tl.where(masks[lane], apart * zs[lane], 0.0)
                 square += apart * apart
@@ -232,7 +234,8 @@ def decide_kernel(
 def commit_kernel(
     x_ptr, drafts_ptr, noise_ptr, guess_ptr, output_ptr, bound_ptr, guidance_ptr, factor_ptr, position_ptr,
     coefficients_ptr, clip, batch, room, n, q, output_batch,
-    CLIP: tl.constexpr, GUIDED: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+    CLIP: tl.constexpr, USE_OUTPUT: tl.constexpr, GUIDED: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Commit PARTS blocks of counters of one sample."""
     i_sample = sample_index()
@@ -257,6 +260,7 @@ def commit_kernel(
                     p_row = coefficients_ptr + (first + k) * COLUMNS
                     a = tl.load(p_row)
                     b = tl.load(p_row + 1)
+                    sigma = tl.load(p_row + 5)
                     limit = clip
                     if CLIP == "bound":
                         limit = tl.load(bound_ptr + i_sample * WIDTH + k)
@@ -279,15 +283,17 @@ def commit_kernel(
                         raw, x0 = predict_x0(y, out, a, b, limit, CLIP)
                         tl.store(guess_ptr + o_room + begins[lane] + j, x0, mask=masks[lane])
                         if k == taken - 1:
-                            sigma = tl.load(p_row + 5)
                             z = tl.load(noise_ptr + o_room + begins[lane] + j, mask=masks[lane])
                             if accepted:
                                 g_scale, y_scale = mean_scales(p_row)
                                 new = g_scale * guess + y_scale * y + sigma * z
                             else:
                                 clipped_scale, raw_scale = distance_scales(p_row, sigma)
-                                apart = clipped_scale * (x0 - guess) + raw_scale * (raw - guess)
-                                new = tl.load(p_row + 2) * x0 + tl.load(p_row + 3) * y + tl.load(p_row + 4) * out
+                                apart = clipped_scale * (x0 - guess)
+                                new = tl.load(p_row + 2) * x0 + tl.load(p_row + 3) * y
+                                if USE_OUTPUT:
+                                    apart += raw_scale * (raw - guess)
+                                    new += tl.load(p_row + 4) * out
                                 new += sigma * (z - factor * apart)
                             tl.store(x_ptr + wide * n + begins[lane] + j, new, mask=masks[lane])
 
@@ -317,7 +323,7 @@ def draft_triton(
 def verify_triton(
     drafts: Tensor, noise: Tensor, guess: Tensor, output: Tensor, position: Tensor, windows: Tensor,
     coefficients: Tensor, width: int, *, clip: float | None = None, bound: Tensor | None = None,
-    guidance: Tensor | None = None, dots: Tensor,
+    guidance: Tensor | None = None, use_output: bool = True, dots: Tensor,
 ) -> None:  # fmt: skip
     """Launch `verify_kernel`."""
     batch, n = len(guess), guess[0, 0].numel()
@@ -325,8 +331,8 @@ def verify_triton(
     verify_kernel[grid(batch * width, n)](
         drafts, noise, guess, output, bound, guidance, dots, position, windows, coefficients,
         float(clip or 0.0), len(coefficients), batch, guess.shape[1], n, quarter(n), stride,
-        CLIP=clip_form(clip, bound), GUIDED=guidance is not None, WIDTH=width, PTX=ptx(), BLOCK=BLOCK,
-        num_warps=warps(),
+        CLIP=clip_form(clip, bound), USE_OUTPUT=use_output, GUIDED=guidance is not None, WIDTH=width, PTX=ptx(),
+        BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
 
 
@@ -344,7 +350,7 @@ def decide_triton(
 def commit_triton(
     x: Tensor, drafts: Tensor, noise: Tensor, guess: Tensor, output: Tensor, position: Tensor, factor: Tensor,
     windows: Tensor, coefficients: Tensor, width: int, *, clip: float | None = None, bound: Tensor | None = None,
-    guidance: Tensor | None = None,
+    guidance: Tensor | None = None, use_output: bool = True,
 ) -> None:  # fmt: skip
     """Launch `commit_kernel`."""
     batch, n = len(x), x[0].numel()
@@ -352,8 +358,8 @@ def commit_triton(
     commit_kernel[grid(batch, n)](
         x, drafts, noise, guess, output, bound, guidance, factor, position, coefficients,
         float(clip or 0.0), batch, guess.shape[1], n, quarter(n), stride,
-        CLIP=clip_form(clip, bound), GUIDED=guidance is not None, WIDTH=width, PTX=ptx(), BLOCK=BLOCK,
-        num_warps=warps(),
+        CLIP=clip_form(clip, bound), USE_OUTPUT=use_output, GUIDED=guidance is not None, WIDTH=width, PTX=ptx(),
+        BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
 
 

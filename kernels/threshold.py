@@ -27,7 +27,7 @@ def threshold_bound(
 
     x0 = a x + b out is the x0 prediction that `step` makes from the same arguments. The quantile is interpolated
     between two order statistics, as by torch.quantile (which takes 16 million elements at most). The bound of a sample
-    with NaN is NaN. The host does not wait for the device.
+    with NaN is NaN, and so is a quantile between two infinite numbers. The host does not wait for the device.
 
     Args:
         x, output, coefficients, base, offset, guidance: See `step`. On the PyTorch path base may be an int, one row for

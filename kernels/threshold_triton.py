@@ -94,7 +94,8 @@ def threshold_kernel(
     low = prefix.to(tl.float32, bitcast=True)
     high = above.to(tl.float32, bitcast=True)
     quantile = tl.where(weight < 0.5, low + weight * (high - low), high - (1 - weight) * (high - low))
-    bound = tl.minimum(tl.maximum(quantile, 1.0), max_value)
+    # NaN, as between two infinite numbers, must not become 1.
+    bound = tl.clamp(quantile, 1.0, max_value, propagate_nan=tl.PropagateNan.ALL)
     bound = tl.where(largest > INFINITY, largest.to(tl.float32, bitcast=True), bound)  # NaN stays NaN
     tl.store(bound_ptr + i_sample, bound)
 

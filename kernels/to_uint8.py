@@ -12,6 +12,8 @@ ROUNDINGS = ("round", "truncate")
 def to_uint8(x: Tensor, *, rounding: str = "round", backend: str | None = None) -> Tensor:
     """Map x in [-1, 1] to bytes: uint8 [B, H, W, C] from [B, C, H, W], values outside clipped, computed in float32.
 
+    NaN becomes 0.
+
     Args:
         x: Samples, float32, float16 or bfloat16 [B, C, H, W], in any strides.
         rounding: "round" computes round(clamp(x / 2 + 1/2, 0, 1) 255), halves to even (diffusers); "truncate" computes
@@ -38,6 +40,9 @@ def to_uint8_torch(x: Tensor, *, rounding: str = "round") -> Tensor:
     """Map to bytes on PyTorch: the twin of `to_uint8`; float64 is not rounded to float32."""
     x = x.permute(0, 2, 3, 1)
     x = x if x.dtype == torch.float64 else x.float()
+    zero = x.new_zeros(())  # fmax takes the number where the other value is NaN
     if rounding == "round":
-        return (x / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8).contiguous()
-    return (x + 1).mul_(127.5).clamp_(0, 255).to(torch.uint8).contiguous()
+        bytes_ = (x / 2 + 0.5).fmax(zero).clamp_(max=1).mul_(255).round_()
+    else:
+        bytes_ = (x + 1).mul_(127.5).fmax(zero).clamp_(max=255)
+    return bytes_.to(torch.uint8).contiguous()

@@ -31,6 +31,7 @@ def to_uint8_kernel(
     p_sample = x_ptr + i_sample.to(tl.int64) * batch_stride
     x = tl.load(p_sample + (channel.to(tl.int64) * channel_stride + pixel.to(tl.int64) * pixel_stride), mask=mask)
     x = x.to(tl.float32)
+    # Without propagate_nan the maximum of NaN and 0 is 0.
     if ROUND:
         value = tl.minimum(tl.maximum(x * 0.5 + 0.5, 0.0), 1.0) * 255
         value = (value + HALF_EVEN) - HALF_EVEN

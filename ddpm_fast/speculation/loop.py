@@ -88,6 +88,7 @@ class SpeculativeLoop(SamplingLoop):
         self._log_u = torch.zeros(batch, steps, device=device)
         self._row_noise: Tensor | None = None
         self._window_rows = torch.from_numpy(windows).to(device)
+        self._use_output = bool(np.any(table.c_out != 0))
         self._coefficients, self._ids = table.coefficients(device), table.ids(device)
         if execution.at_once:
             for width in self._widths:
@@ -261,17 +262,18 @@ class SpeculativeLoop(SamplingLoop):
         )  # fmt: skip
 
     def _limits(self, network: Network, output: Tensor, width: int) -> dict[str, Any]:
-        """Return the clipping and the guidance of every draft."""
-        guidance = network.call.guidance
+        """Return the clipping and the guidance of every draft, and whether the output enters a step by itself."""
+        common = {"guidance": network.call.guidance, "use_output": self._use_output}
         if self.clipping.ratio is None:
-            return {"clip": self.clipping.limit, "guidance": guidance}
+            return {"clip": self.clipping.limit, **common}
         offsets = torch.arange(width, device=self.device, dtype=torch.int32)
         rows = (self._position[:, Position.ROW, None] + offsets).clamp(max=len(self.table) - 1).flatten()
         bound = threshold_bound(
             self._drafts[:, :width].flatten(0, 1).contiguous(), output, self._coefficients, rows,
-            ratio=self.clipping.ratio, max_value=self.clipping.max_value, guidance=guidance, backend=self.backend,
+            ratio=self.clipping.ratio, max_value=self.clipping.max_value, guidance=network.call.guidance,
+            backend=self.backend,
         )  # fmt: skip
-        return {"bound": bound, "guidance": guidance}
+        return {"bound": bound, **common}
 
     def _parts(self) -> int:
         if self.backend == "torch":

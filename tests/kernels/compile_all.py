@@ -154,6 +154,7 @@ def speculative(a):
         "clip": a.get("clip") if a.get("CLIP") == "fixed" else None,
         "bound": tensor(a.get("bound_ptr"), batch * width),
         "guidance": tensor(a.get("guidance_ptr"), batch * width),
+        "use_output": a.get("USE_OUTPUT"),
         "width": width,
     }
 

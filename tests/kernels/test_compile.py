@@ -77,6 +77,13 @@ def test_the_main_steps(report, name, most):
     assert "store 16" not in row["accesses"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_maximum_drops_nan(report, name):
+    """On a GPU max.f32 and min.f32 give the number where the other value is NaN; in to_uint8 that is meant."""
+    dropping = re.findall(r"\b(?:max|min)\.f32\b", report["sm_90"][name]["ptx"])
+    assert bool(dropping) == name.startswith("to_uint8")
+
+
 @pytest.mark.parametrize(("target", "name"), [*OTHERS, *(("sm_90", name) for name in NAMES)])
 def test_nothing_is_spilled(report, target, name):
     row = report[target][name]

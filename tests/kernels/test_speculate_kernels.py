@@ -130,6 +130,44 @@ def test_kernels_and_twins_agree(shape, form, kernel_device):
     torch.testing.assert_close(found["model_input"][rows], twin["model_input"][rows], **close)
 
 
+@pytest.mark.parametrize("name", ["output", "x", "guess", "bound", "guidance"])
+@pytest.mark.parametrize("form", [{}, {"limit": "bound", "guided": True}, {"config": "ddim"}, {"limit": None}], ids=str)
+def test_special_values(name, form, kernel_device):
+    """NaN, infinity and denormals: the same decisions and states from kernels and twins."""
+    if name in ("bound", "guidance") and not form.get("guided"):
+        pytest.skip("not in this form")
+    found = []
+    for backend, device in (("torch", torch.device("cpu")), ("triton", kernel_device)):
+        problem = Round((4, 2, 3, 4), device, **form)
+        values = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-42], device=device)
+        target = problem.limits[name] if name in problem.limits else getattr(problem, name)
+        target.view(len(target), -1)[: len(values), 0] = values
+        if name == "output":
+            target.view(len(target), -1)[WIDTH : WIDTH + len(values), 5] = values
+        found.append(problem.run(backend))
+    twin, kernel = found
+    assert torch.equal(kernel["position"], twin["position"])
+    kept = valid(twin)
+    tolerance = {"rtol": 1e-3, "atol": 2e-3, "equal_nan": True}
+    torch.testing.assert_close(kernel["x"], twin["x"], **tolerance)
+    torch.testing.assert_close(kernel["guess"][kept], twin["guess"][kept], **tolerance)
+    torch.testing.assert_close(kernel["factor"], twin["factor"], **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_infinite_output_is_clipped(backend, kernel_device):
+    """Where the output enters a step through the x0 prediction alone, infinity is the same as a large number."""
+    found = []
+    for value in (torch.inf, 1e30):
+        problem = Round((4, 2, 3, 4), kernel_device if backend == "triton" else torch.device("cpu"))
+        problem.limits["use_output"] = False
+        problem.output[::2, 0, 1, 1] = value
+        found.append(problem.run(backend))
+    for name in ("x", "guess", "position", "factor", "rejected"):
+        torch.testing.assert_close(found[0][name], found[1][name])
+    assert found[0]["x"].isfinite().all()
+
+
 def test_channels_last(kernel_device):
     shape = (2, 3, 6, 5)
     twin = Round(shape, torch.device("cpu")).run("torch")

@@ -287,6 +287,42 @@ class TestNotFinite:
         assert result.isfinite().all()
 
 
+SPECIAL = np.array([np.nan, np.inf, -np.inf, 1e-42, -1e-42])
+
+
+def with_special_values(p, name):
+    """Put each special value into another sample: into one element of it, or into its number."""
+    array = p.arrays[name] if name in p.arrays else getattr(p, name.partition(":")[0])
+    if name.startswith("coefficients"):
+        array[p.base + p.offset, int(name.partition(":")[2])] = SPECIAL
+    elif array.ndim == 1:
+        array[:] = SPECIAL
+    else:
+        array[np.arange(len(array)), 0, 1, 1] = np.resize(SPECIAL, len(array))
+        array[np.arange(len(array)), -1, 0, 2] = np.resize(SPECIAL, len(array))  # where a variance is learned, it
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["philox", "tensor noise", "clip", "bound", "without output", "guided", "learned", "learned philox", "inpaint"],
+)
+def test_special_values_in_every_tensor(options, kernel_device):
+    """NaN, infinity and denormals: the kernel says what its twin says.
+
+    The bounds of a learned log-variance are finite in every table: kernel and twin combine them in another order.
+    """
+    columns = [f"coefficients:{number}" for number in (0, 1, 2, 3, 4, 5, 8, 9)]
+    floats = [name for name in make((5, 2, 3, 4), **OPTIONS[options]).arrays if name not in ("seeds",)]
+    for name in ("x", "output", *floats, *columns):
+        p = make((5, 2, 3, 4), **OPTIONS[options])
+        with_special_values(p, name)
+        twin, found = (launch(p, backend, kernel_device) for backend in BACKENDS)
+        for tensor, expected in zip(found[:2], twin[:2], strict=True):
+            torch.testing.assert_close(
+                tensor, expected, equal_nan=True, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_triton_is_the_twin(kernel_device, data):

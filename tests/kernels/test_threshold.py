@@ -116,3 +116,24 @@ def test_a_row_outside_the_table_keeps_its_bound(kernel_device):
     table = IDENTITY.to(kernel_device)
     threshold_bound(x, x, table, base, ratio=0.5, max_value=9.0, bound=bound, backend="triton")
     assert bound.tolist() == [7.0, 3.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("values", "ratio", "expected"),
+    [
+        ([np.inf], 0.995, np.nan),  # torch.quantile between two infinite numbers
+        ([np.inf, np.inf, 0.5], 0.9, np.nan),
+        ([0.5, 0.25, np.inf], 0.7, 2.0),  # between a finite number and infinity
+        ([0.5, -np.inf, 0.25, 0.1], 0.5, 1.0),
+        ([1e-42, -1e-42, 0.0], 0.995, 1.0),
+        ([np.nan, 0.5, np.inf], 0.0, np.nan),
+    ],
+)
+def test_special_values(values, ratio, expected, backend, kernel_device):
+    """An infinite x0 prediction must not be hidden by a bound of 1."""
+    bound = bound_of([values], backend, kernel_device, ratio=ratio, max_value=2.0)
+    np.testing.assert_array_equal(bound, [expected])
+    limits = {"ratio": ratio, "max_value": 2.0}
+    quantile = torch.tensor(values).abs().quantile(ratio).clamp(1, 2)
+    np.testing.assert_array_equal(bound_of([values], backend, kernel_device, **limits)[0], quantile)

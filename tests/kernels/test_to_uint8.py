@@ -50,6 +50,10 @@ class TestBytes:
         x = edges().reshape(1, 1, 1, -1)
         np.testing.assert_array_equal(convert(backend, kernel_device, x, rounding), judge(x, rounding))
 
+    def test_nan_becomes_0(self, backend, rounding, kernel_device):
+        x = np.array([np.nan, 1.0, -np.nan, np.inf], np.float32).reshape(1, 1, 2, 2)
+        assert convert(backend, kernel_device, x, rounding).ravel().tolist() == [0, 255, 0, 255]
+
     def test_exact_arithmetic_away_from_the_edges(self, backend, rounding, kernel_device):
         """Float64 on a grid of 65,536 values: only points within float32's rounding of a jump may differ."""
         x = np.linspace(-1.1, 1.1, 1 << 16, dtype=np.float32).reshape(1, 1, 256, 256)
