@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from benchmarks.common.standins import stand_in_for_torchvision
 from benchmarks.walks.networks import Problem, tensor_of
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.engine.execution import ExecutionOptions, tf32
+from ddpm_fast.engine.execution import ExecutionOptions
 from ddpm_fast.engine.graph import StepGraph
 from ddpm_fast.engine.loop import Loop
+from ddpm_fast.engine.tf32 import tf32
 from ddpm_fast.kernels.normal import normal
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.sample import Sampler

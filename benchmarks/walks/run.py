@@ -26,7 +26,7 @@ from benchmarks.common.command_line import add_result_options, make_parser
 from benchmarks.common.results import FOLDER, Row, machine_name, write_result
 from benchmarks.walks.arms import ALONE, ARMS, COMPILED, OURS, SHIPPED, Arm, Ours, WrongStepError, check, missing, quiet
 from benchmarks.walks.networks import KINDS, Problem
-from ddpm_fast.engine.execution import tf32
+from ddpm_fast.engine.tf32 import tf32
 
 ROUNDS = 25  # the most that an arm runs
 MATRIX = 8192  # rows and columns of the matrices whose product gives the ceiling

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.engine.call import Call
-from ddpm_fast.engine.execution import Execution, tf32
+from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.graph import can_capture
 from ddpm_fast.engine.noise import Noise
 from ddpm_fast.engine.progress import Show
 from ddpm_fast.engine.report import Speculation
+from ddpm_fast.engine.tf32 import tf32
 from ddpm_fast.kernels.dispatch import choose_backend, on_device
 from ddpm_fast.table import Clipping, StepTable
 

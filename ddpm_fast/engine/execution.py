@@ -1,11 +1,7 @@
 """How a sampling loop is executed. No option changes which samples are drawn, up to the rounding of the network."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypedDict
-
-import torch
+from typing import TypedDict
 
 from ddpm_fast.validate import one_of, whole
 
@@ -73,27 +69,3 @@ class Execution:
 
 
 DEFAULT = Execution()
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool | None) -> Iterator[None]:
-    """Allow or forbid float32 products in TensorFloat-32 on CUDA inside the context; None changes nothing."""
-    if allowed is None:
-        yield
-        return
-    places: tuple[Any, ...]
-    value: Any
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and newer
-        places = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        name, value = "fp32_precision", "tf32" if allowed else "ieee"
-    else:
-        places = torch.backends.cuda.matmul, torch.backends.cudnn
-        name, value = "allow_tf32", allowed
-    before = [getattr(place, name) for place in places]
-    try:
-        for place in places:
-            setattr(place, name, value)
-        yield
-    finally:
-        for place, was in zip(places, before, strict=True):
-            setattr(place, name, was)

@@ -1,6 +1,5 @@
 """How a walk is executed changes no sample: hoisting when it pays, memory formats, torch.compile, TF32."""
 
-import contextlib
 import logging
 import shutil
 
@@ -10,7 +9,7 @@ from torch import nn
 
 import ddpm_fast.engine.loop
 import ddpm_fast.engine.network
-from ddpm_fast.engine.execution import Execution, tf32
+from ddpm_fast.engine.execution import Execution
 from ddpm_fast.sample import Sampler
 
 SHAPE = (2, 3, 8, 8)
@@ -184,26 +183,7 @@ class TestCompile:
         torch.testing.assert_close(got, plain, atol=1e-5, rtol=0)
 
 
-def settings():
-    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-
-
 class TestTF32:
-    @pytest.mark.parametrize("allowed", [True, False])
-    def test_is_set_inside_and_as_before_outside(self, allowed):
-        before = settings()
-        with contextlib.suppress(KeyError), tf32(allowed):
-            inside = settings()
-            raise KeyError
-        assert inside == (("tf32", "tf32") if allowed else ("ieee", "ieee"))
-        assert settings() == before
-        torch.backends.cuda.matmul.allow_tf32  # noqa: B018 - torch's older name still answers
-
-    def test_none_changes_nothing(self):
-        before = settings()
-        with tf32(None):
-            assert settings() == before
-
     def test_it_means_nothing_on_a_cpu(self, plain):
         assert torch.equal(drawn(Net(), tf32=True)[1], plain)
 
