@@ -19,6 +19,8 @@ from ddpm_fast.engine.trace import (
     CONDITION,
     HoistError,
     T,
+    Table,
+    Trace,
     attribute_of,
     cast_weights,
     classify,
@@ -29,7 +31,7 @@ from ddpm_fast.engine.trace import (
     lay_out_weights,
     needed_by,
     output_of,
-    trace,
+    traces,
 )
 from ddpm_fast.validate import line_of
 
@@ -70,7 +72,7 @@ class _Bank:
         evaluate: A function that computes the results, each [B, ...].
         conditional: Whether the results also depend on the condition.
         shapes: Shapes of one sample's results.
-        table: Tensor [rows, sum of the sizes], with a row for each timestep, or each timestep and distinct condition.
+        table: The results, with a row for each timestep, or each timestep and distinct condition.
         views: Results for a batch that is all in one row, by row.
     """
 
@@ -78,7 +80,7 @@ class _Bank:
     evaluate: Callable[..., Any]
     conditional: bool
     shapes: list[torch.Size]
-    table: Tensor
+    table: Table
     views: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
@@ -124,7 +126,19 @@ class Hoisted:
         self._position = torch.zeros(int(self._timesteps.max()) + 1, dtype=torch.int64, device=x.device)
         self._position[self._timesteps] = torch.arange(len(self._timesteps), device=x.device)
 
-        graph, root = trace(self.model, x, self._batch_of(torch.zeros_like(self._timesteps[:1])), self._kwargs)
+        reason: HoistError | None = None
+        for found in traces(self.model, x, self._kwargs):
+            try:
+                self._build(found, x)
+                return
+            except HoistError as error:  # the next trace may do
+                reason = error
+        assert reason is not None
+        raise reason
+
+    def _build(self, found: Trace, x: Tensor) -> None:
+        """Divide the trace, fill the tables, and verify both."""
+        graph, root = found.graph, found.root
         before = count_operations(graph.nodes)
         drop_neutral(graph)
         neutral = before - count_operations(graph.nodes)
@@ -136,7 +150,7 @@ class Hoisted:
         self._firsts, self._which = self._distinct()
         self._stride = torch.tensor(len(self._firsts), device=x.device)  # a recorded graph reads the tensor
         self._banks: list[_Bank] = []
-        self._tabulate(graph, root, frontier_of(graph, classes), classes)
+        self._tabulate(found, frontier_of(graph, classes), classes)
         self._constants: list[Tensor] = []
         self._rest: Callable[..., Any]
         hoisted = self._split()
@@ -155,7 +169,7 @@ class Hoisted:
             of_both=count_operations(gone) - sum(of),
             after=count_operations(everything) - count_operations(gone),
             tables=sum(len(bank.nodes) for bank in self._banks),
-            table_bytes=sum(bank.table.nbytes for bank in self._banks),
+            table_bytes=sum(bank.table.values.nbytes for bank in self._banks),
         )
 
     def __call__(self, x: Tensor, t: Tensor, row: int | None = None) -> Tensor:
@@ -175,7 +189,7 @@ class Hoisted:
             if index is None:
                 index = self._position[t]
             place = index * self._stride + self._which if bank.conditional else index
-            pieces = bank.table.index_select(0, place).split(bank.sizes, dim=1)
+            pieces = bank.table.values.index_select(0, place).split(bank.sizes, dim=1)
             values += [piece.view(-1, *shape) for piece, shape in zip(pieces, bank.shapes, strict=True)]
         output: Tensor = self._rest(x, t, *self._leaves, *values, *self._constants)[0]
         return output
@@ -225,14 +239,17 @@ class Hoisted:
             if not (parameters or (conditions and bank.conditional)):
                 continue
             rows = len(self._timesteps) * (len(self._firsts) if bank.conditional else 1)
-            if rows > len(bank.table):
-                others = sum(other.table.nbytes for other in self._banks if other is not bank)
-                if others + bank.table[0].nbytes * rows > self._memory:
+            values = bank.table.values
+            if rows > len(values):
+                others = sum(other.table.values.nbytes for other in self._banks if other is not bank)
+                if others + values[0].nbytes * rows > self._memory:
                     raise HoistError(f"{len(self._firsts)} conditions at every timestep exceed the tables' memory")
-                bank.table = bank.table.new_empty(rows, bank.table.shape[1])
+                bank.table = Table(values.new_empty(rows, values.shape[1]))
                 bank.views.clear()
                 moved = True
-            self._fill(bank)
+            if bank.conditional or bank.table.seen != seen[0]:
+                self._fill(bank)
+                bank.table.seen = seen[0]
         fresh = self._constants_ahead(None, None, *self._leaves)
         if self._constants:
             for held, value in zip(self._constants, fresh, strict=True):
@@ -277,26 +294,29 @@ class Hoisted:
             which.append(list(firsts).index(key))
         return list(firsts.values()), torch.tensor(which, device=self._timesteps.device)
 
-    def _tabulate(
-        self, graph: fx.Graph, root: nn.Module, frontier: list[fx.Node], classes: dict[fx.Node, frozenset[str]]
-    ) -> None:
-        """Choose the results that are read from tables, and allocate the tables."""
-        taken = 0
+    def _tabulate(self, found: Trace, frontier: list[fx.Node], classes: dict[fx.Node, frozenset[str]]) -> None:
+        """Choose the results that are read from tables, and allocate the tables that other batch sizes do not have."""
+        graph, root, taken = found.graph, found.root, 0
         for conditional in (False, True):
             wanted = T | CONDITION if conditional else T
-            found = [
+            results = [
                 node for node in frontier if classes[node] == wanted and node.meta["val"].shape[:1] == (self._batch,)
             ]
-            found = self._row_wise(root, graph, found)
+            results = self._row_wise(root, graph, results)
             rows = len(self._timesteps) * (len(self._firsts) if conditional else 1)
-            for dtype in {node.meta["val"].dtype for node in found}:
-                nodes = [node for node in found if node.meta["val"].dtype == dtype]
+            for dtype in {node.meta["val"].dtype for node in results}:
+                nodes = [node for node in results if node.meta["val"].dtype == dtype]
                 shapes = [node.meta["val"].shape[1:] for node in nodes]
                 width = sum(shape.numel() for shape in shapes)
                 size = rows * width * dtype.itemsize
                 if taken + size <= self._memory:
                     taken += size
-                    table = torch.empty(rows, width, dtype=dtype, device=self._timesteps.device)
+                    key = tuple(node.name for node in nodes), dtype, tuple(self._timesteps.tolist())
+                    table = None if conditional else found.tables.get(key)
+                    if table is None:
+                        table = Table(torch.empty(rows, width, dtype=dtype, device=self._timesteps.device))
+                    if not conditional:
+                        found.tables[key] = table
                     self._banks.append(_Bank(nodes, function_of(root, graph, nodes), conditional, shapes, table))
 
     def _row_wise(self, root: nn.Module, graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
@@ -333,14 +353,14 @@ class Hoisted:
             leaves = self._leaves
             if bank.conditional:
                 leaves = self._of_samples(firsts[self._whole(index) % len(firsts)])
-            values = bank.evaluate(None, t, *leaves)
-            flat = torch.cat([value.reshape(self._batch, -1) for value in values], dim=1)
-            bank.table[start : start + len(index)] = flat[: len(index)]
+            results = bank.evaluate(None, t, *leaves)
+            flat = torch.cat([value.reshape(self._batch, -1) for value in results], dim=1)
+            bank.table.values[start : start + len(index)] = flat[: len(index)]
 
     def _views(self, bank: _Bank, row: int) -> list[Tensor]:
         found = bank.views.get(row)
         if found is None:
-            pieces = bank.table[row : row + 1].split(bank.sizes, dim=1)
+            pieces = bank.table.values[row : row + 1].split(bank.sizes, dim=1)
             found = [
                 piece.view(1, *shape).expand(self._batch, *shape)
                 for piece, shape in zip(pieces, bank.shapes, strict=True)

@@ -1,6 +1,10 @@
 """The graph of a network: traced, cleaned, and classified by what each operation depends on."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,23 +25,98 @@ _CONVOLUTIONS = (
 _LOWERED = (*_CONVOLUTIONS, aten.linear.default, aten.matmul.default)
 
 
+# Batch sizes to trace with: a prime that divides no other size is a factor of the sizes that belong to the batch.
+_PRIMES = (61, 59, 53, 47, 43, 41, 37, 31)
+_LARGEST = 2**40  # integers from there on are no sizes; an open end of a slice is 2^63 - 1
+_LOCK = threading.Lock()  # torch.export is not made for threads
+
+
 class HoistError(Exception):
     """An error that says in one line why a network is not hoisted."""
+
+
+class ExportError(HoistError):
+    """An error of torch.export, which another batch size may not have."""
+
+
+@dataclass
+class Table:
+    """Results of a network's operations for all timesteps.
+
+    Attributes:
+        values: The results, [rows, sum of the sizes].
+        seen: What the values were computed from; None before.
+    """
+
+    values: Tensor
+    seen: Any = None
+
+
+@dataclass
+class Trace:
+    """A network's graph.
+
+    Attributes:
+        graph: The graph, with placeholders for x, t and the leaves of the keywords.
+        root: The module that the graph refers to; its parameters are those of the network.
+        batch: The batch size of the graph.
+        tables: Results that depend on the timestep alone, shared by all batch sizes.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    batch: int
+    tables: dict[Any, Table] = field(default_factory=dict)
+
+
+# The traces of every network with a prime batch size, by all that they depended on; None where that failed.
+_TRACES: weakref.WeakKeyDictionary[nn.Module, dict[Any, Trace | None]] = weakref.WeakKeyDictionary()
+
+
+def traces(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Iterator[Trace]:
+    """Yield traces of the network for the batch size of x, to be tried in turn.
+
+    The first comes from a trace that serves all batch sizes: sizes that are multiples of the prime batch size that was
+    traced with are taken for multiples of the batch size, which the caller verifies. The second was traced as it is.
+
+    Raises:
+        HoistError: The network cannot be traced, or a call does more than compute its output.
+    """
+    batch, known = len(x), _TRACES.setdefault(model, {})
+    key = _key(model, x, kwargs)
+    if key not in known:
+        known[key] = None
+        sizes = {size for tensor in (*model.parameters(), *model.buffers(), *_tensors(kwargs)) for size in tensor.shape}
+        sizes |= set(x.shape[1:])
+        prime = next((prime for prime in _PRIMES if not any(size % prime == 0 for size in sizes if size)), None)
+        if prime is not None:
+            try:
+                graph, root = trace(model, *_resized(x, kwargs, prime))
+            except ExportError:
+                pass
+            else:
+                known[key] = Trace(graph, root, prime)
+    found = known[key]
+    if found is not None:
+        yield Trace(_rebatched(found.graph, found.batch, batch), found.root, batch, found.tables)
+    yield Trace(*trace(model, *_resized(x, kwargs, batch)), batch)
 
 
 def trace(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> tuple[fx.Graph, nn.Module]:
     """Return the network's graph and the module that the graph refers to.
 
-    The graph has placeholders for x, t and the leaves of kwargs.
+    The graph has placeholders for x, t and the leaves of kwargs. What is traced is a copy of the module with the same
+    parameters, so that other threads may go on calling the module.
 
     Raises:
-        HoistError: The network cannot be traced, or a call does more than compute its output.
+        ExportError: The network cannot be traced.
+        HoistError: A call does more than compute its output.
     """
     try:
-        with torch.enable_grad():
-            root = torch.export.export(model, (x, t), dict(kwargs), strict=False).module()
+        with _LOCK, torch.enable_grad():
+            root = torch.export.export(_structure_of(model), (x, t), dict(kwargs), strict=False).module()
     except Exception as error:
-        raise HoistError(f"torch.export cannot trace it: {line_of(error)}") from error
+        raise ExportError(f"torch.export cannot trace it: {line_of(error)}") from error
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in root.graph.nodes:
@@ -55,6 +134,65 @@ def trace(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> 
     if len(found) != expected:
         raise HoistError(f"its trace has {len(found)} inputs instead of {expected}")
     return graph, root
+
+
+def _structure_of(model: nn.Module) -> nn.Module:
+    """Return a copy of the module that shares every tensor with the module."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _tensors(kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(kwargs) if isinstance(leaf, Tensor)]
+
+
+def _key(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a trace depends on besides the batch size."""
+    leaves, structure = pytree.tree_flatten(dict(kwargs))
+    signature = tuple(
+        (leaf.shape[:1] == x.shape[:1], leaf.shape[leaf.shape[:1] == x.shape[:1] :], leaf.dtype)
+        if isinstance(leaf, Tensor)
+        else leaf if isinstance(leaf, (bool, int, float, str, type(None))) else id(leaf)
+        for leaf in leaves
+    )  # fmt: skip
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    training = tuple(module.training for module in model.modules())
+    tensors = tuple(id(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    return x.shape[1:], x.dtype, x.device, signature, structure, autocast, training, tensors
+
+
+def _resized(x: Tensor, kwargs: Mapping[str, Any], batch: int) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
+    """Return arguments of another batch size. Their values do not matter."""
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.shape[:1] != x.shape[:1] or batch == len(x):
+            return leaf
+        return leaf.new_zeros((batch, *leaf.shape[1:]))
+
+    t = torch.zeros(batch, dtype=torch.int64, device=x.device)
+    return resized(x), t, {name: pytree.tree_map(resized, value) for name, value in kwargs.items()}
+
+
+def _rebatched(graph: fx.Graph, old: int, new: int) -> fx.Graph:
+    """Return the graph for another batch size: `old`, a prime, is replaced in every size that has this factor."""
+
+    def replaced(value: Any) -> Any:
+        size = isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST
+        return value // old * new if size and value % old == 0 else value
+
+    made = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copied[node] = made.node_copy(node, copied.__getitem__)
+        copied[node].args = pytree.tree_map(replaced, copied[node].args)
+        copied[node].kwargs = pytree.tree_map(replaced, copied[node].kwargs)
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            shape = [replaced(int(size)) for size in value.shape]
+            copied[node].meta["val"] = torch.empty(shape, dtype=value.dtype, device="meta")
+    return made
 
 
 def _refuse(node: fx.Node) -> None:

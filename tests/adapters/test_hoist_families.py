@@ -101,11 +101,42 @@ def test_every_table_is_read(name):
         for bank in hoisted._banks:
             start = 0
             for size in bank.sizes:
-                kept = bank.table.clone()
-                bank.table[:, start : start + size] += torch.randn(size)
+                kept = bank.table.values.clone()
+                bank.table.values[:, start : start + size] += torch.randn(size)
                 assert not torch.allclose(hoisted(x, times), expected, rtol=1e-4, atol=1e-6)
-                bank.table.copy_(kept)
+                bank.table.values.copy_(kept)
                 start += size
+
+
+@pytest.fixture
+def exports(monkeypatch):
+    """Return the batch sizes of the exports that torch makes."""
+    sizes, export = [], torch.export.export
+
+    def counted(model, args, *rest, **named):
+        sizes.append(len(args[0]))
+        return export(model, args, *rest, **named)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_trace_serves_all_batch_sizes(name, exports):
+    network, x, kwargs, tables, _ = made(name)
+    filled = set()
+    for batch in (3, 1, 2, 8, 64):
+        rows = torch.arange(batch) % 3
+        sized = {key: value[rows] for key, value in kwargs.items()}
+        hoisted = Hoisted(network, x[rows], TIMES, sized)
+        assert hoisted.counts.tables == tables
+        filled.update(id(bank.table) for bank in hoisted._banks if not bank.conditional)
+        times = torch.tensor(TIMES)[torch.arange(batch) % len(TIMES)]
+        with torch.no_grad():
+            expected = tensor_of(network(x[rows], times, **sized))
+            torch.testing.assert_close(hoisted(x[rows], times), expected, rtol=1e-4, atol=1e-5)
+    assert exports == [61]
+    assert len(filled) == len([bank for bank in hoisted._banks if not bank.conditional])  # shared
 
 
 def test_accelerated_pipelines():

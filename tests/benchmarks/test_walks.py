@@ -63,7 +63,7 @@ def test_the_gate_fails_a_planted_mistake(problem, mistake, monkeypatch):
 def test_the_gate_fails_our_own_mistakes(problem):
     arm = ARMS[OURS](problem)
     (bank,) = arm.sampler.loop.network.hoisted._banks
-    bank.table.mul_(1.1)
+    bank.table.values.mul_(1.1)
     with pytest.raises(WrongStepError):
         check(arm)
 

@@ -81,7 +81,7 @@ def test_a_graph_of_a_hoisted_network_owns_its_tables(cuda):
     graph = next(iter(sampler.loop._graphs.values()))
     held = {storage.data_ptr() for storage in graph._owned if isinstance(storage, torch.UntypedStorage)}
     network = sampler.loop.network
-    read = [*network.hoisted._constants, *(bank.table for bank in network.hoisted._banks), network.input]
+    read = [*network.hoisted._constants, *(bank.table.values for bank in network.hoisted._banks), network.input]
     assert {tensor.untyped_storage().data_ptr() for tensor in read} <= held
     assert torch.equal(sampler(seeds=1), first)
 

@@ -88,13 +88,13 @@ def test_the_network_itself_is_not_called_and_the_tables_are_read(net):
     expected = hoisted(x, times, 2)
     assert net.calls == calls
     for bank in hoisted._banks:
-        kept = bank.table.clone()
-        bank.table.add_(0.1)
+        kept = bank.table.values.clone()
+        bank.table.values.add_(0.1)
         assert not close(hoisted(x, times), expected)
-        bank.table.copy_(kept)
-        bank.table[-1].add_(1)  # of another timestep
+        bank.table.values.copy_(kept)
+        bank.table.values[-1].add_(1)  # of another timestep
         assert close(hoisted(x, times), expected)
-        bank.table.copy_(kept)
+        bank.table.values.copy_(kept)
     hoisted._constants[0].add_(0.1)
     assert not close(hoisted(x, times), expected)
 
