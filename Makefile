@@ -56,6 +56,7 @@ bench: $(PEERS)  ## benchmarks for a CPU; GUIDED=path-to-a-checkout adds guided-
 	$(BIN)/python -m benchmarks.network.overhead
 	$(BIN)/python -m benchmarks.libraries $(if $(GUIDED),--guided-diffusion $(GUIDED))
 	$(BIN)/python -m benchmarks.network.hoisting $(if $(GUIDED),--guided-diffusion $(GUIDED))
+	$(BIN)/python -m benchmarks.network.building
 	$(BIN)/python -m benchmarks.network.precision
 	$(BIN)/python -m benchmarks.speculation
 	$(BIN)/python -m benchmarks.speculation --calls

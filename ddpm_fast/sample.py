@@ -100,7 +100,7 @@ class Sampler(Generic[S]):
         dtype: Dtype that the network computes in; another dtype than that of its parameters means autocast. The state
             is always float32.
         speculate: Whether to draw in a few dozen sequential network calls instead of one call for each step
-            (`ddpm_fast.speculation`). True measures the network once, in the time of two or three samples, and chooses
+            (`ddpm_fast.speculation`). True measures the network once, in the time of two samples at most, and chooses
             how many steps to draft at once. A whole number of steps or {timestep: steps} chooses without measuring.
             Samples have the same law, but are not the images of a run one step at a time; with equal seeds and windows
             they are always the same. Speculation costs more network evaluations in all.

@@ -1,5 +1,6 @@
 """Where the kernels run in the tests: on the GPU if there is one, else in Triton's interpreter on CPU tensors."""
 
+import itertools
 import os
 
 import numpy as np
@@ -25,11 +26,37 @@ def kernel_device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory):
+    """Return names of folders that are not there yet."""
+    base = tmp_path_factory.mktemp("caches")
+    return (base / str(number) for number in itertools.count())
+
+
+@pytest.fixture(autouse=True)
+def own_cache(caches, monkeypatch):
+    """Let every test begin without choices that measurements have made, and leave the user's alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(next(caches)))
+
+
 @pytest.fixture(autouse=True)
 def plain_callables_run_on_the_cpu(request, monkeypatch):
     """Where there is a GPU, a model without parameters would go there; only what asks for it does."""
     if not request.node.get_closest_marker("gpu") and "kernel_device" not in request.fixturenames:
         monkeypatch.setattr("ddpm_fast.engine.device.default_device", lambda: torch.device("cpu"))
+
+
+@pytest.fixture
+def exports(monkeypatch):
+    """Return the batch sizes of the exports that torch makes."""
+    sizes, export = [], torch.export.export
+
+    def counted(model, args, *rest, **named):
+        sizes.append(len(args[0]))
+        return export(model, args, *rest, **named)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    return sizes
 
 
 def pytest_collection_modifyitems(items):

@@ -33,6 +33,19 @@ def hoisting() -> str:
     return markdown_table(header, lines)
 
 
+def building() -> str:
+    """Return how long a hoisted network takes to build for several batch sizes."""
+    lines = [
+        f"| {row['network']} | {', '.join(map(str, row['batch_sizes']))} | {row['exports_each']} "
+        f"| {row['seconds_each']:.1f} | {row['exports_shared']} | {row['seconds_shared']:.1f} | {row['ratio']:.1f} |"
+        for row in read_result("cpu__building")["rows"]
+    ]
+    header = (
+        "| network, on a CPU | batch sizes | traces, one for each size | seconds | traces, shared | seconds | ratio |"
+    )
+    return markdown_table(header, lines)
+
+
 def precision() -> str:
     """Return how the network's precision changes the images."""
     lines = [
@@ -46,4 +59,4 @@ def precision() -> str:
     return markdown_table(header, lines)
 
 
-TABLES = {"hoisting": hoisting, "precision": precision}
+TABLES = {"hoisting": hoisting, "building": building, "precision": precision}

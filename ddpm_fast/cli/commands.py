@@ -17,6 +17,7 @@ from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import digits, moons
 from ddpm_fast.data.pictures import Pictures
 from ddpm_fast.edit import check_mixture, from_level, mixture
+from ddpm_fast.engine import choices
 from ddpm_fast.engine.device import checked_device, default_device
 from ddpm_fast.engine.report import Speculation
 from ddpm_fast.files import check_writable, write_json
@@ -145,7 +146,10 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def info(arguments: argparse.Namespace) -> None:
-    """Print versions, devices and the path of execution."""
+    """Print versions, devices and the path of execution; with --forget, forget the choices on disk."""
+    if arguments.forget:
+        print(f"{choices.forget()} choices forgotten")
+        return
     for name, value in describe():
         print(f"{name:<14}{value}")
 

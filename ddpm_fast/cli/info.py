@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 import ddpm_fast
+from ddpm_fast.engine import choices
 from ddpm_fast.kernels.dispatch import choose_backend, has_triton
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "pillow", "tqdm")
@@ -19,6 +20,7 @@ def describe() -> list[tuple[str, str]]:
     rows += [(name, _version(name) or "not installed") for name in PACKAGES]
     rows += [(f"device {name}", text) for name, text in _devices()]
     rows.append(("path", path_taken()))
+    rows.append(("choices", _choices()))
     mismatch = triton_mismatch()
     if mismatch:
         rows.append(("warning", mismatch))
@@ -46,6 +48,14 @@ def triton_mismatch() -> str | None:
         if required and installed and installed.partition("+")[0] != required[1]:
             return f"torch {_version('torch')} was built for triton {required[1]}, installed is {installed}"
     return None
+
+
+def _choices() -> str:
+    """Return how many choices are remembered, and where."""
+    place = choices.folder()
+    if place is None:
+        return "not remembered (DDPM_FAST_CACHE)"
+    return f"{len(choices.remembered())} remembered in {place}"
 
 
 def _devices() -> Iterator[tuple[str, str]]:

@@ -145,7 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    _command(commands, "info", "versions, devices, and the path of execution", None, run.info)
+    info = _command(commands, "info", "versions, devices, and the path of execution", None, run.info)
+    info.add_argument("--forget", action="store_true", help="forget the choices that measurements made")
     return parser
 
 
@@ -196,7 +197,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speculate", type=_windows, nargs="?", const=True, default=False, metavar="WINDOWS",
         help="several steps a network call, of the same law: 16; 0:4,100:16, from timestep 100 on 16; without WINDOWS "
-        "they are measured, which takes as long as two or three samples",
+        "they are measured once, which takes as long as two samples",
     )  # fmt: skip
     parser.add_argument(
         "--memory-format", choices=MEMORY_FORMATS[1:], help="of the network; auto measures which is faster"

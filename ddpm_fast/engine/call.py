@@ -184,6 +184,16 @@ class Call:
         return cond
 
 
+def signature(call: Call) -> tuple[Any, ...]:
+    """Return what the time of a call depends on besides the module: names, shapes, dtypes, plain values, guidance."""
+    described = [
+        (name, tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else (name, repr(value))
+        for kwargs in (call.kwargs, call.uncond_kwargs or {})
+        for name, value in sorted(kwargs.items())
+    ]
+    return tuple(described), None if call.guidance is None else tuple(call.guidance.tolist())
+
+
 def same_value(a: Any, b: Any) -> bool:
     """Return whether two values that are no tensors are the same; containers are the same only as one object."""
     return a is b or (isinstance(a, (bool, int, float, str)) and type(a) is type(b) and a == b)

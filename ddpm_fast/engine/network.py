@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.engine.call import Call, same_value
+from ddpm_fast.engine import choices
+from ddpm_fast.engine.call import Call, same_value, signature
 from ddpm_fast.engine.device import Model, device_of, dtype_of
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.hoist import Hoisted, same_up_to_rounding
@@ -21,6 +22,7 @@ from ddpm_fast.validate import line_of
 logger = logging.getLogger("ddpm_fast")
 
 _LAST: dict[int, torch.memory_format] = {4: torch.channels_last, 5: torch.channels_last_3d}
+_FORMATS = ("contiguous", "channels_last")
 _FASTER = 0.97  # channels_last is taken from this share of the contiguous call's time on
 # The faster memory format of every network, by all that the trial depended on.
 _TRIALS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
@@ -203,6 +205,11 @@ class Network:
         key = (tuple(self.input.shape), self.call.dtype, self.device, self.hoisted is None, torch.get_num_threads())
         module = self.call.module
         formats = _TRIALS.setdefault(module, {}) if isinstance(module, nn.Module) else {}
+        lasting = (choices.machine(self.device), signature(self.call), self.call.shape, *map(str, key))
+        if isinstance(module, nn.Module):
+            lasting = (choices.fingerprint(module), *lasting)
+            if key not in formats and (found := choices.recall("format", lasting)) in _FORMATS:
+                formats[key] = found
         if key not in formats:
             durations = {"contiguous": float("inf"), "channels_last": float("inf")}
             for _ in range(2):  # in turns, because a machine may slow down
@@ -214,6 +221,9 @@ class Network:
                     durations[name] = min(durations[name], seconds(lambda: self(row), self.device))
             faster = durations["channels_last"] < _FASTER * durations["contiguous"]
             formats[key] = "channels_last" if faster else "contiguous"
+            if isinstance(module, nn.Module):
+                about = f"memory format of {type(module).__name__} for input {tuple(self.input.shape)}"
+                choices.remember("format", lasting, formats[key], about)
         return formats[key]
 
     def _compile(self, row: int | None) -> None:

@@ -1,6 +1,7 @@
 """The loop that `speculate` asks for: plain or speculative, with a plan that is given or chosen by measurement."""
 
 import logging
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm as std_tqdm
 from tqdm.auto import tqdm
 
+from ddpm_fast.engine import choices
 from ddpm_fast.engine.base import SamplingLoop
-from ddpm_fast.engine.call import Call
+from ddpm_fast.engine.call import Call, signature
 from ddpm_fast.engine.execution import DEFAULT, Execution
 from ddpm_fast.engine.graph import GraphPool
 from ddpm_fast.engine.loop import Correction, Loop
@@ -27,7 +30,9 @@ Speculate = bool | int | Mapping[int, int] | WindowPlan
 
 FEW = 64  # drafts in a call: every width up to FEW is timed, and wider calls as long as the cost of a draft
 STILL_FALLS = 0.95  # falls to this share or below with every doubling
+RESERVED = 2**64 - 1  # seed of the pilot: nobody's image decides about the windows that draw it
 PILOT = 16  # window of the run that measures the quality of guesses
+LONGEST = 2.0  # plain runs that choosing may take
 # The chosen plan of every network, by all that the measurement depended on.
 _PLANS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], WindowPlan]] = weakref.WeakKeyDictionary()
 
@@ -95,6 +100,12 @@ def _plan(
     rows = table.coefficients().numpy().tobytes(), table.timestep.tobytes()
     key = (call.shape, rows, clipping, call.dtype, call.device, call.guided, execution, torch.get_num_threads())
     if key not in plans:
+        lasting = None  # a callable without parameters may do anything
+        if isinstance(call.module, nn.Module) and next(call.module.parameters(), None) is not None:
+            lasting = (choices.machine(call.device), choices.fingerprint(call.module), signature(call), *key)
+        if lasting is not None and (found := choices.recall("windows", lasting)) is not None:
+            plans[key] = WindowPlan.of(found)
+            return plans[key]
 
         def loop(call: Call, window: int, execution: Execution) -> SpeculativeLoop:
             plan = WindowPlan.of(window)
@@ -102,29 +113,50 @@ def _plan(
 
         pilot = loop(call.first(), PILOT, replace(unprepared, execution="eager"))
         plans[key] = _measured_plan(lambda width: loop(call, width, unprepared).seconds(width), pilot, call.batch)
+        if lasting is not None:
+            about = (
+                f"windows of {type(call.module).__name__} for shape {call.shape} on {choices.machine(call.device)[0]}"
+            )
+            choices.remember("windows", lasting, plans[key].to_dict(), about)
     return plans[key]
 
 
 def _measured_plan(seconds_of: Callable[[int], float], pilot: SpeculativeLoop, batch: int) -> WindowPlan:
-    """Return the plan for the cost of rounds of each width, and for the quality of guesses in a run of `pilot`."""
-    costs = _round_costs(seconds_of, batch)
+    """Return the plan for the cost of rounds of each width, and for the quality of guesses in a run of `pilot`.
+
+    Both measurements together take about two plain runs at the most.
+    """
+    began, steps = time.perf_counter(), len(pilot.table)
+    bar = tqdm(total=steps, unit="step", desc="choosing windows", disable=None, leave=False)
+    costs = _round_costs(seconds_of, batch, steps, bar)
+    deadline = began + LONGEST * steps * costs[1]
     if all(costs[width] * MIN_SPEEDUP > width * costs[1] for width in costs if width > 1):
         plan = WindowPlan.of(1)  # however good the guesses are
+        bar.close()
     else:
         errors = GuessErrors(pilot.table, max(costs))
         pilot.watch = errors.add
-        bar = tqdm(total=len(pilot.table), unit="step", desc="choosing windows", disable=None, leave=False)
-        pilot.run(PhiloxNoise([0], pilot.shape, pilot.table, pilot.device, pilot.backend), progress=bar)
+        noise = PhiloxNoise([RESERVED], pilot.shape, pilot.table, pilot.device, pilot.backend)
+        for reached in pilot.steps(noise, progress=bar):
+            if reached < steps and time.perf_counter() > deadline:
+                logger.info("speculate: the guesses are measured for %d of %d steps; time is up", reached, steps)
+                break  # steps without a measurement are not drafted
         plan = choose_windows(pilot.table, errors.squares, costs)
     durations = ", ".join(f"{1e3 * each:.3g} ms for {width}" for width, each in costs.items())
     logger.info("speculate: windows %s for a batch of %d; rounds take %s", plan.to_dict(), batch, durations)
     return plan
 
 
-def _round_costs(seconds_of: Callable[[int], float], batch: int) -> dict[int, float]:
-    """Return the seconds of a round of each width, as far as wider rounds may pay and fit into memory."""
+def _round_costs(seconds_of: Callable[[int], float], batch: int, steps: int, bar: std_tqdm) -> dict[int, float]:
+    """Return the seconds of a round of each width, as far as wider rounds may pay and fit into memory and time."""
     costs: dict[int, float] = {}
+    began = last = time.perf_counter()
     for width in WIDTHS:
+        now = time.perf_counter()
+        if width > 2 and now - began + 2 * (now - last) > steps * costs[1]:
+            break  # the next width takes about twice as long, and the pilot's run needs its time
+        last = now
+        bar.set_postfix_str(f"timing calls with {width} drafts")
         narrower = [costs[each] / each for each in (width // 2, width // 4) if each in costs]
         if batch * width > FEW and len(narrower) == 2 and narrower[0] > STILL_FALLS * narrower[1]:
             break  # a draft costs no less in wider calls
@@ -132,4 +164,5 @@ def _round_costs(seconds_of: Callable[[int], float], batch: int) -> dict[int, fl
             costs[width] = seconds_of(width)
         except torch.OutOfMemoryError:
             break
+    bar.set_postfix_str("measuring guesses")
     return costs

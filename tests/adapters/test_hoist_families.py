@@ -108,19 +108,6 @@ def test_every_table_is_read(name):
                 start += size
 
 
-@pytest.fixture
-def exports(monkeypatch):
-    """Return the batch sizes of the exports that torch makes."""
-    sizes, export = [], torch.export.export
-
-    def counted(model, args, *rest, **named):
-        sizes.append(len(args[0]))
-        return export(model, args, *rest, **named)
-
-    monkeypatch.setattr(torch.export, "export", counted)
-    return sizes
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_trace_serves_all_batch_sizes(name, exports):
     network, x, kwargs, tables, _ = made(name)
@@ -137,6 +124,13 @@ def test_one_trace_serves_all_batch_sizes(name, exports):
             torch.testing.assert_close(hoisted(x[rows], times), expected, rtol=1e-4, atol=1e-5)
     assert exports == [61]
     assert len(filled) == len([bank for bank in hoisted._banks if not bank.conditional])  # shared
+
+
+def test_an_accelerated_object_traces_once(exports):
+    pipe = accelerate(DDPMPipeline(diffusers_models.unet(), DDPMScheduler()), optimize="hoist")
+    for batch in (1, 3, 2):
+        pipe(batch_size=batch, num_inference_steps=2, output_type="np")
+    assert exports == [61]
 
 
 def test_accelerated_pipelines():

@@ -10,7 +10,9 @@ import torch
 from scipy import stats
 
 from ddpm_fast.config import SamplerConfig
-from ddpm_fast.engine import timer
+from ddpm_fast.engine import choices, timer
+from ddpm_fast.engine.call import Call
+from ddpm_fast.engine.execution import Execution
 from ddpm_fast.models.checkpoint import load_checkpoint
 from ddpm_fast.sample import Sampler
 from ddpm_fast.speculation import choose as measure
@@ -23,7 +25,8 @@ from ddpm_fast.speculation.windows import (
     choose_windows,
     expected_cost,
 )
-from ddpm_fast.table import build_table
+from ddpm_fast.table import Clipping, build_table
+from tests.support.unets import random_unet
 
 STEPS = 7
 COSTS = {1: 1.0, 2: 1.3, 4: 2.1}
@@ -158,6 +161,64 @@ def test_what_was_measured_is_remembered(monkeypatch):
     assert Sampler(network, (1, 1, 4, 4), **options).windows is first
     with pytest.raises(BaseException, match="measured again"):
         Sampler(network, (2, 1, 4, 4), **options)
+
+
+def test_what_was_measured_is_remembered_on_disk(monkeypatch):
+    options = {"num_train_timesteps": 120, "num_inference_steps": 40, "speculate": True}
+    first = Sampler(Slow(False), (1, 1, 4, 4), **options).windows
+    monkeypatch.setattr(measure, "_measured_plan", lambda *_: pytest.fail("measured again"))
+    assert Sampler(Slow(False), (1, 1, 4, 4), **options).windows == first  # another object of the same network
+    changed = Slow(False)
+    changed.shade.data += 0.1  # other weights guess otherwise
+    with pytest.raises(BaseException, match="measured again"):
+        Sampler(changed, (1, 1, 4, 4), **options)
+    choices.forget()
+    with pytest.raises(BaseException, match="measured again"):
+        Sampler(Slow(False), (1, 1, 4, 4), **options)
+
+
+class Metered(Slow):
+    """A network whose calls move the clock of choosing, too; the guesses are good for nothing in the second half."""
+
+    def __init__(self, per_row, hard):
+        super().__init__(per_row)
+        self.hard = hard
+
+    def forward(self, x, t):
+        noise = torch.randn_like(x) * (t < 60).view(-1, 1, 1, 1) if self.hard else 0
+        return super().forward(x, t) + noise
+
+
+@pytest.mark.parametrize("steps", [120, 12])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_choosing_takes_two_plain_runs_at_most(per_row, hard, steps, monkeypatch):
+    """A plain run takes `steps` seconds of the network's own clock; the last call may overstep."""
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: Slow.seconds))
+    network = Metered(per_row, hard)
+    began = Slow.seconds
+    plan = measure._plan(
+        True, Call.of(network, (1, 1, 4, 4)), table_of(steps), Clipping(1.0), False, Execution()
+    )  # fmt: skip
+    spent = Slow.seconds - began
+    assert spent <= 2 * steps + (measure.PILOT if per_row else 8)
+    assert isinstance(plan, WindowPlan)
+
+
+def table_of(steps):
+    return build_table(SamplerConfig(num_train_timesteps=120, num_inference_steps=steps))
+
+
+def test_one_trace_serves_every_width(exports):
+    network = random_unet().eval()
+    windows = {0: 2, 30: 4, 60: 8}
+    sampler = Sampler(network, (2, 1, 8, 8), num_train_timesteps=120, speculate=windows, optimize="hoist")
+    assert sampler.loop._widths == [2, 4, 8]
+    assert all(sampler.loop.network(width).hoisted is not None for width in (2, 4, 8))
+    assert exports == [61]
+    plain = Sampler(network, (5, 1, 8, 8), num_train_timesteps=120, optimize="hoist")  # another sampler, guided or not
+    assert plain.loop.network.hoisted is not None
+    assert exports == [61]
 
 
 def test_the_embedded_digits_are_worth_it():
