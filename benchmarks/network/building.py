@@ -1,4 +1,4 @@
-"""Measure how long a hoisted network takes to build for several batch sizes, with one trace for all and with one for each.
+"""Measure how long a hoisted network takes to build for several batch sizes, with one trace and with a trace for each.
 
     python -m benchmarks.network.building      takes a minute; needs diffusers
 

@@ -35,7 +35,8 @@ class Execution:
             which takes seconds. "auto" hoists once enough steps were run for that to pay. None never hoists.
         memory_format: Memory format of the network's input and, where the network is hoisted, of its convolutions'
             weights. "contiguous" or "channels_last"; "auto" takes the faster one after a short trial, whose result is
-            remembered on disk (`ddpm_fast.engine.choices`). None leaves the input contiguous and the weights as they are.
+            remembered on disk (`ddpm_fast.engine.choices`). None leaves the input contiguous and the weights as they
+            are.
         compile: Whether the network runs through torch.compile (Inductor), hoisted first unless `optimize` is None.
             Compiling a large network takes minutes.
         tf32: Whether float32 products of the network may be taken in TensorFloat-32 on a GPU (10 bits of mantissa).
