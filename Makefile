@@ -53,6 +53,7 @@ diffusers-suite: $(PEERS)  ## diffusers' own scheduler tests on our classes: mak
 
 bench: $(PEERS)  ## benchmarks for a CPU; GUIDED=path-to-a-checkout adds guided-diffusion
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m benchmarks.step.host
 	$(BIN)/python -m benchmarks.network.overhead
 	$(BIN)/python -m benchmarks.libraries $(if $(GUIDED),--guided-diffusion $(GUIDED))
 	$(BIN)/python -m benchmarks.network.hoisting $(if $(GUIDED),--guided-diffusion $(GUIDED))

@@ -14,6 +14,7 @@ from benchmarks.common.results import FOLDER, ROOT, Row, read_result
 from benchmarks.libraries import tables as libraries
 from benchmarks.network import tables as network
 from benchmarks.speculation import tables as speculation
+from benchmarks.step import tables as step_tables
 from benchmarks.study import tables as study
 from benchmarks.walks import tables as walks
 from benchmarks.walks.arms import COMPILED, OURS, SHIPPED
@@ -105,6 +106,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "walks": walks.parts,
     },
     "docs/benchmarks.md": {"walk_arms": walks.arms, "waiting": walks.waiting},
+    "docs/kernels.md": step_tables.TABLES,
     "docs/walk.md": {**study.TABLES, "digits": study.digits},
     "docs/migration.md": libraries.TABLES,
     "docs/speculation.md": speculation.TABLES,

@@ -46,7 +46,7 @@ def check_disjoint(
     The pair `in_place` may be the same tensor, as a whole: each element is read before it is written, by its thread.
     """
     named = {name: tensor for name, tensor in {**written, **read}.items() if tensor is not None}
-    spans = {name: _span(tensor) for name, tensor in named.items()}
+    spans = {name: span(tensor) for name, tensor in named.items()}
     for name in written:
         for other in named:
             if name not in named or name == other or ((name, other) == in_place and spans[name] == spans[other]):
@@ -55,8 +55,8 @@ def check_disjoint(
                 raise ValueError(f"{name} must not share memory with {other}")
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte, and the one after the last."""
+def span(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of the tensor's first byte, and the address behind its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 

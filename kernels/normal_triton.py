@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.kernels.dispatch import ptx, warps
+from ddpm_fast.kernels.launch_triton import launch
 from ddpm_fast.kernels.philox import quarter
 from ddpm_fast.kernels.philox_triton import polar4
 from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, sample_index
@@ -42,7 +43,8 @@ def normal_triton(
     z = torch.empty(len(seeds), *shape, dtype=torch.float32, device=seeds.device)
     ids = noise_ids.to(torch.int32)
     visits = visit.to(torch.int32).contiguous() if isinstance(visit, Tensor) else torch.full_like(ids, visit)
-    normal_kernel[grid(len(seeds), n)](
-        z, seeds, ids, visits, int(stream), len(seeds), n, quarter(n), PTX=ptx(), BLOCK=BLOCK, num_warps=warps()
-    )
+    launch(
+        normal_kernel, grid(len(seeds), n), (z, seeds, ids, visits), (int(stream), len(seeds), n, quarter(n)),
+        PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
+    )  # fmt: skip
     return z

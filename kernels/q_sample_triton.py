@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.kernels.dispatch import ptx, warps
+from ddpm_fast.kernels.launch_triton import launch
 from ddpm_fast.kernels.philox import quarter
 from ddpm_fast.kernels.philox_triton import polar4, tie
 from ddpm_fast.kernels.tile_triton import BLOCK, PARTS, block_start, grid, lanes, load4, sample_index
@@ -59,8 +60,8 @@ def q_sample_triton(
 ) -> Tensor:
     """Launch `q_sample_kernel`; the contract is `kernels.q_sample.q_sample_torch`."""
     n = x[0].numel()
-    q_sample_kernel[grid(len(x), n)](
-        x, t, alphas, seeds, z, x_t, visit, len(x), n, quarter(n),
+    launch(
+        q_sample_kernel, grid(len(x), n), (x, t, alphas, seeds, z, x_t), (visit, len(x), n, quarter(n)),
         STREAM=None if seeds is None else int(stream), PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
     return x_t

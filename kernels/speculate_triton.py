@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.kernels.dispatch import ptx, warps
+from ddpm_fast.kernels.launch_triton import launch
 from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.philox import quarter
 from ddpm_fast.kernels.philox_triton import polar4, tie
@@ -311,9 +312,10 @@ def draft_triton(
     batch, n = len(x), x[0].numel()
     guided = len(model_input) > batch * width
     target = model_input if with_layout(model_input)[1].row_major else model_input.new_empty(model_input.shape)
-    draft_kernel[grid(batch, n)](
-        x, guess, drafts, noise, target, timestep, position, windows, coefficients, ids, seeds,
-        len(coefficients), batch, guess.shape[1], n, quarter(n),
+    launch(
+        draft_kernel, grid(batch, n),
+        (x, guess, drafts, noise, target, timestep, position, windows, coefficients, ids, seeds),
+        (len(coefficients), batch, guess.shape[1], n, quarter(n)),
         GUIDED=guided, WIDTH=width, SPAN=triton.next_power_of_2(width), PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
     if target is not model_input:
@@ -328,9 +330,10 @@ def verify_triton(
     """Launch `verify_kernel`."""
     batch, n = len(guess), guess[0, 0].numel()
     output, stride = _row_major(output)
-    verify_kernel[grid(batch * width, n)](
-        drafts, noise, guess, output, bound, guidance, dots, position, windows, coefficients,
-        float(clip or 0.0), len(coefficients), batch, guess.shape[1], n, quarter(n), stride,
+    launch(
+        verify_kernel, grid(batch * width, n),
+        (drafts, noise, guess, output, bound, guidance, dots, position, windows, coefficients),
+        (float(clip or 0.0), len(coefficients), batch, guess.shape[1], n, quarter(n), stride),
         CLIP=clip_form(clip, bound), USE_OUTPUT=use_output, GUIDED=guidance is not None, WIDTH=width, PTX=ptx(),
         BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
@@ -341,9 +344,9 @@ def decide_triton(
     factor: Tensor, rejected: Tensor,
 ) -> None:  # fmt: skip
     """Launch `decide_kernel`."""
-    decide_kernel[(len(position),)](
-        dots, factor, rejected, position, windows, coefficients, log_u, len(coefficients), dots.shape[1],
-        dots.shape[2], WIDTH=width, BLOCK=BLOCK, num_warps=warps(),
+    launch(
+        decide_kernel, (len(position),), (dots, factor, rejected, position, windows, coefficients, log_u),
+        (len(coefficients), dots.shape[1], dots.shape[2]), WIDTH=width, BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
 
 
@@ -355,9 +358,10 @@ def commit_triton(
     """Launch `commit_kernel`."""
     batch, n = len(x), x[0].numel()
     output, stride = _row_major(output)
-    commit_kernel[grid(batch, n)](
-        x, drafts, noise, guess, output, bound, guidance, factor, position, coefficients,
-        float(clip or 0.0), batch, guess.shape[1], n, quarter(n), stride,
+    launch(
+        commit_kernel, grid(batch, n),
+        (x, drafts, noise, guess, output, bound, guidance, factor, position, coefficients),
+        (float(clip or 0.0), batch, guess.shape[1], n, quarter(n), stride),
         CLIP=clip_form(clip, bound), USE_OUTPUT=use_output, GUIDED=guidance is not None, WIDTH=width, PTX=ptx(),
         BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """The step from x_t to x_{t-1}: any row of any sampler's table, in one pass over memory."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from ddpm_fast.kernels.checks import (
     check_seeds,
     check_tensor,
     check_writable,
+    span,
 )
 from ddpm_fast.kernels.dispatch import choose_backend, on_device
 from ddpm_fast.kernels.rows import COLUMNS, Rows, halves, rows_on_host, split_output
@@ -23,6 +25,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["COLUMNS", "StepOptions", "implementation", "rows_on_host", "step", "step_torch"]
+
+
+_WRITTEN = ("x_new", "x0_new", "model_input", "timestep")
+_READ = ("seeds", "z", "bound", "guidance", "known", "mask")
+_OPTIONAL = (*_WRITTEN, *_READ)
+_X_NEW = 5  # its place among all tensors: behind x, output, coefficients, ids and base
+_PLACES_WRITTEN = range(_X_NEW, _X_NEW + len(_WRITTEN))
+MOST_FORMS = 256
+_CHECKED: dict[Any, list[int]] = {}  # forms of arguments that were checked, with the bytes that each tensor spans
 
 
 @list_options
@@ -66,7 +77,14 @@ def step(
             (x_new and x excepted, as a whole); options contradict one another.
     """
     given = with_defaults(options)
-    _check(x, output, coefficients, ids, base, given)
+    tensors = (x, output, coefficients, ids, base, *[getattr(given, name) for name in _OPTIONAL])
+    form = _form(tensors, given)
+    sizes = _CHECKED.get(form)
+    if sizes is None or _overlap(tensors, sizes):
+        _check(x, output, coefficients, ids, base, given)
+        if len(_CHECKED) >= MOST_FORMS:
+            _CHECKED.clear()
+        _CHECKED[form] = [0 if tensor is None else span(tensor)[1] - span(tensor)[0] for tensor in tensors]
     if given.x_new is None:
         given.x_new = x.clone()
     for name in ("seeds", "bound", "guidance"):
@@ -136,6 +154,32 @@ def step_torch(
     return x_new
 
 
+def _form(tensors: tuple[Any, ...], given: Any) -> tuple[Any, ...] | None:
+    """Return all that `_check` looks at but the places in memory, or None for arguments that are no tensors."""
+    try:
+        kinds = [t if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors]
+    except (AttributeError, RuntimeError):
+        return None
+    return *kinds, given.clip, given.learned, given.use_output
+
+
+def _overlap(tensors: tuple[Any, ...], sizes: list[int]) -> bool:
+    """Return whether a tensor that is written may share memory with another; x_new may be x as a whole."""
+    begins = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    for place in _PLACES_WRITTEN:
+        begin = begins[place]
+        if begin is None:
+            continue
+        end = begin + sizes[place]
+        for other, at in enumerate(begins):
+            if at is None or other == place or (place == _X_NEW and other == 0 and at == begin):
+                continue
+            if at < end and begin < at + sizes[other]:
+                return True
+    return False
+
+
+@functools.cache
 def implementation(backend: str) -> Callable[..., Tensor]:
     """Return the unchecked function behind `step`: for callers whose buffers cannot change, x_new always given."""
     if backend == "torch":
@@ -180,12 +224,10 @@ def _check(x: Tensor, output: Tensor, coefficients: Tensor, ids: Tensor, base: T
         check_tensor("timestep", given.timestep, (halves * batch,), (torch.int64,), device)
         check_contiguous("timestep", given.timestep)
     _check_options(given)
-    written = ("x_new", "x0_new", "model_input", "timestep")
-    read = ("seeds", "z", "bound", "guidance", "known", "mask")
     check_disjoint(
-        {name: getattr(given, name) for name in written},
+        {name: getattr(given, name) for name in _WRITTEN},
         {"x": x, "output": output, "coefficients": coefficients, "ids": ids, "base": base}
-        | {name: getattr(given, name) for name in read},
+        | {name: getattr(given, name) for name in _READ},
         in_place=("x_new", "x"),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.kernels.dispatch import ptx, warps
+from ddpm_fast.kernels.launch_triton import Compiled, addresses_of, launch
 from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.philox import Stream, quarter
 from ddpm_fast.kernels.philox_triton import polar4, tie
@@ -189,22 +190,50 @@ def step_triton(
 ) -> Tensor:
     """Launch `step_kernel`; the contract is `kernels.step.step`."""
     given: Any = with_defaults(options)
+    clip, mask, target = given.clip, given.mask, given.model_input
+    tensors = (
+        x, output, given.z, coefficients, ids, base, given.seeds, given.bound, given.guidance, given.known, mask,
+        given.x_new, given.x0_new, target, given.timestep,
+    )  # fmt: skip
+    form = (
+        x.shape, x.get_device(), len(coefficients), output.shape, output.stride(), output.dtype,
+        None if target is None else (target.stride(), target.dtype), None if mask is None else mask.dtype,
+        given.z is None, given.seeds is None, given.bound is None, given.guidance is None, clip is None,
+        given.x0_new is None, given.timestep is None, given.learned, given.use_output,
+    )  # fmt: skip
+    plan = _PLANS.get(form)
+    if plan is not None:
+        addresses, aligned = addresses_of(tensors)
+        if aligned:
+            run, tail = plan
+            run(*addresses, clip or 0.0, offset, *tail)
+            x_new: Tensor = given.x_new
+            return x_new
+    return _launch(x, output, tensors, offset, given, form)
+
+
+_PLANS: dict[tuple[Any, ...], Compiled] = {}  # what follows clip and offset in a launch, by all that it depends on
+
+
+def _launch(x: Tensor, output: Tensor, tensors: tuple[Any, ...], offset: int, given: Any, form: Any) -> Tensor:
+    """Launch the first step of a form, and remember what steps of this form have in common."""
     batch, channels = x.shape[:2]
-    n = x[0].numel()
-    output, source = with_layout(output)
+    n = x.numel() // batch
+    laid_out, source = with_layout(output)
     target = None if given.model_input is None else with_layout(given.model_input)[1]
     noise = "tensor" if given.z is not None else "philox" if given.seeds is not None else "none"
     strided_output, strided_input = not source.row_major, target is not None and not target.row_major
-    step_kernel[grid(batch, n)](
-        x, output, given.z, coefficients, ids, base, given.seeds, given.bound, given.guidance, given.known, given.mask,
-        given.x_new, given.x0_new, given.model_input, given.timestep,
-        float(given.clip or 0.0), offset, len(coefficients), ZERO, batch, n, quarter(n),
+    scalars = (
+        float(given.clip or 0.0), offset, len(tensors[3]), ZERO, batch, n, quarter(n),
         source.pixels if strided_output or strided_input else None,
         source.batch,
         *((source.channel, source.pixel) if strided_output else (None, None)),
         channels * source.channel if given.learned else None,
         target.batch if target else None,
         *((target.channel, target.pixel) if target and strided_input else (None, None)),
+    )  # fmt: skip
+    compiled = launch(
+        step_kernel, grid(batch, n), (x, laid_out, *tensors[2:]), scalars,
         NOISE=noise, CLIP=clip_form(given.clip, given.bound), USE_OUTPUT=given.use_output, LEARNED=given.learned,
         GUIDED=given.guidance is not None, INPAINT_KNOWN=given.known is not None, WRITE_X0=given.x0_new is not None,
         WRITE_INPUT=given.model_input is not None, WRITE_TIMESTEP=given.timestep is not None,
@@ -212,5 +241,7 @@ def step_triton(
         ONE_WRAP=(strided_output or strided_input) and source.pixels >= BLOCK,
         PTX=ptx(), BLOCK=BLOCK, num_warps=warps(),
     )  # fmt: skip
+    if compiled is not None and laid_out is output:
+        _PLANS[form] = compiled[0], (*scalars[2:], *compiled[1])
     x_new: Tensor = given.x_new
     return x_new

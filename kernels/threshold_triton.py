@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.kernels.dispatch import ptx, warps
+from ddpm_fast.kernels.launch_triton import launch
 from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.rows_triton import COLUMNS, guide, place, to_float32
 
@@ -116,10 +117,12 @@ def threshold_triton(
     """Launch `threshold_kernel`; the contract is `kernels.threshold.threshold_bound`."""
     output, layout = with_layout(output)
     strided = not layout.row_major
-    threshold_kernel[(len(x),)](
-        x, output, coefficients, base, guidance, bound,
-        offset, len(coefficients), x[0].numel(), below, weight, max_value,
-        *((layout.pixels, layout.batch, layout.channel, layout.pixel) if strided else (None, layout.batch, None, None)),
+    places = (
+        (layout.pixels, layout.batch, layout.channel, layout.pixel) if strided else (None, layout.batch, None, None)
+    )
+    launch(
+        threshold_kernel, (len(x),), (x, output, coefficients, base, guidance, bound),
+        (offset, len(coefficients), x[0].numel(), below, weight, max_value, *places),
         GUIDED=guidance is not None,
         STRIDED_OUTPUT=strided, ONE_WRAP=strided and layout.pixels >= BLOCK,
         PTX=ptx(), BLOCK=BLOCK, num_warps=4 * warps(),

@@ -17,7 +17,8 @@ ROWS = tl.constexpr(65535)  # the most that a grid has in its second and third d
 
 def grid(batch: int, n: int) -> tuple[int, int, int]:
     """Return the grid of programs for `batch` samples of n elements."""
-    return triton.cdiv(quarter(n), BLOCK * PARTS.value), min(batch, ROWS.value), triton.cdiv(batch, ROWS.value)
+    rows = ROWS.value
+    return -(-quarter(n) // (BLOCK * PARTS.value)), min(batch, rows), -(-batch // rows)
 
 
 @triton.jit

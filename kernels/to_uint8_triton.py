@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.kernels.dispatch import warps
+from ddpm_fast.kernels.launch_triton import launch
 from ddpm_fast.kernels.layout import with_layout
 from ddpm_fast.kernels.tile_triton import ROWS, sample_index
 
@@ -46,8 +47,9 @@ def to_uint8_triton(x: Tensor, *, rounding: str = "round") -> Tensor:
     x, layout = with_layout(x)
     result = torch.empty(batch, height, width, channels, dtype=torch.uint8, device=x.device)
     size = channels * height * width
-    to_uint8_kernel[(triton.cdiv(size, BLOCK), min(batch, ROWS.value), triton.cdiv(batch, ROWS.value))](
-        x, result, batch, size, layout.batch, layout.channel, layout.pixel,
+    launch(
+        to_uint8_kernel, (triton.cdiv(size, BLOCK), min(batch, ROWS.value), triton.cdiv(batch, ROWS.value)),
+        (x, result), (batch, size, layout.batch, layout.channel, layout.pixel),
         CHANNELS=channels, ROUND=rounding == "round", BLOCK=BLOCK, num_warps=2 * warps(),
         enable_fp_fusion=False,  # fused, value * 255 + HALF_EVEN rounds once: another byte at some halves
     )  # fmt: skip

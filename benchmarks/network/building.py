@@ -8,6 +8,7 @@ benchmarks/results/cpu__building.json.
 
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,7 +25,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 TIMES = list(range(0, 1000, 10))
 
 
-def networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
+def networks() -> dict[str, tuple[Callable[[], Any], tuple[int, ...]]]:
     """Return the makers of the networks by name, with the shape of a sample."""
     kind = KINDS["moons"]
     return {

@@ -40,6 +40,13 @@ class _Rows:
         self.draws = table.draws.tolist()
         self.learned = table.learned
         self.use_output = bool((table.c_out != 0).any())
+        self._first: Tensor | None = None
+
+    def first(self, batch: int) -> Tensor:
+        """Return the first row for every sample of a batch, int32 [B]."""
+        if self._first is None or len(self._first) != batch:
+            self._first = torch.zeros(batch, dtype=torch.int32, device=self.ids.device)
+        return self._first
 
 
 class _Fused:
@@ -82,17 +89,17 @@ class _Fused:
     def _fused(self, rows: _Rows, row: int, model_output: Tensor, sample: Tensor, z: Tensor | None) -> list[Tensor]:
         """Return x_{t-1} and the x0 prediction, in the dtype of diffusers' results."""
         x = sample.to(torch.float32).contiguous()
-        base = torch.full((len(x),), row, dtype=torch.int32, device=x.device)
+        base = rows.first(len(x))
         clipping = clipping_of(self)
         bound = None
         if clipping.ratio is not None:
             bound = threshold_bound(
-                x, model_output, rows.coefficients, base, ratio=clipping.ratio, max_value=clipping.max_value,
+                x, model_output, rows.coefficients, base, row, ratio=clipping.ratio, max_value=clipping.max_value,
                 backend=self._backend,
             )  # fmt: skip
         x0 = torch.empty_like(x)
         x_new = step(
-            x, model_output, rows.coefficients, rows.ids, base, z=z, clip=clipping.limit, bound=bound,
+            x, model_output, rows.coefficients, rows.ids, base, row, z=z, clip=clipping.limit, bound=bound,
             learned=rows.learned, use_output=rows.use_output, x_new=torch.empty_like(x), x0_new=x0,
             backend=self._backend,
         )  # fmt: skip

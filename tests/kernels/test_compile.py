@@ -99,7 +99,9 @@ EXPLAINED = {
     "threshold-guided": "histograms",
     "normal-x_T": "there is no load that could tell Triton the layout (tie in philox_triton.py)",
     "normal-step": "likewise",
-    **dict.fromkeys(("verify", "verify-bound", "verify-guided", "verify-latents", "decide"), "sums over a sample"),
+    **dict.fromkeys(
+        ("verify", "verify-bound", "verify-guided", "verify-latents", "verify-ddim", "decide"), "sums over a sample"
+    ),
 }
 
 
@@ -178,7 +180,7 @@ def test_names_are_unique_and_every_kernel_is_listed():
     assert len(set(NAMES)) == len(NAMES)
     kernels = {path.stem.removesuffix("_triton") for path in Path(specialisations.__file__).parent.glob("*_triton.py")}
     listed = {MODULES.get(s.op, s.op) for s in SPECIALISATIONS}
-    assert listed == kernels - {"philox", "rows", "tile"}  # functions for the others, no kernel
+    assert listed == kernels - {"philox", "rows", "tile", "launch"}  # functions for the others, no kernel
 
 
 def test_the_interpreter_is_refused():
