@@ -1,6 +1,7 @@
 """Result files: measured rows with the machine, the versions and the commit that they belong to."""
 
 import datetime
+import functools
 import json
 import platform
 import re
@@ -108,6 +109,7 @@ def machine_of(result: Row) -> str:
     return environment["gpu"] or f"CPU, {environment['threads']} threads"
 
 
+@functools.cache
 def _driver() -> str | None:
     """Return the version of the GPU driver, which torch does not know; None where nvidia-smi fails."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -9,6 +9,8 @@ written to benchmarks/results/<gpu or cpu>__replay.json.
 """
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -46,8 +48,11 @@ def networks(device: torch.device) -> dict[str, tuple[Model, Classes | None, tup
 
 
 @torch.no_grad()
-def measure(device: torch.device, batches: tuple[int, ...]) -> list[Row]:
-    """Return the milliseconds of a call for every network and batch size, and the same in calls with one sample."""
+def measure(device: torch.device, batches: tuple[int, ...], save: Callable[[list[Row]], Any]) -> list[Row]:
+    """Return the milliseconds of a call for every network and batch size, and the same in calls with one sample.
+
+    `save` gets the rows so far, so that a run that is cut off loses one row.
+    """
     rows: list[Row] = []
     for name, (model, classes, shape, dtype) in networks(device).items():
         single = None
@@ -58,6 +63,7 @@ def measure(device: torch.device, batches: tuple[int, ...]) -> list[Row]:
             duration = seconds(network, device)
             single = duration if single is None else single
             rows.append({"network": name, "batch": batch, "ms": 1e3 * duration, "single_calls": duration / single})
+            save(rows)
             print("{network:26} batch {batch:3} {ms:9.3f} ms = {single_calls:6.2f} single calls".format(**rows[-1]))
     return rows
 
@@ -69,9 +75,12 @@ def main() -> None:
     add_result_options(parser)
     given = parser.parse_args()
     device = torch.device(given.device)
-    rows = measure(device, BATCHES[:2] if given.smoke else BATCHES)
-    if not given.smoke:
-        print(write_result(f"{machine_name(device)}__replay", rows, folder=given.out, commit=given.commit))
+
+    def save(rows: list[Row]) -> None:
+        if not given.smoke:
+            write_result(f"{machine_name(device)}__replay", rows, folder=given.out, commit=given.commit)
+
+    measure(device, BATCHES[:2] if given.smoke else BATCHES, save)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def main() -> None:
         checkpoint = load_checkpoint(model, device=device)
         seeds = 1 if given.smoke or given.every else 3
         steps = 30 if given.smoke else checkpoint.diffusion.num_train_timesteps
-        for batch in (1,) if given.calls else (4, 16) if given.every else (1, 4, 16):
+        for batch in (1,) if given.calls or given.smoke else (4, 16) if given.every else (1, 4, 16):
             if given.calls:
                 measured = count(checkpoint, 4, device)
             else:

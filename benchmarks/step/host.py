@@ -2,9 +2,9 @@
 
     python -m benchmarks.step.host       takes a minute, needs diffusers and no GPU
 
-A stub driver compiles the kernels for sm_90 and launches nothing, so that the times are those of Python and of Triton's
-own Python. Each arm is timed in turns with an empty kernel of ten arguments, launched by Triton. The step is launched as
-it is, which looks compiled code and checks up, and through Triton with all checks each time. The second part compares
+A stub driver compiles the kernels for sm_90 and launches nothing: the times are those of Python and of Triton's own
+Python. Each arm is timed in turns with an empty kernel of ten arguments, launched by Triton. The step is launched as it
+is, which looks compiled code and checks up, and through Triton with all checks each time. The second part compares
 accelerated schedulers with diffusers' own, whose operations run on a CPU with 192 elements: their time, too, is mostly
 that of the host. The result is written to benchmarks/results/cpu__host.json.
 """

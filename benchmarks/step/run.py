@@ -149,9 +149,16 @@ class Bench:
 
 
 def run(
-    jobs: list[Job], bench: Bench, budget: float, clock: Callable[[], float] = time.perf_counter
+    jobs: list[Job],
+    bench: Bench,
+    budget: float,
+    clock: Callable[[], float] = time.perf_counter,
+    after: Callable[[Rows, Rows], None] = lambda rows, left_out: None,
 ) -> tuple[Rows, Rows]:
-    """Measure until `budget` seconds are over; return the rows, and what was left out and why."""
+    """Measure until `budget` seconds are over; return the rows, and what was left out and why.
+
+    `after` gets both so far after every row.
+    """
     rows: Rows = []
     left_out: Rows = [{"arm": arm, "reason": why} for arm in bench.arms if (why := missing(arm))]
     absent = {entry["arm"] for entry in left_out}
@@ -170,6 +177,7 @@ def run(
             try:
                 rows.append(_measured(job, bench))
                 print(line(rows[-1]), flush=True)
+                after(rows, left_out)
             except torch.OutOfMemoryError:  # the memory of an arm besides its operands is an estimate
                 left_out.append(job.describe() | {"reason": "memory: ran out of it"})
     for entry in left_out:
@@ -226,8 +234,14 @@ def free_memory(device: torch.device) -> Callable[[], int]:
     return free
 
 
-def benchmark(device: torch.device, smoke: bool, budget: float, arms: dict[str, Any] = ARMS) -> dict[str, Any]:
-    """Measure everything that a result file holds besides its environment."""
+def benchmark(
+    device: torch.device,
+    smoke: bool,
+    budget: float,
+    arms: dict[str, Any] = ARMS,
+    save: Callable[[dict[str, Any]], Any] = lambda result: None,
+) -> dict[str, Any]:
+    """Measure everything that a result file holds besides its environment; `save` gets all of it after every row."""
     began = time.perf_counter()
     cuda = device.type == "cuda"
     timer: Timer = CudaTimer(device) if cuda else WallTimer()
@@ -240,19 +254,25 @@ def benchmark(device: torch.device, smoke: bool, budget: float, arms: dict[str, 
     for name, timing in launch.get("host", {}).items():
         print(f"host time of a launch, {name}: {timing['median_us']:.1f} us", flush=True)
     jobs = planned(SMOKE_SIZES if smoke else SIZES, arms)
-    rows, left_out = run(jobs, bench, budget - (time.perf_counter() - began))
-    return {
-        "rows": rows,
-        "left_out": left_out,
-        "copy": copy,
-        "launch": launch,
-        "goals": goals(rows, launch),
-        "device": device.type,
-        "backend": backend,
-        "smoke": smoke,
-        "seconds": round(time.perf_counter() - began, 1),
-        "budget_seconds": budget,
-    }
+
+    def result(rows: Rows, left_out: Rows) -> dict[str, Any]:
+        return {
+            "rows": rows,
+            "left_out": left_out,
+            "copy": copy,
+            "launch": launch,
+            "goals": goals(rows, launch),
+            "device": device.type,
+            "backend": backend,
+            "smoke": smoke,
+            "seconds": round(time.perf_counter() - began, 1),
+            "budget_seconds": budget,
+        }
+
+    def after(rows: Rows, left_out: Rows) -> None:
+        save(result(with_ratios([dict(row) for row in rows]), left_out))
+
+    return result(*run(jobs, bench, budget - (time.perf_counter() - began), after=after))
 
 
 def _launch(device: torch.device, backend: str, timer: Timer, smoke: bool) -> dict[str, Any]:
@@ -274,11 +294,16 @@ def report(result: dict[str, Any]) -> None:
     print(f"{len(result['rows'])} rows, {len(result['left_out'])} left out, {result['seconds']:.0f} s")
 
 
-def write(result: dict[str, Any], out: Path | None, commit: str | None) -> Path:
-    """Write the result file, and the plot where matplotlib is installed; everything in `out` if that is given."""
+def write_file(result: dict[str, Any], out: Path | None, commit: str | None) -> Path:
+    """Write the result file, into `out` if that is given."""
     more = {key: value for key, value in result.items() if key != "rows"}
     name = f"{machine_name(torch.device(result['device']))}__step"
-    path = write_result(name, result["rows"], folder=out or FOLDER, commit=commit, **more)
+    return write_result(name, result["rows"], folder=out or FOLDER, commit=commit, **more)
+
+
+def write(result: dict[str, Any], out: Path | None, commit: str | None) -> Path:
+    """Write the result file, and the plot where matplotlib is installed; everything in `out` if that is given."""
+    path = write_file(result, out, commit)
     print(f"wrote {path}")
     draw(path, out)
     return path
@@ -321,7 +346,11 @@ def main(arguments: list[str] | None = None, arms: dict[str, Any] = ARMS) -> int
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
     with on_device(device):
-        result = benchmark(device, given.smoke, given.budget, arms)
+        writes = given.out or not given.smoke
+        result = benchmark(
+            device, given.smoke, given.budget, arms,
+            save=lambda result: write_file(result, given.out, given.commit) if writes else None,
+        )  # fmt: skip
         report(result)
         if given.out or not given.smoke:
             write(result, given.out, given.commit)

@@ -3,6 +3,7 @@
     python -m benchmarks.walks --part cifar-1-bfloat16     measures a part on a GPU in less than nine minutes
     python -m benchmarks.walks --part cpu                  measures the part for a CPU, in minutes
     python -m benchmarks.walks --part smoke --device cpu   tries every piece; its numbers mean nothing
+    python -m benchmarks.walks --build cifar-1-bfloat16    compiles that part's arms, for Inductor's cache
     python -m benchmarks.walks --list                      names the parts
 
 All arms of a part run in one process, in turns, with the same network and random weights. Diffusers runs as shipped and
@@ -13,9 +14,12 @@ installed.
 """
 
 import gc
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +33,8 @@ from benchmarks.walks.networks import KINDS, Problem
 from ddpm_fast.engine.tf32 import tf32
 
 ROUNDS = 25  # the most that an arm runs
+COMPILES = "compile"  # part of the names of arms that Inductor compiles
+MOST_PROCESSES = 12  # that compile at once
 MATRIX = 8192  # rows and columns of the matrices whose product gives the ceiling
 
 Seconds = tuple[float, float]  # of one run: until the images are on the host; until the host had issued all steps
@@ -71,12 +77,12 @@ class Part:
 
 # The most important parts stand first.
 PARTS = {
-    "cifar-1-bfloat16": Part("cifar", 1, "bfloat16", 1000, shipped_goal=6, compiled_goal=1.5),
+    "cifar-1-bfloat16": Part("cifar", 1, "bfloat16", 100, shipped_goal=6, compiled_goal=1.5),
     "cifar-256-bfloat16": Part("cifar", 256, "bfloat16", compiled_goal=1.15),
     "256-1-bfloat16": Part("256", 1, "bfloat16", compiled_goal=1.2),
-    "cifar-1-float32": Part("cifar", 1, "float32", 1000, shipped_goal=6, compiled_goal=1.5),
-    "cifar-1-tf32": Part("cifar", 1, "tf32", 1000, shipped_goal=6, compiled_goal=1.5),
-    "cifar-1-bfloat16-autotune": Part("cifar", 1, "bfloat16", 1000, _TUNED, compiled_goal=1.5),
+    "cifar-1-float32": Part("cifar", 1, "float32", 100, shipped_goal=6, compiled_goal=1.5),
+    "cifar-1-tf32": Part("cifar", 1, "tf32", 100, shipped_goal=6, compiled_goal=1.5),
+    "cifar-1-bfloat16-autotune": Part("cifar", 1, "bfloat16", 100, _TUNED, compiled_goal=1.5),
     "cifar-256-bfloat16-autotune": Part("cifar", 256, "bfloat16", 50, _TUNED, compiled_goal=1.15),
     "cifar-16-bfloat16": Part("cifar", 16, "bfloat16"),
     "cifar-64-bfloat16": Part("cifar", 64, "bfloat16"),
@@ -87,7 +93,9 @@ PARTS = {
         "moons", 1, "float32", 50, (SHIPPED, *_OURS, _RIVALS[1], *_DEFAULT), shipped_goal=1.05, overhead_goal=None
     ),
     "smoke": Part("tiny", 2, "float32", 8, (SHIPPED, *_OURS, *_RIVALS, _DEFAULT[0])),
+    "dry": Part("tiny", 2, "float32", 8, (SHIPPED, OURS, ALONE)),
 }
+TRIALS = ("smoke", "dry")  # parts whose numbers mean nothing
 
 
 class Clock:
@@ -166,10 +174,17 @@ def count(work: Callable[[], Any], clock: Clock) -> float:
     return float(sum(event.device_type.name == "CUDA" for event in profiled.events()))
 
 
-def take_turns(arms: dict[str, Arm], clock: Clock, until: float, rounds: int = ROUNDS) -> dict[str, list[Seconds]]:
+def take_turns(
+    arms: dict[str, Arm],
+    clock: Clock,
+    until: float,
+    rounds: int = ROUNDS,
+    after: Callable[[dict[str, list[Seconds]]], None] = lambda times: None,
+) -> dict[str, list[Seconds]]:
     """Run all arms in turns. Return the seconds of each run.
 
-    Every arm runs at least three times, and at most `rounds` times while the time lasts.
+    Every arm runs at least three times, and at most `rounds` times while the time lasts. `after` gets what was measured
+    so far after every turn, so that a run that is cut off loses a turn.
     """
     times: dict[str, list[Seconds]] = {name: [] for name in arms}
     for arm in arms.values():
@@ -179,6 +194,7 @@ def take_turns(arms: dict[str, Arm], clock: Clock, until: float, rounds: int = R
             expected = max((whole for whole, _ in times[name]), default=0)
             if turn < 3 or time.perf_counter() + expected < until:
                 times[name].append(clock.time(arm, turn + 1))
+        after(times)
         if turn >= 2 and time.perf_counter() > until:
             break
     return times
@@ -263,10 +279,16 @@ def matrix_ceiling(clock: Clock) -> float | None:
     return 2 * MATRIX**3 / float(np.median(times)) / 1e12
 
 
-def run(name: str, device: torch.device, budget: float) -> Row:
-    """Measure a part. Return all entries of the result file except the environment."""
+def run(name: str, device: torch.device, budget: float, save: Callable[[Row], None] = lambda result: None) -> Row:
+    """Measure a part. Return all entries of the result file except the environment.
+
+    Args:
+        name: A key of `PARTS`.
+        device: The device of the network.
+        budget: Seconds; arms that do not fit are left out.
+        save: A function that gets the entries so far, after every arm that was built and every turn.
+    """
     part, clock = PARTS[name], Clock(device)
-    torch.compiler.config.force_disable_caches = True  # the time to compile is measured
     began = time.perf_counter()
     ceiling = matrix_ceiling(clock)
     problem = Problem(KINDS[part.kind], part.batch, part.precision, part.steps, device)
@@ -274,6 +296,30 @@ def run(name: str, device: torch.device, budget: float) -> Row:
     arms: dict[str, Arm] = {}
     rows: dict[str, Row] = {}
     left_out: list[Row] = []
+
+    def result(times: dict[str, list[Seconds]]) -> Row:
+        measured = {name: dict(row) for name, row in rows.items()}
+        for arm, seconds in times.items():
+            if seconds:
+                measured[arm] |= row_of(part, seconds, operations, ceiling)
+        compare(measured, times)
+        return {
+            "part": name,
+            "network": problem.kind.title,
+            "batch": part.batch,
+            "precision": part.precision,
+            "steps": part.steps,
+            "parameters": sum(parameter.numel() for parameter in problem.exact.parameters()),
+            "GFLOP_per_call": operations / 1e9,
+            "ceiling_TFLOP_per_s": ceiling,
+            "goals": goals(part, measured),
+            "left_out": left_out,
+            "seconds": time.perf_counter() - began,
+            "budget_seconds": budget,
+            "built": "with Inductor's cache",
+            "rows": list(measured.values()),
+        }
+
     longest = 0.0
     with tf32({"float32": False, "tf32": True}.get(part.precision) if clock.cuda else None):
         for arm in part.arms:
@@ -293,25 +339,40 @@ def run(name: str, device: torch.device, budget: float) -> Row:
                 rows[arm] = {"arm": arm, "error": f"{type(error).__name__}: {str(error)[:500]}"}
             print(_built(rows[arm]), flush=True)
             longest = max(longest, time.perf_counter() - began - spent)
-        times = take_turns(arms, clock, began + budget)
-    for arm, seconds in times.items():
-        rows[arm] |= row_of(part, seconds, operations, ceiling)
-    compare(rows, times)
-    return {
-        "part": name,
-        "network": problem.kind.title,
-        "batch": part.batch,
-        "precision": part.precision,
-        "steps": part.steps,
-        "parameters": sum(parameter.numel() for parameter in problem.exact.parameters()),
-        "GFLOP_per_call": operations / 1e9,
-        "ceiling_TFLOP_per_s": ceiling,
-        "goals": goals(part, rows),
-        "left_out": left_out,
-        "seconds": time.perf_counter() - began,
-        "budget_seconds": budget,
-        "rows": list(rows.values()),
-    }
+            save(result({}))
+        times = take_turns(arms, clock, began + budget, ROUNDS, lambda times: save(result(times)))
+        return result(times)
+
+
+def build_cold(names: Sequence[str], device: torch.device, out: Path, commit: str | None) -> int:
+    """Build every compiled arm of the parts in a process of its own, all at once: their code is then in the cache.
+
+    The seconds are written to <machine>__builds.json. Return 1 if an arm could not be built, else 0.
+    """
+    jobs = [(name, arm) for name in names for arm in PARTS[name].arms if COMPILES in arm]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(max(1, min(len(jobs), MOST_PROCESSES)), maxtasksperchild=1) as pool:
+        rows: list[Row] = []
+        for row in pool.imap_unordered(partial(_build_cold, str(device)), jobs):
+            rows.append(row)
+            print("{part:28} {arm:60} ".format(**row), row.get("error") or f"{row['cold_s']:.1f} s", flush=True)
+            write_result(f"{machine_name(device)}__builds", rows, folder=out, commit=commit)
+    return int(any("error" in row for row in rows))
+
+
+def _build_cold(device: str, job: tuple[str, str]) -> Row:
+    name, arm = job
+    part, clock = PARTS[name], Clock(torch.device(device))
+    problem = Problem(KINDS[part.kind], part.batch, part.precision, min(part.steps, 4), clock.device)
+    if why := missing(arm, problem):
+        return {"part": name, "arm": arm, "error": f"left out: {why}"}
+    began = clock.wait()
+    try:
+        with quiet():
+            ARMS[arm](problem)
+    except Exception as error:  # the other arms are still built
+        return {"part": name, "arm": arm, "error": f"{type(error).__name__}: {str(error)[:500]}"}
+    return {"part": name, "arm": arm, "cold_s": clock.wait() - began}
 
 
 def _built(row: Row) -> str:
@@ -336,6 +397,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Return 1 if a row has an error, else 0."""
     parser = make_parser(__doc__)
     parser.add_argument("--part", choices=PARTS, help="the part to measure; default: name the parts and exit")
+    parser.add_argument("--build", nargs="+", choices=PARTS, help="only build these parts' compiled arms, all at once")
     parser.add_argument("--list", action="store_true", help="name the parts, the most important first, and exit")
     parser.add_argument("--device", help="cuda or cpu (default: cpu for the parts cpu and smoke, else cuda)")
     parser.add_argument(
@@ -346,15 +408,27 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_result_options(parser, folder=None)
     given = parser.parse_args(arguments)
-    if given.list or not given.part:
+    if given.list or not (given.part or given.build):
         print("\n".join(PARTS))
         return 0
-    device = torch.device(given.device or ("cpu" if given.part in ("cpu", "smoke") else "cuda"))
+    device = torch.device(given.device or ("cpu" if given.part in ("cpu", *TRIALS) else "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA GPU; the part cpu is for a CPU")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    result = run(given.part, device, given.budget)
+    machine, folder = machine_name(device), given.out or FOLDER
+    if given.build:
+        return build_cold(given.build, device, folder, given.commit)
+    name = f"{machine}__walks-{given.part}" if given.part != "cpu" else "cpu__walks"
+    writes = given.out or given.part not in TRIALS
+
+    def save(result: Row) -> None:
+        more = {key: value for key, value in result.items() if key != "rows"}
+        if writes:
+            write_result(name, result["rows"], folder=folder, commit=given.commit, **more)
+
+    result = run(given.part, device, given.budget, save)
+    save(result)
     for row in result["rows"]:
         print(line(row))
     for goal in result["goals"]:
@@ -362,10 +436,4 @@ def main(arguments: list[str] | None = None) -> int:
             value = "" if goal["value"] is None else f" {goal['value']:.3g},"
             verdict = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
             print(f"goal: {goal['goal']}, {goal['sense']} {goal['limit']:g}:{value} {verdict}")
-    if given.out or given.part != "smoke":
-        machine = machine_name(device)
-        rows = result.pop("rows")
-        name = f"{machine}__walks-{given.part}" if given.part != "cpu" else "cpu__walks"
-        print(write_result(name, rows, folder=given.out or FOLDER, commit=given.commit, **result))
-        result["rows"] = rows
     return int(any("error" in row for row in result["rows"]))

@@ -1,13 +1,40 @@
-"""benchmarks.on_gpu without a GPU: every stage exists, and a stage that fails or is too slow does not stop the next."""
+"""benchmarks.on_gpu without a GPU: stages run dry, and a stage that fails or is too slow does not stop the next."""
 
+import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks import on_gpu
-from benchmarks.common import command_line
-from benchmarks.common.results import ROOT
+from benchmarks.on_gpu import STAGES, Stage, commands
+
+
+def test_a_dry_run_goes_through_every_stage(tmp_path, capsys):
+    assert on_gpu.main(["--dry", "--out", str(tmp_path), "--commit", "abc1234"]) == 0, capsys.readouterr().out
+    ends = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
+    ran = [name for name in STAGES if not name.startswith("walks") or name == "walks-cifar-1-bfloat16"]
+    assert ends == [*(f"{name}: ok" for name in ran), "done"]
+    for name in ("cpu__walks-dry", "cpu__step"):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    log = (tmp_path / "on_gpu.log").read_text()
+    assert all(f"== {name}: -m " in log for name in ran)
+
+
+def test_a_dry_run_takes_the_options_of_the_real_one(tmp_path):
+    for stage in STAGES.values():
+        for real, dry in zip(stage.commands, stage.dry, strict=True):
+            module = real.split()[1]
+            assert module == dry.split()[1]
+            if module != "pytest":
+                named = {word for word in real.split() if word.startswith("--")}
+                assert named <= {word for word in dry.split() if word.startswith("--")} | {"--device"}, real
+    for line in commands(STAGES["tests"], False, 100, tmp_path, None):
+        assert line[:3] == [sys.executable, "-m", "pytest"]
+
+
+def test_the_stages_of_a_run_take_six_minutes():
+    for run in (1, 2):
+        assert sum(stage.seconds for stage in STAGES.values() if stage.run == run) <= 360
 
 
 @pytest.fixture
@@ -15,38 +42,34 @@ def stages(monkeypatch):
     lines = {
         "good": "print('well')",
         "bad": "print('ill'); raise SystemExit(3)",
-        "slow": "import time; time.sleep(60)",
+        "slow": "import time; print('begun', flush=True); time.sleep(60)",
         "last": "",
     }
-    monkeypatch.setattr(on_gpu, "STAGES", list(lines))
-    monkeypatch.setattr(on_gpu, "command", lambda stage, *_: [sys.executable, "-c", lines[stage]])
+    monkeypatch.setattr(on_gpu, "STAGES", {name: Stage(1, 2, (), ()) for name in lines})
+    names = iter(lines)
+    monkeypatch.setattr(on_gpu, "commands", lambda *_: [[sys.executable, "-c", lines[next(names)]]])
     monkeypatch.setattr(on_gpu, "LEAST", 0)
 
 
-def test_the_script_of_every_stage_has_the_options(tmp_path):
-    assert len(set(on_gpu.STAGES)) == len(on_gpu.STAGES)
-    for stage in on_gpu.STAGES:
-        python, flag, module, *arguments = on_gpu.command(stage, 100, tmp_path, "abc")
-        assert (python, flag) == (sys.executable, "-m")
-        if stage in on_gpu.TESTS:
-            assert module == "pytest"
-        else:
-            path = ROOT / module.replace(".", "/")
-            script = path / "run.py" if path.is_dir() else path.with_suffix(".py")
-            text = script.read_text(encoding="utf-8")
-            if "add_result_options(" in text:
-                text += Path(command_line.__file__).read_text(encoding="utf-8")
-            assert all(f'"{name}"' in text for name in arguments if name.startswith("--"))
-
-
 def test_a_stage_that_fails_does_not_stop_the_next(stages, tmp_path, capsys):
-    assert on_gpu.main(["--out", str(tmp_path), "--after", "good", "--budget", "5"]) == 1
+    assert on_gpu.main(["--out", str(tmp_path)]) == 1
     ends = [line.split(", ")[0] for line in capsys.readouterr().out.splitlines()]
-    assert ends == ["ill", "bad: FAILED with 3", "slow: ran OUT OF TIME", "go on with --after slow"]
+    assert ends == ["good: ok", "ill", "bad: FAILED with 3", "begun", "slow: ran OUT OF TIME", "last: ok", "done"]
+    log = (tmp_path / "on_gpu.log").read_text()
+    assert [line for line in log.splitlines() if not line.startswith("==")] == ["well", "ill", "begun"]
 
 
-def test_the_output_of_all_stages_is_in_the_log(stages, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(on_gpu, "STAGES", ["good", "last"])
-    assert on_gpu.main(["--out", str(tmp_path)]) == 0
+def test_commands_of_a_stage_run_at_once(tmp_path):
+    code = "import time; time.sleep(1.5)"
+    ended = on_gpu.execute("pair", [[sys.executable, "-c", code]] * 2, 10, tmp_path)
+    assert ended.startswith("pair: ok, ")
+    assert float(ended.split(", ")[1].split()[0]) < 3
+
+
+def test_what_does_not_fit_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(on_gpu, "STAGES", {name: Stage(1, 60, (), ()) for name in ("first", "second")})
+    monkeypatch.setattr(on_gpu, "commands", lambda *_: [[sys.executable, "-c", ""]])
+    assert on_gpu.main(["--out", str(tmp_path), "--budget", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["no stage fits"]
+    assert on_gpu.main(["--out", str(tmp_path), "--after", "first"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "done"
-    assert (tmp_path / "on_gpu.log").read_text().splitlines() == ["== good", "well", "== last"]

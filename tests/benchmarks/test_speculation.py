@@ -41,7 +41,9 @@ def test_frozen_guesses_are_all_equal():
 
 
 def test_calls_are_timed_by_batch_size():
-    rows = replay.measure(CPU, (1, 2))
+    saved = []
+    rows = replay.measure(CPU, (1, 2), lambda rows: saved.append(len(rows)))
+    assert saved == [1, 2, 3, 4]
     assert {(row["network"], row["batch"]) for row in rows} == {
         (f"embedded {name}", batch) for name in ("moons", "digits") for batch in (1, 2)
     }

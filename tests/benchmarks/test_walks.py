@@ -133,7 +133,7 @@ def test_every_part_can_be_built_here():
         assert part.kind in KINDS
         assert set(part.arms) <= set(ARMS)
         assert len(set(part.arms)) == len(part.arms)
-        assert part.steps == 1000 or part.steps >= 50 or part is PARTS["smoke"]
+        assert part.steps == 1000 or part.steps >= 50 or part in (PARTS["smoke"], PARTS["dry"])
 
 
 def test_the_whole_script(tmp_path, monkeypatch, capsys):
@@ -166,6 +166,27 @@ def test_the_whole_script(tmp_path, monkeypatch, capsys):
     assert rows[ALONE]["gate"] is None
     assert [each["arm"] for each in result["left_out"]] == ["CUDA graph by hand"]
     assert "goal: best of ours, times as fast as diffusers as shipped, at least 0.01" in capsys.readouterr().out
+
+
+def test_results_are_written_as_they_come(tmp_path, monkeypatch):
+    """A part that is cut off keeps the arms that were built and the turns that were taken."""
+    monkeypatch.setitem(PARTS, "smoke", Part("tiny", 2, "float32", 8, (SHIPPED, OURS)))
+    monkeypatch.setattr(run, "ROUNDS", 3)
+    saved = []
+    whole = run.run("smoke", torch.device("cpu"), 30, lambda result: saved.append(json.loads(json.dumps(result))))
+    assert [len(result["rows"]) for result in saved] == [1, 2, 2, 2, 2]
+    assert [sum("ms_per_step" in row for row in result["rows"]) for result in saved] == [0, 0, 2, 2, 2]
+    assert [row.get("walks") for row in saved[2]["rows"]] == [1, 1]
+    assert saved[-1]["rows"] == json.loads(json.dumps(whole["rows"]))
+
+
+def test_arms_are_built_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "COMPILES", OURS)
+    assert run.main(["--build", "dry", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "cpu__builds.json").read_text())["rows"]
+    assert (row["part"], row["arm"]) == ("dry", OURS)
+    assert row["cold_s"] > 0
+    assert OURS in capsys.readouterr().out
 
 
 def test_the_plot_shows_every_arm_that_has_a_time(tmp_path):
