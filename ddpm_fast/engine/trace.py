@@ -28,6 +28,7 @@ _LOWERED = (*_CONVOLUTIONS, aten.linear.default, aten.matmul.default)
 # Batch sizes to trace with: a prime that divides no other size is a factor of the sizes that belong to the batch.
 _PRIMES = (61, 59, 53, 47, 43, 41, 37, 31)
 _LARGEST = 2**40  # integers from there on are no sizes; an open end of a slice is 2^63 - 1
+KEPT = 4  # traces of a network: a trace keeps its parameters alive
 _LOCK = threading.Lock()  # torch.export is not made for threads
 
 
@@ -66,7 +67,7 @@ class Trace:
     graph: fx.Graph
     root: nn.Module
     batch: int
-    tables: dict[Any, Table] = field(default_factory=dict)
+    tables: weakref.WeakValueDictionary[Any, Table] = field(default_factory=weakref.WeakValueDictionary)
 
 
 # The traces of every network with a prime batch size, by all that they depended on; None where that failed.
@@ -85,6 +86,8 @@ def traces(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Iterator[T
     batch, known = len(x), _TRACES.setdefault(model, {})
     key = _key(model, x, kwargs)
     if key not in known:
+        while len(known) >= KEPT:
+            del known[next(iter(known))]  # the oldest one
         known[key] = None
         sizes = {size for tensor in (*model.parameters(), *model.buffers(), *_tensors(kwargs)) for size in tensor.shape}
         sizes |= set(x.shape[1:])
@@ -159,7 +162,7 @@ def _key(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Any, .
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     training = tuple(module.training for module in model.modules())
-    tensors = tuple(id(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    tensors = tuple((id(t), t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
     return x.shape[1:], x.dtype, x.device, signature, structure, autocast, training, tensors
 
 
