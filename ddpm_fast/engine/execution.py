@@ -40,7 +40,7 @@ class Execution:
         compile: Whether the network runs through torch.compile (Inductor), hoisted first unless `optimize` is None.
             Compiling a large network takes minutes.
         tf32: Whether float32 products of the network may be taken in TensorFloat-32 on a GPU (10 bits of mantissa).
-            None leaves torch's own setting.
+            None leaves torch's own setting; a graph keeps the setting that it was recorded with.
 
     Raises:
         ValueError: An option has a value that is not listed here.

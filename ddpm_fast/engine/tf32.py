@@ -1,9 +1,14 @@
 """TensorFloat-32: float32 products on a GPU with 10 bits of mantissa, allowed or forbidden for a while.
 
-Torch keeps the setting for the whole process, and keeps it twice. Since 2.9 there is a tree of precisions: an operation
-("matmul", "conv", "rnn") that has none takes that of its backend, and a backend that of torch. Beside it the older
-switches live on (`allow_tf32`, `set_float32_matmul_precision`), and torch raises an error where both are read and do
-not agree. So both are set here, to the same, and both are put back, with what an operation had of its own.
+Torch keeps the setting for the whole process, and keeps the setting twice. Since 2.9 products obey a tree of
+precisions: an operation ("matmul", "conv", "rnn") that has none of its own takes that of its backend, and a backend
+that of torch. Beside the tree the older switches live on (`allow_tf32`, `set_float32_matmul_precision`). They write to
+the tree, too, and torch raises an error where a switch is read that the tree contradicts. So both are set here, to the
+same, and both are put back.
+
+One precision cannot be put back. Since 2.13 a convolution begins as "TF32, unless a place above says otherwise", and no
+call sets that again. Such an operation is left alone and obeys its backend. cuDNN's older switch, which would
+write to the operation, is left alone as well; it cannot be read inside where the tree contradicts it.
 """
 
 import contextlib
@@ -13,7 +18,11 @@ from collections.abc import Iterator
 
 import torch
 
-_OPERATIONS = (("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn"))
+Place = tuple[str, str]  # in the tree: a backend and its operation
+
+_TORCH, _CUDA, _CPU = ("generic", "all"), ("cuda", "all"), ("mkldnn", "all")
+_MATMUL, _CUDNN = ("cuda", "matmul"), (("cuda", "conv"), ("cuda", "rnn"))
+_CPU_MATMUL = ("mkldnn", "matmul")  # written by `set_float32_matmul_precision`
 _TREE = hasattr(torch._C, "_get_fp32_precision_getter")  # torch 2.9 and newer
 _LOCK = threading.RLock()  # the setting is the process's: one thread at a time may need another one
 
@@ -28,70 +37,79 @@ def tf32(allowed: bool | None) -> Iterator[None]:
         yield
         return
     with _LOCK:
-        before = _Setting.read()
+        before = _Setting()
         try:
-            with warnings.catch_warnings():  # some versions recommend the newer switches
-                warnings.simplefilter("ignore")
-                torch._C._set_cublas_allow_tf32(allowed)
-                torch._C._set_cudnn_allow_tf32(allowed)
-            for place in _OPERATIONS:
-                _set(place, "tf32" if allowed else "ieee")
+            before.overrule(allowed)
             yield
         finally:
             before.restore()
 
 
 class _Setting:
-    """What the process is set to.
+    """What the process is set to. Reading takes the tree apart: `overrule` or `restore` must follow.
 
     Attributes:
-        matmul: The older setting of matrix products: "highest", "high" or "medium".
-        cudnn: The older setting of convolutions and recurrent networks.
-        own: The precisions that operations have of their own, by place in the tree; "none" is that of the backend.
+        own: The precisions that places in the tree have of their own ("none": that of the place above), as far as they
+            can be set again.
+        fixed: Whether an operation of cuDNN has a precision that cannot be set again.
+        matmul: The older switch of matrix products: "highest", "high" or "medium".
+        cudnn: The older switch of convolutions and recurrent networks.
     """
 
-    def __init__(self, matmul: str, cudnn: bool, own: dict[tuple[str, str], str]) -> None:
-        self.matmul, self.cudnn, self.own = matmul, cudnn, own
+    def __init__(self) -> None:
+        self.own: dict[Place, str] = {}
+        # From the root on, so that "none" stands above every place that is read: torch tells the one in force there.
+        for place in (_TORCH, _CUDA, _CPU, _MATMUL, *_CUDNN, _CPU_MATMUL) if _TREE else ():
+            self.own[place] = torch._C._get_fp32_precision_getter(*place)
+            if place[1] == "all":
+                _set(place, "none")
+        _set(_CUDA, "ieee")
+        fixed = [place for place in _CUDNN if _TREE and self._obeys_its_backend(place)]
+        self.fixed = bool(fixed)
+        for place in fixed:
+            del self.own[place]
+        # An older switch answers where the tree agrees with the switch.
+        for place in self.own:
+            _set(place, "tf32" if place in (_CUDA, *_CUDNN) else "ieee")
+        with _quiet():
+            self.matmul = torch.get_float32_matmul_precision()
+            try:
+                self.cudnn = torch._C._get_cudnn_allow_tf32()
+            except RuntimeError:
+                self.cudnn = False
 
-    @classmethod
-    def read(cls) -> "_Setting":
-        """Read the setting; where switches and tree do not agree, they have been made to agree on return."""
-        own = {place: _own(place) for place in (*_OPERATIONS, ("mkldnn", "matmul"))} if _TREE else {}
-        matmul, cudnn = "highest", False
-        for allowed in (False, True):  # torch answers where the tree agrees with the switch
-            for place in _OPERATIONS:
-                _set(place, "tf32" if allowed else "ieee")
-            with contextlib.suppress(RuntimeError):
-                cudnn = torch._C._get_cudnn_allow_tf32()
-            for cpu in ("ieee", "tf32", "bf16"):
-                _set(("mkldnn", "matmul"), cpu)
-                with contextlib.suppress(RuntimeError):
-                    matmul = torch.get_float32_matmul_precision()
-        return cls(matmul, cudnn, own)
+    def overrule(self, allowed: bool) -> None:
+        """Set the process to TF32, or to none."""
+        with _quiet():
+            if (self.matmul != "highest") != allowed:
+                torch._C._set_cublas_allow_tf32(allowed)
+            if not self.fixed:
+                torch._C._set_cudnn_allow_tf32(allowed)
+        for place, own in self.own.items():
+            _set(place, ("tf32" if allowed else "ieee") if place[0] == "cuda" else own)
 
     def restore(self) -> None:
         """Set the process to this again."""
-        torch.set_float32_matmul_precision(self.matmul)
-        torch._C._set_cudnn_allow_tf32(self.cudnn)
-        for place, precision in self.own.items():
-            _set(place, precision)
+        with _quiet():
+            torch.set_float32_matmul_precision(self.matmul)
+            if not self.fixed:
+                torch._C._set_cudnn_allow_tf32(self.cudnn)
+        for place, own in self.own.items():
+            _set(place, own)
+
+    def _obeys_its_backend(self, place: Place) -> bool:
+        """Return whether a place whose own precision seems to be TF32 now has the backend's, which is "ieee"."""
+        return self.own[place] == "tf32" and torch._C._get_fp32_precision_getter(*place) == "ieee"
 
 
-def _set(place: tuple[str, str], precision: str) -> None:
+def _set(place: Place, precision: str) -> None:
     if _TREE:
         torch._C._set_fp32_precision_setter(*place, precision)
 
 
-def _own(place: tuple[str, str]) -> str:
-    """Return the precision of a place in the tree itself: torch tells only the one that is in force there."""
-    backend, operation = place
-    in_force: str = torch._C._get_fp32_precision_getter(*place)
-    if backend == "generic":
-        return in_force
-    above = ("generic", "all") if operation == "all" else (backend, "all")
-    kept = _own(above)
-    other = "ieee" if in_force != "ieee" else "tf32"
-    _set(above, other)
-    inherited = torch._C._get_fp32_precision_getter(*place) == other
-    _set(above, kept)
-    return "none" if inherited else in_force
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the older switches: some versions of torch recommend the newer ones at each use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

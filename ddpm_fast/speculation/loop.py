@@ -115,7 +115,8 @@ class SpeculativeLoop(SamplingLoop):
         if width not in self._networks:
             network = Network(self.call.repeated(width), self.table.doubled)
             if self.execution.at_once:
-                network.prepare(self.table.timestep.tolist(), self.execution)
+                with self._settings():
+                    network.prepare(self.table.timestep.tolist(), self.execution)
             self._networks[width] = network
         return self._networks[width]
 

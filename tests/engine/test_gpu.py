@@ -13,6 +13,7 @@ from ddpm_fast.config import SamplerConfig
 from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.graph import CaptureError, GraphPool, StepGraph
+from ddpm_fast.engine.tf32 import tf32
 from ddpm_fast.kernels import normal, q_sample, to_uint8
 from ddpm_fast.kernels.philox import Stream
 from ddpm_fast.models.checkpoint import load_checkpoint
@@ -313,8 +314,8 @@ def test_no_way_to_execute_changes_the_samples(how):
     torch.testing.assert_close(got, expected, atol=0.1 if dtype else 1e-4, rtol=0)
 
 
-class Coarse(torch.nn.Module):
-    """One large product, of matrices or of a convolution, whose result differs in TF32 by about 1e-3."""
+class Product(torch.nn.Module):
+    """One product of matrices or of a convolution, large enough for TF32: its result then differs by up to 1e-3."""
 
     def __init__(self, kind):
         super().__init__()
@@ -325,19 +326,86 @@ class Coarse(torch.nn.Module):
         return torch.tanh(self.product(x))
 
 
+PRODUCTS = {"matmul": (64, 8, 512), "convolution": (8, 256, 16, 16)}
+needs_tf32 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="this GPU has no TF32"
+)
+
+
+@needs_tf32
+@pytest.mark.parametrize("process", [False, True, None])
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("kind", PRODUCTS)
+@torch.no_grad()
+def test_products_are_taken_in_tf32_where_that_is_allowed(kind, recorded, allowed, process):
+    """Against float64, in an eager call and in a graph's, whatever the process is set to (None: as torch is)."""
+    product = Product(kind).product
+    x = torch.randn(PRODUCTS[kind])
+    expected = product.double()(x.double())
+    product, x, result = product.float().cuda(), x.cuda(), torch.zeros(expected.shape, device="cuda")
+
+    def body():
+        result.copy_(product(x))
+
+    with tf32(process):
+        with tf32(allowed):
+            graph = StepGraph(body, x.device) if recorded else None
+            if graph is None:
+                body()
+        if graph is not None:  # the precision was recorded: a replay needs no setting
+            result.zero_()
+            graph.replay()
+    error = (result.cpu() - expected).abs().max() / expected.std()  # rounding: about 2e-6; TF32: about 1.5e-3
+    assert error > 3e-4 if allowed else error < 1e-4
+
+
+@needs_tf32
 @pytest.mark.parametrize("execution", ["graph", "eager"])
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize(("kind", "shape"), [("matmul", (64, 8, 512)), ("convolution", (8, 256, 16, 16))])
-def test_tf32_is_what_the_option_says(kind, shape, compile, execution):
-    if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("this GPU has no TF32")
-    model = Coarse(kind).cuda()
-    options = {"num_inference_steps": 3, "progress": False, "seeds": 1, "execution": execution, "compile": compile}
-    exact, coarse, again = (sample(model, shape, tf32=allowed, **options) for allowed in (False, True, False))
-    assert 1e-6 < (exact - coarse).abs().max() < 0.05
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_tf32_is_what_the_option_says(kind, compile, execution):
+    model = Product(kind).cuda()
+    options = {"num_inference_steps": 3, "progress": False, "seeds": 1}
+    exact, coarse, again = (
+        sample(model, PRODUCTS[kind], tf32=allowed, execution=execution, compile=compile, **options)
+        for allowed in (False, True, False)
+    )
+    assert 2e-4 < (exact - coarse).abs().max() < 0.05  # with inputs cut to 10 bits on a CPU: 6e-3
     assert torch.equal(exact, again)
-    on_cpu = sample(Coarse(kind), shape, **{**options, "execution": "eager", "compile": False})
+    on_cpu = sample(Product(kind), PRODUCTS[kind], **options)
     torch.testing.assert_close(exact.cpu(), on_cpu, atol=1e-4, rtol=0)
+
+
+class Timed(Product):
+    """A product that depends on the timestep alone, to be hoisted, and one that depends on x."""
+
+    def __init__(self):
+        super().__init__("matmul")
+        self.time = torch.nn.Linear(512, 512)
+
+    def forward(self, x, t):
+        waves = torch.sin(t[:, None] * torch.linspace(0, 1, 512, device=t.device))
+        return super().forward(x + self.time(waves)[:, None], t)
+
+
+@needs_tf32
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"optimize": None},
+        {"optimize": "hoist"},
+        {"optimize": "hoist", "compile": True},
+        {"optimize": "hoist", "speculate": {0: 1, 300: 2}},
+    ],
+    ids=str,
+)
+def test_what_the_process_is_set_to_does_not_matter(how):
+    model, images = Timed().cuda(), []
+    for process in (False, True):
+        with tf32(process):
+            images.append(sample(model, PRODUCTS["matmul"], num_inference_steps=3, seeds=1, tf32=False, **how))
+    assert torch.equal(*images)
 
 
 def test_hoisted_conditions_and_parameters_are_seen_by_the_next_replay():

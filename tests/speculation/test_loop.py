@@ -377,10 +377,8 @@ def recording(monkeypatch):
 
 def drawn(**options):
     config = SamplerConfig(num_train_timesteps=50)
-    return sample(
-        networks()["epsilon"], (3, 1, 8, 8), seeds=5, config=config, speculate={0: 2, 20: 4, 35: 8}, output="result",
-        **options, **QUIET,
-    )  # fmt: skip
+    options = {"speculate": {0: 2, 20: 4, 35: 8}, **options, **QUIET}
+    return sample(networks()["epsilon"], (3, 1, 8, 8), seeds=5, config=config, output="result", **options)
 
 
 def test_replayed_rounds_are_those_launched_one_by_one(recording):
@@ -391,6 +389,19 @@ def test_replayed_rounds_are_those_launched_one_by_one(recording):
     assert Replayed.made == 3
     assert Replayed.replays == graph.speculation.calls
     assert graph.speculation.calls == eager.speculation.calls
+
+
+@pytest.mark.parametrize(("windows", "same"), [(4, True), ({0: 2, 25: 8}, False)], ids=str)
+def test_a_graph_takes_wider_calls_where_windows_differ(recording, monkeypatch, windows, same):
+    """So a network whose rounding depends on the batch size gives the same images for one window alone."""
+    advance, widths = SpeculativeLoop._advance, {"eager": [], "graph": []}
+    for execution, seen in widths.items():
+        monkeypatch.setattr(
+            SpeculativeLoop, "_advance", lambda self, width, seen=seen: (seen.append(width), advance(self, width))
+        )
+        drawn(execution=execution, speculate=windows)
+    assert (widths["graph"] == widths["eager"]) == same
+    assert len(widths["graph"]) == len(widths["eager"])
 
 
 @pytest.mark.parametrize("error", [CaptureError("operation not permitted"), torch.OutOfMemoryError("out of memory")])
