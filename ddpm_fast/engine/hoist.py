@@ -22,10 +22,8 @@ from ddpm_fast.engine.trace import (
     Table,
     Trace,
     attribute_of,
-    cast_weights,
     classify,
     count_operations,
-    drop_neutral,
     frontier_of,
     function_of,
     lay_out_weights,
@@ -133,24 +131,24 @@ class Hoisted:
                 return
             except HoistError as error:  # the next trace may do
                 reason = error
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = HoistError(f"its trace cannot run: {line_of(error)}")
         assert reason is not None
         raise reason
 
     def _build(self, found: Trace, x: Tensor) -> None:
         """Divide the trace, fill the tables, and verify both."""
-        graph, root = found.graph, found.root
-        before = count_operations(graph.nodes)
-        drop_neutral(graph)
-        neutral = before - count_operations(graph.nodes)
-        if torch.is_autocast_enabled(x.device.type):
-            before += cast_weights(graph, root, torch.get_autocast_dtype(x.device.type))
+        graph, originals = found.resized(self._batch)
+        root = found.root
         output = output_of(graph)
         classes = classify(graph, len(self._leaves))
         self._graph, self._root = graph, root
         self._firsts, self._which = self._distinct()
         self._stride = torch.tensor(len(self._firsts), device=x.device)  # a recorded graph reads the tensor
         self._banks: list[_Bank] = []
-        self._tabulate(found, frontier_of(graph, classes), classes)
+        self._tabulate(found, originals, classes)
         self._constants: list[Tensor] = []
         self._rest: Callable[..., Any]
         hoisted = self._split()
@@ -162,8 +160,8 @@ class Hoisted:
         gone = everything - needed_by([output], hoisted)
         of = [count_operations(node for node in gone if kind(classes[node])) for kind in (T.__eq__, CONDITION.__ge__)]
         self.counts = Counts(
-            before=before,
-            neutral=neutral,
+            before=found.before,
+            neutral=found.neutral,
             of_t=of[0],
             of_condition=of[1],
             of_both=count_operations(gone) - sum(of),
@@ -294,9 +292,12 @@ class Hoisted:
             which.append(list(firsts).index(key))
         return list(firsts.values()), torch.tensor(which, device=self._timesteps.device)
 
-    def _tabulate(self, found: Trace, frontier: list[fx.Node], classes: dict[fx.Node, frozenset[str]]) -> None:
+    def _tabulate(
+        self, found: Trace, originals: Mapping[fx.Node, fx.Node], classes: Mapping[fx.Node, frozenset[str]]
+    ) -> None:
         """Choose the results that are read from tables, and allocate the tables that other batch sizes do not have."""
-        graph, root, taken = found.graph, found.root, 0
+        graph, root, taken = self._graph, self._root, 0
+        frontier = frontier_of(graph, classes)
         for conditional in (False, True):
             wanted = T | CONDITION if conditional else T
             results = [
@@ -311,7 +312,7 @@ class Hoisted:
                 size = rows * width * dtype.itemsize
                 if taken + size <= self._memory:
                     taken += size
-                    key = tuple(node.name for node in nodes), dtype, tuple(self._timesteps.tolist())
+                    key = tuple(originals[node] for node in nodes), tuple(self._timesteps.tolist())
                     table = None if conditional else found.tables.get(key)
                     if table is None:
                         table = Table(torch.empty(rows, width, dtype=dtype, device=self._timesteps.device))
@@ -369,10 +370,16 @@ class Hoisted:
         return found
 
     def _verify(self, x: Tensor) -> None:
-        """Raise HoistError unless both ways of reading the tables give the network's output."""
+        """Raise HoistError unless both ways of reading the tables give the network's output, from first row to last."""
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        rows = torch.arange(self._batch, device=x.device) % len(self._timesteps)
-        for t, row in ((self._batch_of(rows), None), (self._batch_of(rows[:1]), 0)):
+        samples, last = torch.arange(self._batch, device=x.device), len(self._timesteps) - 1
+        spread = samples * last // max(self._batch - 1, 1)
+        for rows, row in (
+            (spread, None),
+            (torch.full_like(samples, last // 2), last // 2),
+            (torch.full_like(samples, last), last),
+        ):
+            t = self._timesteps[rows]
             expected = pytree.tree_leaves(self.model(noise, t, **self._kwargs))[0]
             try:
                 got = self(noise, t, row)

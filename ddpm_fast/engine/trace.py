@@ -1,5 +1,6 @@
 """The graph of a network: traced, cleaned, and classified by what each operation depends on."""
 
+import contextlib
 import copy
 import threading
 import weakref
@@ -29,6 +30,7 @@ _LOWERED = (*_CONVOLUTIONS, aten.linear.default, aten.matmul.default)
 _PRIMES = (61, 59, 53, 47, 43, 41, 37, 31)
 _LARGEST = 2**40  # integers from there on are no sizes; an open end of a slice is 2^63 - 1
 KEPT = 4  # traces of a network: a trace keeps its parameters alive
+_PLAIN = (bool, int, float, str, type(None))  # values that a trace contains as they were
 _LOCK = threading.Lock()  # torch.export is not made for threads
 
 
@@ -40,7 +42,7 @@ class ExportError(HoistError):
     """An error of torch.export, which another batch size may not have."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Table:
     """Results of a network's operations for all timesteps.
 
@@ -53,21 +55,41 @@ class Table:
     seen: Any = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
-    """A network's graph.
+    """A network's graph, without neutral operations and, under autocast, with the casts of weights.
 
     Attributes:
         graph: The graph, with placeholders for x, t and the leaves of the keywords.
         root: The module that the graph refers to; its parameters are those of the network.
         batch: The batch size of the graph.
-        tables: Results that depend on the timestep alone, shared by all batch sizes.
+        before: Number of operations as traced, and of the casts of weights.
+        neutral: Number of neutral operations that were dropped.
+        tables: Results that depend on the timestep alone, shared by all batch sizes as long as anyone reads them.
     """
 
     graph: fx.Graph
     root: nn.Module
     batch: int
+    before: int
+    neutral: int
     tables: weakref.WeakValueDictionary[Any, Table] = field(default_factory=weakref.WeakValueDictionary)
+
+    @classmethod
+    def of(cls, model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> "Trace":
+        """Trace the network and clean the graph; see `trace`."""
+        graph, root = trace(model, x, t, kwargs)
+        before = count_operations(graph.nodes)
+        drop_neutral(graph)
+        neutral = before - count_operations(graph.nodes)
+        if torch.is_autocast_enabled(x.device.type):
+            before += cast_weights(graph, root, torch.get_autocast_dtype(x.device.type))
+        return cls(graph, root, len(x), before, neutral)
+
+    def resized(self, batch: int) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+        """Return a copy of the graph for another batch size, and the original of each of its nodes."""
+        graph = _rebatched(self.graph, self.batch, batch)
+        return graph, dict(zip(graph.nodes, self.graph.nodes, strict=True))
 
 
 # The traces of every network with a prime batch size, by all that they depended on; None where that failed.
@@ -75,16 +97,28 @@ _TRACES: weakref.WeakKeyDictionary[nn.Module, dict[Any, Trace | None]] = weakref
 
 
 def traces(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Iterator[Trace]:
-    """Yield traces of the network for the batch size of x, to be tried in turn.
+    """Yield traces of the network that may do for the batch size of x, to be verified and tried in turn.
 
-    The first comes from a trace that serves all batch sizes: sizes that are multiples of the prime batch size that was
-    traced with are taken for multiples of the batch size, which the caller verifies. The second was traced as it is.
+    The first serves all batch sizes: sizes that are multiples of the prime batch size that was traced with are taken
+    for multiples of the batch size. The second was traced for this batch size alone.
 
     Raises:
         HoistError: The network cannot be traced, or a call does more than compute its output.
     """
-    batch, known = len(x), _TRACES.setdefault(model, {})
+    shared = _shared_trace(model, x, kwargs)
+    if shared is not None:
+        yield shared
+    yield Trace.of(model, *_resized(x, kwargs, len(x)))
+
+
+def _shared_trace(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Trace | None:
+    """Return the trace that serves all batch sizes, made on first use; None where there is none."""
     key = _key(model, x, kwargs)
+    if key is None:
+        return None
+    known = _TRACES.setdefault(model, {})
+    for other in [other for other in known if other[0] != key[0]]:  # their parameters were replaced
+        del known[other]
     if key not in known:
         while len(known) >= KEPT:
             del known[next(iter(known))]  # the oldest one
@@ -93,16 +127,9 @@ def traces(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Iterator[T
         sizes |= set(x.shape[1:])
         prime = next((prime for prime in _PRIMES if not any(size % prime == 0 for size in sizes if size)), None)
         if prime is not None:
-            try:
-                graph, root = trace(model, *_resized(x, kwargs, prime))
-            except ExportError:
-                pass
-            else:
-                known[key] = Trace(graph, root, prime)
-    found = known[key]
-    if found is not None:
-        yield Trace(_rebatched(found.graph, found.batch, batch), found.root, batch, found.tables)
-    yield Trace(*trace(model, *_resized(x, kwargs, batch)), batch)
+            with contextlib.suppress(ExportError, torch.OutOfMemoryError):
+                known[key] = Trace.of(model, *_resized(x, kwargs, prime))
+    return known[key]
 
 
 def trace(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> tuple[fx.Graph, nn.Module]:
@@ -150,20 +177,32 @@ def _tensors(kwargs: Mapping[str, Any]) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(kwargs) if isinstance(leaf, Tensor)]
 
 
-def _key(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what a trace depends on besides the batch size."""
+def _key(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Return what a trace depends on besides the batch size, first the tensors; None where nobody can tell."""
     leaves, structure = pytree.tree_flatten(dict(kwargs))
+    if not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+        return None
     signature = tuple(
         (leaf.shape[:1] == x.shape[:1], leaf.shape[leaf.shape[:1] == x.shape[:1] :], leaf.dtype)
         if isinstance(leaf, Tensor)
-        else leaf if isinstance(leaf, (bool, int, float, str, type(None))) else id(leaf)
+        else (type(leaf), leaf)
         for leaf in leaves
     )  # fmt: skip
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    training = tuple(module.training for module in model.modules())
     tensors = tuple((id(t), t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
-    return x.shape[1:], x.dtype, x.device, signature, structure, autocast, training, tensors
+    modules = tuple((type(module), _settings(module)) for module in model.modules())
+    return tensors, modules, x.shape[1:], x.dtype, x.device, signature, structure, autocast
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """Return the module's own attributes that are numbers, texts, or tuples or lists of those; `training` is one."""
+    found = []
+    for name, value in vars(module).items():
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if all(isinstance(each, _PLAIN) for each in values):
+            found.append((name, type(value), *((type(each), each) for each in values)))
+    return tuple(found)
 
 
 def _resized(x: Tensor, kwargs: Mapping[str, Any], batch: int) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
@@ -188,14 +227,32 @@ def _rebatched(graph: fx.Graph, old: int, new: int) -> fx.Graph:
     made = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        copied[node] = made.node_copy(node, copied.__getitem__)
-        copied[node].args = pytree.tree_map(replaced, copied[node].args)
-        copied[node].kwargs = pytree.tree_map(replaced, copied[node].kwargs)
+        copied[node] = twin = made.node_copy(node, copied.__getitem__)
+        sizes = _size_arguments(node)
+        twin.args = tuple(
+            pytree.tree_map(replaced, value) if place in sizes else value for place, value in enumerate(twin.args)
+        )
+        twin.kwargs = {
+            name: pytree.tree_map(replaced, value) if name in sizes else value for name, value in twin.kwargs.items()
+        }
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             shape = [replaced(int(size)) for size in value.shape]
-            copied[node].meta["val"] = torch.empty(shape, dtype=value.dtype, device="meta")
+            twin.meta["val"] = torch.empty(shape, dtype=value.dtype, device="meta")
     return made
+
+
+def _size_arguments(node: fx.Node) -> set[int | str]:
+    """Return places and names of the arguments that are sizes: other numbers have nothing to do with the batch."""
+    found: set[int | str] = set()
+    if isinstance(node.target, torch._ops.OpOverload):
+        for place, argument in enumerate(node.target._schema.arguments):
+            kind = argument.real_type
+            while kind.kind() in ("ListType", "OptionalType"):
+                kind = kind.getElementType()
+            if kind.kind() == "SymIntType" and argument.name != "index":
+                found |= {place, argument.name}
+    return found
 
 
 def _refuse(node: fx.Node) -> None:

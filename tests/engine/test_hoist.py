@@ -1,6 +1,8 @@
 """What does not depend on x leaves the loop, and nothing else changes."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -165,6 +167,89 @@ def test_what_mixes_the_samples_stays():
     for times in (torch.tensor([90, 2, 31]), torch.full((3,), 60)):
         with torch.no_grad():
             assert close(hoisted(x, times), mixing(x, times))
+
+
+class Numbers(Net):
+    """A network with numbers that happen to be the batch size of the trace."""
+
+    def forward(self, x, t):
+        emb = self.time(t[:, None] / 100)
+        h = torch.clamp(self.conv(x) + emb[..., None, None], max=61)
+        return h * torch.where(t < 61, 2.0, 1.0)[:, None, None, None]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_numbers_that_are_no_sizes_stay(batch, exports):
+    numbers = Numbers().eval()
+    x = 200 * torch.randn(batch, 2, 4, 4)
+    hoisted = Hoisted(numbers, x, TIMES)
+    assert exports == [61]
+    for row, t in enumerate(TIMES):
+        times = torch.full((batch,), t)
+        with torch.no_grad():
+            assert close(hoisted(x, times, row), numbers(x, times))
+
+
+class Sized(Net):
+    """A network with a size that is a sum: 61, like the batch size of the trace. It fails ahead of the loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.short, self.long = nn.Parameter(torch.randn(30, 2)), nn.Parameter(torch.randn(31, 2))
+
+    def forward(self, x, t):
+        scale = torch.cat([self.short, self.long]).view(61, 2).mean(0)
+        return self.conv(x) * scale[:, None, None] + self.time(t[:, None] / 100)[..., None, None]
+
+
+class Counted(Net):
+    """A network that reads the batch size as a number."""
+
+    def forward(self, x, t):
+        return self.conv(x) + self.time(t[:, None] / 100)[..., None, None] / float(x.shape[0])
+
+
+@pytest.mark.parametrize("make", [Sized, Counted])
+def test_a_batch_size_that_the_shared_trace_does_not_fit_is_traced_by_itself(make, exports):
+    network = make().eval()
+    for batch in (3, 1):
+        x, times = torch.randn(batch, 2, 4, 4), torch.full((batch,), TIMES[3])
+        hoisted = Hoisted(network, x, TIMES)
+        with torch.no_grad():
+            assert close(hoisted(x, times, 3), network(x, times))
+            assert close(hoisted(x, times), network(x, times))
+    assert exports == [61, 3, 1]
+
+
+def test_a_network_that_was_changed_is_traced_anew(exports):
+    class Scaled(Net):
+        scale = None
+
+        def forward(self, x, t):
+            return super().forward(x, t) * self.scale
+
+    network, (x, _) = Scaled().eval(), inputs()
+    for scale in (1.0, 3.0):
+        network.scale = scale
+        network.calls = 0  # counted by Python code that is no part of a trace
+        hoisted = Hoisted(network, x, TIMES)
+        with torch.no_grad():
+            assert close(hoisted(x, torch.full((3,), 31), 2), network(x, torch.full((3,), 31)))
+    assert exports == [61, 61]
+
+
+def test_tables_and_replaced_parameters_are_freed(net):
+    x, _ = inputs()
+    tables, parameters = [], []
+    for steps in (3, 4, 5):
+        net.conv.weight = nn.Parameter(torch.randn(2, 2, 3, 3))
+        parameters.append(weakref.ref(net.conv.weight))
+        hoisted = Hoisted(net, x, range(steps))
+        tables += [weakref.ref(bank.table) for bank in hoisted._banks]
+        del hoisted
+    gc.collect()
+    assert not any(table() for table in tables)
+    assert [weight() is not None for weight in parameters] == [False, False, True]
 
 
 class Branching(Net):
