@@ -21,6 +21,7 @@ def describe() -> list[tuple[str, str]]:
     rows += [(f"device {name}", text) for name, text in _devices()]
     rows.append(("path", path_taken()))
     rows.append(("choices", _choices()))
+    rows += [("", choices.about(path)) for path in choices.remembered()]
     mismatch = triton_mismatch()
     if mismatch:
         rows.append(("warning", mismatch))
@@ -54,7 +55,7 @@ def _choices() -> str:
     """Return how many choices are remembered, and where."""
     place = choices.folder()
     if place is None:
-        return "not remembered (DDPM_FAST_CACHE)"
+        return "not remembered (DDPM_FAST_CACHE is off, or there is no home folder)"
     return f"{len(choices.remembered())} remembered in {place}"
 
 

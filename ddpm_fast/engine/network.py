@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast.engine import choices
-from ddpm_fast.engine.call import Call, same_value, signature
+from ddpm_fast.engine.call import Call, same_value
 from ddpm_fast.engine.device import Model, device_of, dtype_of
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.hoist import Hoisted, same_up_to_rounding
 from ddpm_fast.engine.timer import seconds
 from ddpm_fast.engine.trace import HoistError
-from ddpm_fast.validate import line_of
+from ddpm_fast.validate import line_of, one_of
 
 logger = logging.getLogger("ddpm_fast")
 
@@ -202,29 +202,28 @@ class Network:
         """Return the faster memory format; every network is tried once for a shape, precision and device."""
         if self.input.dim() not in _LAST:
             return "contiguous"
-        key = (tuple(self.input.shape), self.call.dtype, self.device, self.hoisted is None, torch.get_num_threads())
         module = self.call.module
         formats = _TRIALS.setdefault(module, {}) if isinstance(module, nn.Module) else {}
-        lasting = (choices.machine(self.device), signature(self.call), self.call.shape, *map(str, key))
-        if isinstance(module, nn.Module):
-            lasting = (choices.fingerprint(module), *lasting)
-            if key not in formats and (found := choices.recall("format", lasting)) in _FORMATS:
-                formats[key] = found
+        key = (tuple(self.input.shape), self.call.dtype, self.device, self.hoisted is None, torch.get_num_threads())
         if key not in formats:
-            durations = {"contiguous": float("inf"), "channels_last": float("inf")}
-            for _ in range(2):  # in turns, because a machine may slow down
-                for name in durations:
-                    self._lay_out(name, row, logging.INFO)
-                    if self.memory_format != name:
-                        formats[key] = "contiguous"
-                        return formats[key]
-                    durations[name] = min(durations[name], seconds(lambda: self(row), self.device))
-            faster = durations["channels_last"] < _FASTER * durations["contiguous"]
-            formats[key] = "channels_last" if faster else "contiguous"
-            if isinstance(module, nn.Module):
+            lasting = choices.key_of(self.call, key)
+            found = choices.recall("format", lasting, _format_of)
+            if found is None and (found := self._try_formats(row)) is not None:
                 about = f"memory format of {type(module).__name__} for input {tuple(self.input.shape)}"
-                choices.remember("format", lasting, formats[key], about)
+                choices.remember("format", lasting, found, about)
+            formats[key] = found or "contiguous"
         return formats[key]
+
+    def _try_formats(self, row: int | None) -> str | None:
+        """Return the memory format that took less time; None where the model cannot run in channels_last."""
+        durations = dict.fromkeys(_FORMATS, float("inf"))
+        for _ in range(2):  # in turns, because a machine may slow down
+            for name in durations:
+                self._lay_out(name, row, logging.INFO)
+                if self.memory_format != name:
+                    return None
+                durations[name] = min(durations[name], seconds(lambda: self(row), self.device))
+        return "channels_last" if durations["channels_last"] < _FASTER * durations["contiguous"] else "contiguous"
 
     def _compile(self, row: int | None) -> None:
         """Run the model, or its hoisted rest, through torch.compile; undo that where the outputs differ."""
@@ -258,6 +257,12 @@ class Network:
         elif len(shape) == len(self.output_shape) and 2 * shape[1] == self.output_shape[1]:
             hint = "; half the channels: a network without a learned variance needs another variance_type"
         return f"the model must return shape {self.output_shape}, got {shape}{hint}"
+
+
+def _format_of(value: Any) -> str:
+    """Return a memory format that was remembered; raise ValueError for what is none."""
+    one_of("memory format", value, _FORMATS)
+    return str(value)
 
 
 def _addresses(model: Model) -> tuple[int, ...]:

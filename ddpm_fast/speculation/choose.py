@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm as std_tqdm
 from tqdm.auto import tqdm
 
 from ddpm_fast.engine import choices
 from ddpm_fast.engine.base import SamplingLoop
-from ddpm_fast.engine.call import Call, signature
+from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.execution import DEFAULT, Execution
 from ddpm_fast.engine.graph import GraphPool
 from ddpm_fast.engine.loop import Correction, Loop
@@ -100,24 +101,20 @@ def _plan(
     rows = table.coefficients().numpy().tobytes(), table.timestep.tobytes()
     key = (call.shape, rows, clipping, call.dtype, call.device, call.guided, execution, torch.get_num_threads())
     if key not in plans:
-        lasting = None  # a callable without parameters may do anything
-        if isinstance(call.module, nn.Module) and next(call.module.parameters(), None) is not None:
-            lasting = (choices.machine(call.device), choices.fingerprint(call.module), signature(call), *key)
-        if lasting is not None and (found := choices.recall("windows", lasting)) is not None:
-            plans[key] = WindowPlan.of(found)
-            return plans[key]
+        lasting = choices.key_of(call, key)
+        found = choices.recall("windows", lasting, WindowPlan.of)
+        if found is None:
 
-        def loop(call: Call, window: int, execution: Execution) -> SpeculativeLoop:
-            plan = WindowPlan.of(window)
-            return SpeculativeLoop(call, table, clipping, plan, inference_mode=inference_mode, execution=execution)
+            def loop(call: Call, window: int) -> SpeculativeLoop:
+                plan = WindowPlan.of(window)
+                return SpeculativeLoop(call, table, clipping, plan, inference_mode=inference_mode, execution=unprepared)
 
-        pilot = loop(call.first(), PILOT, replace(unprepared, execution="eager"))
-        plans[key] = _measured_plan(lambda width: loop(call, width, unprepared).seconds(width), pilot, call.batch)
-        if lasting is not None:
-            about = (
-                f"windows of {type(call.module).__name__} for shape {call.shape} on {choices.machine(call.device)[0]}"
+            found = _measured_plan(
+                lambda width: loop(call, width).seconds(width), loop(call.first(), PILOT), call.batch
             )
-            choices.remember("windows", lasting, plans[key].to_dict(), about)
+            about = f"windows of {type(call.module).__name__} for shape {call.shape}"
+            choices.remember("windows", lasting, found.to_dict(), about)
+        plans[key] = found
     return plans[key]
 
 
@@ -127,24 +124,28 @@ def _measured_plan(seconds_of: Callable[[int], float], pilot: SpeculativeLoop, b
     Both measurements together take about two plain runs at the most.
     """
     began, steps = time.perf_counter(), len(pilot.table)
-    bar = tqdm(total=steps, unit="step", desc="choosing windows", disable=None, leave=False)
-    costs = _round_costs(seconds_of, batch, steps, bar)
-    deadline = began + LONGEST * steps * costs[1]
-    if all(costs[width] * MIN_SPEEDUP > width * costs[1] for width in costs if width > 1):
-        plan = WindowPlan.of(1)  # however good the guesses are
-        bar.close()
-    else:
-        errors = GuessErrors(pilot.table, max(costs))
-        pilot.watch = errors.add
-        noise = PhiloxNoise([RESERVED], pilot.shape, pilot.table, pilot.device, pilot.backend)
-        for reached in pilot.steps(noise, progress=bar):
-            if reached < steps and time.perf_counter() > deadline:
-                logger.info("speculate: the guesses are measured for %d of %d steps; time is up", reached, steps)
-                break  # steps without a measurement are not drafted
-        plan = choose_windows(pilot.table, errors.squares, costs)
+    with tqdm(total=steps, unit="step", desc="choosing windows", disable=None, leave=False) as bar:
+        costs = _round_costs(seconds_of, batch, steps, bar)
+        deadline = began + LONGEST * steps * costs[1]
+        if all(costs[width] * MIN_SPEEDUP > width * costs[1] for width in costs if width > 1):
+            plan = WindowPlan.of(1)  # however good the guesses are
+        else:
+            plan = choose_windows(pilot.table, _guess_errors(pilot, max(costs), deadline, bar), costs)
     durations = ", ".join(f"{1e3 * each:.3g} ms for {width}" for width, each in costs.items())
     logger.info("speculate: windows %s for a batch of %d; rounds take %s", plan.to_dict(), batch, durations)
     return plan
+
+
+def _guess_errors(pilot: SpeculativeLoop, reach: int, deadline: float, bar: std_tqdm) -> NDArray[np.float64]:
+    """Return |D|^2 of every step and lag in a run of `pilot`; infinity for steps after the deadline."""
+    errors, steps = GuessErrors(pilot.table, reach), len(pilot.table)
+    pilot.watch = errors.add
+    noise = PhiloxNoise([RESERVED], pilot.shape, pilot.table, pilot.device, pilot.backend)
+    for reached in pilot.steps(noise, progress=bar):
+        if reached < steps and time.perf_counter() > deadline:
+            logger.info("speculate: the guesses are measured for %d of %d steps; time is up", reached, steps)
+            break  # steps without a measurement are not drafted
+    return errors.squares
 
 
 def _round_costs(seconds_of: Callable[[int], float], batch: int, steps: int, bar: std_tqdm) -> dict[int, float]:

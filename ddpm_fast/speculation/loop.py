@@ -42,8 +42,8 @@ class SpeculativeLoop(SamplingLoop):
         execution: How the loop is executed; `steps_per_replay` has no meaning here.
 
     Attributes:
-        watch: A function that is called with the x0 predictions that each round committed; for one sample, without
-            graphs.
+        watch: A function that is called with the x0 predictions that each round committed, for one sample. They lie in
+            a buffer that the next round overwrites.
 
     Raises:
         ValueError: The table has learned variances or uses a noise id twice.
@@ -158,7 +158,8 @@ class SpeculativeLoop(SamplingLoop):
         try:
             while reached < steps:
                 # At least as many rounds are left to do, so that no queued round is in vain.
-                rounds = min(ROUNDS_PER_CHECK, max(self._rounds_left[row] for row in rows)) if self._records() else 1
+                queued = ROUNDS_PER_CHECK if self._records() and self.watch is None else 1
+                rounds = min(queued, max(self._rounds_left[row] for row in rows))
                 width = self._width(rows, rounds)
                 with self._settings():
                     for _ in range(rounds):

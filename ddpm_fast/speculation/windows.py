@@ -92,8 +92,8 @@ class GuessErrors:
         self._row = 0
 
     def add(self, predictions: Tensor) -> None:
-        """Add the x0 predictions of the next steps, [K, ...]."""
-        for x0 in predictions.flatten(1):
+        """Add the x0 predictions of the next steps, [K, ...]; they are copied."""
+        for x0 in predictions.flatten(1).clone():
             if self._recent:
                 squares = (torch.stack(self._recent[::-1]) - x0).square().sum(1)
                 self.squares[self._row, : len(squares)] = self._scale[self._row] ** 2 * squares.double().cpu().numpy()

@@ -13,9 +13,11 @@ from ddpm_fast.config import SamplerConfig
 from ddpm_fast.engine import choices, timer
 from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.execution import Execution
+from ddpm_fast.engine.noise import PhiloxNoise
 from ddpm_fast.models.checkpoint import load_checkpoint
 from ddpm_fast.sample import Sampler
 from ddpm_fast.speculation import choose as measure
+from ddpm_fast.speculation.loop import SpeculativeLoop
 from ddpm_fast.speculation.windows import (
     WIDTHS,
     GuessErrors,
@@ -26,6 +28,7 @@ from ddpm_fast.speculation.windows import (
     expected_cost,
 )
 from ddpm_fast.table import Clipping, build_table
+from tests.support.fake_cuda import FakeCuda
 from tests.support.unets import random_unet
 
 STEPS = 7
@@ -207,6 +210,69 @@ def test_choosing_takes_two_plain_runs_at_most(per_row, hard, steps, monkeypatch
 
 def table_of(steps):
     return build_table(SamplerConfig(num_train_timesteps=120, num_inference_steps=steps))
+
+
+def test_guess_errors_keep_what_they_were_given():
+    """A loop overwrites its buffer of predictions in every round."""
+    table, buffer = table_of(6), torch.zeros(2, 3)
+    reused, kept = GuessErrors(table, 4), GuessErrors(table, 4)
+    for _ in range(3):
+        buffer.copy_(torch.randn(2, 3))
+        reused.add(buffer)
+        kept.add(buffer.clone())
+    np.testing.assert_array_equal(reused.squares, kept.squares)
+    assert np.isfinite(kept.squares[4, :4]).all()
+    assert (kept.squares[4, :4] > 0).all()
+
+
+def recorded(monkeypatch):
+    """Let loops record graphs on the CPU; return the stand-in that counts them."""
+    monkeypatch.setattr(PhiloxNoise, "in_kernel", property(lambda self: True, lambda self, value: None), raising=False)
+    return FakeCuda().install(monkeypatch)
+
+
+def test_the_pilot_replays_graphs_and_is_watched_after_every_round(monkeypatch):
+    network, plan, table = random_unet().eval(), WindowPlan.of(4), table_of(30)
+    call, squares = Call.of(network, (1, 1, 8, 8)), []
+    for execution in ("eager", "auto"):
+        cuda = recorded(monkeypatch) if execution == "auto" else None
+        pilot = SpeculativeLoop(call, table, Clipping(1.0), plan, execution=Execution(execution, backend="torch"))
+        squares.append(measure._guess_errors(pilot, 8, float("inf"), measure.tqdm(total=30, disable=True)))
+    np.testing.assert_allclose(*squares, rtol=1e-5)
+    assert cuda.made == 1
+    assert cuda.replays >= 30 / 4
+
+
+def test_every_width_is_recorded_once(monkeypatch, exports):
+    cuda = recorded(monkeypatch)
+    sampler = Sampler(
+        random_unet().eval(), (2, 1, 8, 8), num_train_timesteps=120, speculate={0: 2, 30: 4, 60: 8}, optimize="hoist",
+        backend="torch",
+    )  # fmt: skip
+    first = sampler(seeds=[0, 1], progress=False)
+    made = cuda.made
+    assert 0 < made <= 3  # one for each width that the run needed
+    assert torch.equal(sampler(seeds=[0, 1], progress=False), first)
+    assert (cuda.made, exports) == (made, [61])
+
+
+def test_choosing_closes_its_bar_where_the_network_fails(monkeypatch):
+    closed = []
+
+    class Bar(measure.tqdm):
+        def close(self):
+            closed.append(True)
+            super().close()
+
+    class Failing(Slow):
+        def forward(self, x, t):
+            raise KeyError("of the network")
+
+    monkeypatch.setattr(measure, "tqdm", Bar)
+    with pytest.raises(KeyError, match="of the network") as raised:  # the error keeps the bar alive
+        Sampler(Failing(False), (1, 1, 4, 4), num_train_timesteps=120, speculate=True)
+    assert closed
+    assert raised
 
 
 def test_one_trace_serves_every_width(exports):
