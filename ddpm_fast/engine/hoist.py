@@ -373,12 +373,10 @@ class Hoisted:
         """Raise HoistError unless both ways of reading the tables give the network's output, from first row to last."""
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
         samples, last = torch.arange(self._batch, device=x.device), len(self._timesteps) - 1
-        spread = samples * last // max(self._batch - 1, 1)
-        for rows, row in (
-            (spread, None),
-            (torch.full_like(samples, last // 2), last // 2),
-            (torch.full_like(samples, last), last),
-        ):
+        tried: list[tuple[Tensor, int | None]] = [(samples * last // max(self._batch - 1, 1), None)]
+        # Two samples reach the first and the last row by themselves.
+        tried += [(torch.full_like(samples, row), row) for row in (last // 2, last)[: 2 if self._batch == 1 else 1]]
+        for rows, row in tried:
             t = self._timesteps[rows]
             expected = pytree.tree_leaves(self.model(noise, t, **self._kwargs))[0]
             try:

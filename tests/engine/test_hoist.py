@@ -221,6 +221,20 @@ def test_a_batch_size_that_the_shared_trace_does_not_fit_is_traced_by_itself(mak
     assert exports == [61, 3, 1]
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("wrong", [0, len(TIMES) // 2, len(TIMES) - 1])
+def test_the_first_the_middle_and_the_last_row_are_verified(batch, wrong, net, monkeypatch):
+    fill = Hoisted._fill
+
+    def spoilt(self, bank):
+        fill(self, bank)
+        bank.table.values[wrong] += 1
+
+    monkeypatch.setattr(Hoisted, "_fill", spoilt)
+    with pytest.raises(HoistError, match="gives other numbers"):
+        Hoisted(net, torch.randn(batch, 2, 4, 4), TIMES)
+
+
 def test_a_network_that_was_changed_is_traced_anew(exports):
     class Scaled(Net):
         scale = None
