@@ -282,6 +282,7 @@ class Loop(SamplingLoop):
             self._base.add_(stride)
 
         try:
+            self.network.watch()
             graph = StepGraph(body, self.device, self._pool)
         except CaptureError as error:
             return f"the network cannot be captured in a CUDA graph: {line_of(error)}", False

@@ -15,6 +15,7 @@ from ddpm_fast.engine.call import Call, same_value
 from ddpm_fast.engine.device import Model, device_of, dtype_of
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.hoist import Hoisted, same_up_to_rounding
+from ddpm_fast.engine.structure import FLAGS, Structure, changed_by, structure_of
 from ddpm_fast.engine.timer import seconds
 from ddpm_fast.engine.trace import HoistError
 from ddpm_fast.validate import line_of, one_of
@@ -58,6 +59,8 @@ class Network:
         self._own = own_dtype, device_of(call.model)
         self._autocast = own_dtype is not None and own_dtype != call.dtype
         self._addresses = _addresses(call.module)
+        self._volatile: frozenset[tuple[str, str]] = frozenset()  # attributes that calls change
+        self._structure: Structure = {}
         _warn_if_training(call.model)
         shape = call.input_shape
         self.input = torch.zeros(shape, dtype=call.dtype, device=call.device)
@@ -107,6 +110,7 @@ class Network:
         """
         self._prepared = timesteps, execution, row
         self.timestep.fill_(int(timesteps[0]))
+        self.watch()
         if execution.optimize is not None:
             self._hoist(timesteps, logging.INFO if execution.optimize == "auto" else logging.WARNING)
         if execution.memory_format is not None:
@@ -127,8 +131,9 @@ class Network:
                 f"the model was {_words(self._own)} when the sampler was built and is "
                 f"{_words((dtype_of(model), device_of(model)))} now: build another sampler"
             )
-        if (addresses := _addresses(module)) != self._addresses:  # parameters were replaced
-            self._addresses = addresses
+        addresses = _addresses(module)
+        if addresses != self._addresses or self._changed():  # parameters were replaced, or what a call does
+            self._addresses, self._structure = addresses, {}
             self.hoisted, self._called = None, model
             if self._prepared is not None:
                 self.prepare(*self._prepared)
@@ -142,6 +147,29 @@ class Network:
             logger.warning("the network is not hoisted any more: %s", reason)
             self.hoisted = None
             return True
+
+    def watch(self) -> None:
+        """Look at the network's structure before something is made from it: a trace, compiled code, a recorded graph.
+
+        `refresh` then sees what has changed. The network is called once, for what a call itself changes; in training
+        mode a call would draw numbers and count statistics, so that there only modules, flags and hooks count.
+        """
+        module = self.call.module
+        training = isinstance(module, nn.Module) and any(each.training for each in module.modules())
+        if not self._structure and not training:
+            with torch.no_grad(), self._precision():
+                self._volatile = changed_by(
+                    lambda: self.call.model(self.input, self.timestep, **self.kwargs), self.call.module
+                )
+        if not self._structure:
+            self._structure = structure_of(module)
+            if training:
+                self._volatile = frozenset(key for key in self._structure if key[1] not in FLAGS)
+
+    def _changed(self) -> bool:
+        """Return whether the network's structure is another one than when it was looked at."""
+        known, now = self._structure, structure_of(self.call.module) if self._structure else {}
+        return any(known.get(key) != now.get(key) for key in (known.keys() | now.keys()) - self._volatile)
 
     def update(self, call: Call) -> None:
         """Copy the keywords of `call` into the buffers.

@@ -226,6 +226,7 @@ class SpeculativeLoop(SamplingLoop):
         state = self.x, self._guess, self._position, self._rejected
         kept = [buffer.clone() for buffer in state]
         try:
+            network.watch()
             self._graphs[width] = StepGraph(lambda: self._round(network, width), self.device, self._pool)
         except (CaptureError, torch.OutOfMemoryError) as error:
             reason = f"the rounds cannot be recorded in a CUDA graph: {line_of(error)}"
