@@ -51,6 +51,19 @@ class HalfDiT(nn.Module):
         return output[:, : x.shape[1]]
 
 
+class Dot(nn.Module):
+    """A network of four operations: a convolution that is scaled by a function of t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+        self.scale = nn.Linear(1, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        scale: Tensor = self.scale(t[:, None].to(x.dtype) / 1000)
+        return torch.tanh(self.convolution(x) * scale[:, :, None, None])
+
+
 def _unet(config: dict[str, Any]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         from diffusers import UNet2DModel
@@ -103,12 +116,13 @@ KINDS = {
     ),
     "moons": Kind("UNet2DModel of the embedded network's size", "U-Net, 1.6 M", _unet(MOONS), (1, 32, 32)),
     "tiny": Kind("a tiny UNet2DModel", "tiny", _unet(TINY), (3, 8, 8)),
+    "dot": Kind("a convolution", "dot", Dot, (3, 8, 8)),
 }
 
 
 @dataclass
 class Problem:
-    """One network at one batch size and precision. All arms of a part share a problem.
+    """One network at one batch size and precision. Every arm of a part has an equal problem.
 
     Attributes:
         kind: The network.
@@ -117,7 +131,7 @@ class Problem:
         steps: The number of steps of a run.
         device: The device of the network.
         exact: The network in float32. The gate compares with it.
-        model: The network in the dtype of the precision. The arms share it and must not change it.
+        model: The network in the dtype of the precision. An arm must not change it.
         kwargs: The keywords of the network.
         config: DDPM with 1000 linear betas, of which a run takes `steps`.
     """
@@ -134,7 +148,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        self.exact = self.kind.make().eval().requires_grad_(False).to(self.device)
+        with self.device:  # weights are drawn there, which is much faster on a GPU
+            exact = self.kind.make()
+        self.exact = exact.eval().requires_grad_(False).to(self.device)
         self.model = copy.deepcopy(self.exact).to(self.dtype)
         self.kwargs = self.kind.kwargs(self.batch, self.device)
         self.config = SamplerConfig(num_inference_steps=self.steps, clip_sample=self.kind.clip)
@@ -149,15 +165,19 @@ class Problem:
         """The shape of the batch."""
         return (self.batch, *self.kind.shape)
 
-    def operations(self) -> int:
-        """Return the floating point operations of a call. A multiplication with an addition counts as two."""
-        from torch.utils.flop_counter import FlopCounterMode
 
-        x = torch.zeros(1, *self.kind.shape, device=self.device)
-        t = torch.zeros(1, dtype=torch.int64, device=self.device)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self.exact(x, t, **self.kind.kwargs(1, self.device))
-        return self.batch * int(counter.get_total_flops())
+def cost(kind: Kind, batch: int) -> tuple[int, int]:
+    """Return the parameters of a network, and the floating point operations of a call, without running the network.
+
+    A multiplication with an addition counts as two.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = torch.device("meta")
+    with device, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network = kind.make().eval()
+        network(torch.zeros(1, *kind.shape), torch.zeros(1, dtype=torch.int64), **kind.kwargs(1, device))
+    return sum(parameter.numel() for parameter in network.parameters()), batch * int(counter.get_total_flops())
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.common.command_line import make_parser
 from benchmarks.common.results import FOLDER, ROOT, Row
-from benchmarks.walks.run import PARTS
+from benchmarks.walks.parts import PARTS
 from ddpm_fast.files import whole_file
 
 OURS_COLOUR, OTHERS_COLOUR, ALONE_COLOUR = "C0", "0.65", "0.85"

@@ -3,199 +3,143 @@
     python -m benchmarks.walks --part cifar-1-bfloat16     measures a part on a GPU in less than nine minutes
     python -m benchmarks.walks --part cpu                  measures the part for a CPU, in minutes
     python -m benchmarks.walks --part smoke --device cpu   tries every piece; its numbers mean nothing
-    python -m benchmarks.walks --build cifar-1-bfloat16    compiles that part's arms, for Inductor's cache
     python -m benchmarks.walks --list                      names the parts
 
-All arms of a part run in one process, in turns, with the same network and random weights. Diffusers runs as shipped and
-compiled. An arm that takes a wrong step has an error in its row and no time. The result is written to
-benchmarks/results/<gpu>__walks-<part>.json, or to cpu__walks.json. docs/benchmarks.md explains the result, and
-`python -m benchmarks.tables` fills the tables from it. Put PYTHONPATH=. before the command where ddpm_fast is not
-installed.
+Every arm has a process of its own. All arms of all parts that are named are built at once, on as many cores as there
+are; then the arms of a part run in turns, while the other processes wait. Diffusers runs as shipped and compiled. An
+arm that takes a wrong step has an error in its row and no time. The first builds begin with an empty cache of compiled
+code; in the end, where time is left, the arms are built once more, with the cache that is full then. The result is
+written to benchmarks/results/<gpu>__walks-<part>.json, or to cpu__walks.json, after every build and every turn.
+docs/benchmarks.md explains the result, and `python -m benchmarks.tables` fills the tables from it. Put PYTHONPATH=.
+before the command where ddpm_fast is not installed.
 """
 
-import gc
-import multiprocessing
+import contextlib
+import os
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.common.command_line import add_result_options, make_parser
 from benchmarks.common.results import FOLDER, Row, machine_name, write_result
-from benchmarks.walks.arms import ALONE, ARMS, COMPILED, OURS, SHIPPED, Arm, Ours, WrongStepError, check, missing, quiet
-from benchmarks.walks.networks import KINDS, Problem
-from ddpm_fast.engine.tf32 import tf32
+from benchmarks.walks.arms import ALONE, COMPILED, OURS, SHIPPED, missing
+from benchmarks.walks.networks import KINDS, cost
+from benchmarks.walks.parts import PARTS, TRIALS, Part
+from benchmarks.walks.worker import ArmError, Clock, Seconds, Worker, rows_as_they_come
 
-ROUNDS = 25  # the most that an arm runs
+ROUNDS = 10  # the most that an arm runs
+FEWEST = 3  # runs of an arm, whatever the time
+BUILDING = 0.7  # share of the budget after which arms that are not built yet are left out
+AGAIN = 15  # seconds; with less time left nothing is built again
 COMPILES = "compile"  # part of the names of arms that Inductor compiles
-MOST_PROCESSES = 12  # that compile at once
 MATRIX = 8192  # rows and columns of the matrices whose product gives the ceiling
 
-Seconds = tuple[float, float]  # of one run: until the images are on the host; until the host had issued all steps
-
-_OURS = (OURS, f"{OURS}, layout by trial", f"{OURS}, layout by trial, compiled", f"{OURS}, network as it is", ALONE)
-_RIVALS = ("CUDA graph by hand", "denoising-diffusion-pytorch")
-_REDUCED = (f"{COMPILED} reduce-overhead", f"{COMPILED} reduce-overhead, channels_last")
-_AUTOTUNED = (f"{COMPILED} max-autotune", f"{COMPILED} max-autotune, channels_last")
-_DEFAULT = (f"{COMPILED} default", f"{COMPILED} default, channels_last")
-_GPU = (SHIPPED, *_OURS[:2], *_OURS[3:], "CUDA graph by hand", *_REDUCED, _OURS[2], "denoising-diffusion-pytorch")
-_TUNED = (*_AUTOTUNED, *_OURS)
+Save = Callable[[Row], Any]
 
 
-@dataclass(frozen=True)
-class Part:
-    """The setting that one command measures, with its goals.
+class Sheet:
+    """The measurements of a part.
+
+    Args:
+        name: A key of `PARTS`.
+        budget: Seconds of the whole command.
 
     Attributes:
-        kind: A key of `KINDS`.
-        batch: The batch size.
-        precision: "float32", "tf32" or "bfloat16".
-        steps: The number of steps of a run. Where the number is not 1000, the times of 1000 steps are scaled.
-        arms: The arms in the order in which they are built.
-        shipped_goal: The least speed-up of our fastest arm over diffusers as shipped.
-        compiled_goal: The least speed-up of our fastest arm over the fastest compiled diffusers.
-        slowest_goal: The least speed-up of our slowest arm over diffusers as shipped.
-        overhead_goal: The largest share of time that the loop may add to our network call alone.
+        part: The setting.
+        rows: The row of every arm whose build has ended.
+        times: The runs of every arm that took its turns.
+        left_out: The arms that are not measured, and why.
+        ceiling: The TFLOP/s of a large matrix product.
+        built_at_once: The number of arms that were built at the same time, those of other parts included.
     """
 
-    kind: str
-    batch: int
-    precision: str
-    steps: int = 50
-    arms: tuple[str, ...] = _GPU
-    shipped_goal: float | None = None
-    compiled_goal: float | None = None
-    slowest_goal: float = 1.0
-    overhead_goal: float | None = 0.02
+    def __init__(self, name: str, budget: float) -> None:
+        self.name, self.part, self.budget = name, PARTS[name], budget
+        self.rows: dict[str, Row] = {}
+        self.times: dict[str, list[Seconds]] = {}
+        self.left_out: list[Row] = []
+        self.ceiling: float | None = None
+        self.built_at_once = 0
+        self._began = time.perf_counter()
+        self._parameters, self._operations = cost(KINDS[self.part.kind], self.part.batch)
 
+    def leave_out(self, arm: str, why: str) -> None:
+        self.left_out.append({"arm": arm, "reason": why})
+        print(f"{self.name:20} {arm:50} left out: {why}", flush=True)
 
-# The most important parts stand first.
-PARTS = {
-    "cifar-1-bfloat16": Part("cifar", 1, "bfloat16", 100, shipped_goal=6, compiled_goal=1.5),
-    "cifar-256-bfloat16": Part("cifar", 256, "bfloat16", compiled_goal=1.15),
-    "256-1-bfloat16": Part("256", 1, "bfloat16", compiled_goal=1.2),
-    "cifar-1-float32": Part("cifar", 1, "float32", 100, shipped_goal=6, compiled_goal=1.5),
-    "cifar-1-tf32": Part("cifar", 1, "tf32", 100, shipped_goal=6, compiled_goal=1.5),
-    "cifar-1-bfloat16-autotune": Part("cifar", 1, "bfloat16", 100, _TUNED, compiled_goal=1.5),
-    "cifar-256-bfloat16-autotune": Part("cifar", 256, "bfloat16", 50, _TUNED, compiled_goal=1.15),
-    "cifar-16-bfloat16": Part("cifar", 16, "bfloat16"),
-    "cifar-64-bfloat16": Part("cifar", 64, "bfloat16"),
-    "256-16-bfloat16": Part("256", 16, "bfloat16"),
-    "dit-1-bfloat16": Part("dit", 1, "bfloat16"),
-    "dit-16-bfloat16": Part("dit", 16, "bfloat16"),
-    "cpu": Part(
-        "moons", 1, "float32", 50, (SHIPPED, *_OURS, _RIVALS[1], *_DEFAULT), shipped_goal=1.05, overhead_goal=None
-    ),
-    "smoke": Part("tiny", 2, "float32", 8, (SHIPPED, *_OURS, *_RIVALS, _DEFAULT[0])),
-    "dry": Part("tiny", 2, "float32", 8, (SHIPPED, OURS, ALONE)),
-}
-TRIALS = ("smoke", "dry")  # parts whose numbers mean nothing
+    def add(self, row: Row) -> None:
+        """Take the row of an arm that was built, or could not be built, with an empty cache."""
+        if "build_s" in row:
+            row["cold_build_s"] = row.pop("build_s")
+        self.rows[row["arm"]] = row
+        print(f"{self.name:20} {_built(row)}", flush=True)
 
+    def fail(self, arm: str, error: str) -> None:
+        """Note that an arm failed while it ran. Its times are dropped."""
+        self.rows[arm]["error"] = error
+        self.times.pop(arm, None)
 
-class Clock:
-    """A wall clock for a device.
-
-    Attributes:
-        device: The device that runs the arms.
-        cuda: Whether the host has to wait for the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.device = device
-
-    def wait(self) -> float:
-        """Wait until the device has finished. Return the time."""
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def time(self, arm: Arm, seed: int) -> Seconds:
-        """Return the seconds until the images are on the host as bytes, and until the host had issued all steps."""
-        began = self.wait()
-        x = arm.sample(seed)
-        issued = time.perf_counter()
-        if x is not None:
-            to_bytes(x).cpu()
-        return self.wait() - began, issued - began
-
-
-def to_bytes(x: Tensor) -> Tensor:
-    """Return images on [-1, 1] as bytes. All arms use this function."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def build(name: str, problem: Problem, clock: Clock) -> tuple[Arm, Row]:
-    """Build an arm and check it. Return the arm, and a row with the time, the memory and the kernels that it takes."""
-    reserved = _reserved(clock)
-    began = clock.wait()
-    with quiet():
-        arm = ARMS[name](problem)
-    seconds = clock.wait() - began
-    row: Row = {"arm": name, "build_s": seconds, "gate": None if name == ALONE else check(arm)}
-    row["kernels_per_step"] = kernels(arm, clock) if clock.cuda else None
-    arm.sample(0)
-    row["memory_MB"] = (_reserved(clock) - reserved) / 1e6 if clock.cuda else None
-    return arm, row
-
-
-def _reserved(clock: Clock) -> int:
-    if not clock.cuda:
-        return 0
-    gc.collect()
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved(clock.device)
-
-
-def kernels(arm: Arm, clock: Clock) -> float | None:
-    """Return the kernels, copies and fills that the device runs for a step; None where they cannot be counted."""
-    if isinstance(arm, Ours):
-        graphs = list(arm.loop._graphs.values())
-        return count(graphs[0].replay, clock) if graphs else None
-    if arm.problem.steps < 8:
-        return None
-    return (count(lambda: arm.sample(0, 7), clock) - count(lambda: arm.sample(0, 3), clock)) / 4
-
-
-def count(work: Callable[[], Any], clock: Clock) -> float:
-    """Return the kernels, copies and fills that the device runs for `work`."""
-    from torch.profiler import ProfilerActivity, profile
-
-    clock.wait()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        work()
-        clock.wait()
-    return float(sum(event.device_type.name == "CUDA" for event in profiled.events()))
+    def result(self) -> Row:
+        """Return all entries of the result file except the environment, as far as they are known."""
+        part = self.part
+        rows = {arm: dict(self.rows[arm]) for arm in part.arms if arm in self.rows}
+        times = {arm: seconds for arm, seconds in self.times.items() if seconds}
+        for arm, seconds in times.items():
+            rows[arm] |= row_of(part, seconds, self._operations, self.ceiling)
+        compare(rows, times)
+        return {
+            "part": self.name,
+            "network": KINDS[part.kind].title,
+            "batch": part.batch,
+            "precision": part.precision,
+            "steps": part.steps,
+            "parameters": self._parameters,
+            "GFLOP_per_call": self._operations / 1e9,
+            "ceiling_TFLOP_per_s": self.ceiling,
+            "built_at_once": self.built_at_once,
+            "goals": goals(part, rows),
+            "left_out": self.left_out,
+            "seconds": time.perf_counter() - self._began,
+            "budget_seconds": self.budget,
+            "rows": list(rows.values()),
+        }
 
 
 def take_turns(
-    arms: dict[str, Arm],
-    clock: Clock,
+    workers: Mapping[str, Worker],
     until: float,
-    rounds: int = ROUNDS,
-    after: Callable[[dict[str, list[Seconds]]], None] = lambda times: None,
+    after: Callable[[dict[str, list[Seconds]]], Any] = lambda times: None,
+    fail: Callable[[str, str], Any] = lambda arm, error: None,
 ) -> dict[str, list[Seconds]]:
     """Run all arms in turns. Return the seconds of each run.
 
-    Every arm runs at least three times, and at most `rounds` times while the time lasts. `after` gets what was measured
-    so far after every turn, so that a run that is cut off loses a turn.
+    Args:
+        workers: The arms by name.
+        until: The time that ends the turns. Every arm runs `FEWEST` times, and at most `ROUNDS` times while it lasts.
+        after: A function that gets the times so far after every turn.
+        fail: A function that gets the name and the error of an arm that fails. The arm takes no more turns.
     """
-    times: dict[str, list[Seconds]] = {name: [] for name in arms}
-    for arm in arms.values():
-        clock.time(arm, 0)
-    for turn in range(rounds):
-        for name, arm in arms.items():
+    times: dict[str, list[Seconds]] = {name: [] for name in workers}
+    for turn in range(ROUNDS + 1):  # turn 0 warms up
+        for name in list(times):
             expected = max((whole for whole, _ in times[name]), default=0)
-            if turn < 3 or time.perf_counter() + expected < until:
-                times[name].append(clock.time(arm, turn + 1))
-        after(times)
-        if turn >= 2 and time.perf_counter() > until:
+            if turn > FEWEST and time.perf_counter() + expected >= until:
+                continue
+            try:
+                seconds = workers[name].time(turn)
+            except ArmError as error:
+                del times[name]
+                fail(name, str(error))
+                continue
+            if turn > 0:
+                times[name].append(seconds)
+        if turn > 0:
+            after(times)
+        if turn >= FEWEST and time.perf_counter() > until:
             break
     return times
 
@@ -279,107 +223,124 @@ def matrix_ceiling(clock: Clock) -> float | None:
     return 2 * MATRIX**3 / float(np.median(times)) / 1e12
 
 
-def run(name: str, device: torch.device, budget: float, save: Callable[[Row], None] = lambda result: None) -> Row:
-    """Measure a part. Return all entries of the result file except the environment.
+@contextlib.contextmanager
+def empty_cache(compiled: int) -> Iterator[None]:
+    """Give processes that are started in this context an empty cache for compiled code, and share the cores.
 
     Args:
-        name: A key of `PARTS`.
-        device: The device of the network.
-        budget: Seconds; arms that do not fit are left out.
-        save: A function that gets the entries so far, after every arm that was built and every turn.
+        compiled: The number of arms that are compiled at once.
     """
-    part, clock = PARTS[name], Clock(device)
-    began = time.perf_counter()
-    ceiling = matrix_ceiling(clock)
-    problem = Problem(KINDS[part.kind], part.batch, part.precision, part.steps, device)
-    operations = problem.operations()
-    arms: dict[str, Arm] = {}
-    rows: dict[str, Row] = {}
-    left_out: list[Row] = []
-
-    def result(times: dict[str, list[Seconds]]) -> Row:
-        measured = {name: dict(row) for name, row in rows.items()}
-        for arm, seconds in times.items():
-            if seconds:
-                measured[arm] |= row_of(part, seconds, operations, ceiling)
-        compare(measured, times)
-        return {
-            "part": name,
-            "network": problem.kind.title,
-            "batch": part.batch,
-            "precision": part.precision,
-            "steps": part.steps,
-            "parameters": sum(parameter.numel() for parameter in problem.exact.parameters()),
-            "GFLOP_per_call": operations / 1e9,
-            "ceiling_TFLOP_per_s": ceiling,
-            "goals": goals(part, measured),
-            "left_out": left_out,
-            "seconds": time.perf_counter() - began,
-            "budget_seconds": budget,
-            "built": "with Inductor's cache",
-            "rows": list(measured.values()),
-        }
-
-    longest = 0.0
-    with tf32({"float32": False, "tf32": True}.get(part.precision) if clock.cuda else None):
-        for arm in part.arms:
-            spent = time.perf_counter() - began
-            why = missing(arm, problem)
-            if why is None and spent + longest > 0.7 * budget:
-                why = "time"
-            if why is not None:
-                left_out.append({"arm": arm, "reason": why})
-                print(f"{arm:45} left out: {why}", flush=True)
-                continue
-            try:
-                arms[arm], rows[arm] = build(arm, problem, clock)
-            except WrongStepError as error:
-                rows[arm] = {"arm": arm, "error": f"wrong result: {error}"}
-            except Exception as error:  # the other arms are still measured
-                rows[arm] = {"arm": arm, "error": f"{type(error).__name__}: {str(error)[:500]}"}
-            print(_built(rows[arm]), flush=True)
-            longest = max(longest, time.perf_counter() - began - spent)
-            save(result({}))
-        times = take_turns(arms, clock, began + budget, ROUNDS, lambda times: save(result(times)))
-        return result(times)
+    threads = max(1, (os.cpu_count() or 1) // max(1, compiled))
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="ddpm_fast_", ignore_cleanup_errors=True) as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
-def build_cold(names: Sequence[str], device: torch.device, out: Path, commit: str | None) -> int:
-    """Build every compiled arm of the parts in a process of its own, all at once: their code is then in the cache.
+def run(names: Sequence[str], device: torch.device, budget: float, save: Save = lambda result: None) -> list[Row]:
+    """Measure parts. Return for each part all entries of the result file except the environment.
 
-    The seconds are written to <machine>__builds.json. Return 1 if an arm could not be built, else 0.
+    Args:
+        names: Keys of `PARTS`.
+        device: The device of the networks.
+        budget: Seconds. Arms that do not fit are left out.
+        save: A function that gets the entries of a part after every arm that was built and every turn.
     """
-    jobs = [(name, arm) for name in names for arm in PARTS[name].arms if COMPILES in arm]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(max(1, min(len(jobs), MOST_PROCESSES)), maxtasksperchild=1) as pool:
-        rows: list[Row] = []
-        for row in pool.imap_unordered(partial(_build_cold, str(device)), jobs):
-            rows.append(row)
-            print("{part:28} {arm:60} ".format(**row), row.get("error") or f"{row['cold_s']:.1f} s", flush=True)
-            write_result(f"{machine_name(device)}__builds", rows, folder=out, commit=commit)
-    return int(any("error" in row for row in rows))
+    until = time.perf_counter() + budget
+    sheets = [Sheet(name, budget) for name in names]
+    jobs = []
+    for sheet in sheets:
+        for arm in sheet.part.arms:
+            if why := missing(arm, KINDS[sheet.part.kind], device):
+                sheet.leave_out(arm, why)
+            else:
+                jobs.append((sheet, arm))
+    with empty_cache(sum(COMPILES in arm for _, arm in jobs)):
+        with workers_of(jobs, device) as workers:
+            build_all(workers, until - (1 - BUILDING) * budget, save)
+            ceiling = matrix_ceiling(Clock(device))
+            for place, sheet in enumerate(sheets):
+                sheet.ceiling = ceiling
+                now = time.perf_counter()
+                own = {worker.arm: worker for worker, owner in workers.items() if owner is sheet}
+                measure(sheet, own, now + (until - now) / (len(sheets) - place), save)
+        again = [(sheet, arm) for sheet, arm in jobs if arm in sheet.times]
+        if again and until - time.perf_counter() > AGAIN:
+            with workers_of(again, device) as workers:
+                build_again(workers, until, save)
+    return [sheet.result() for sheet in sheets]
 
 
-def _build_cold(device: str, job: tuple[str, str]) -> Row:
-    name, arm = job
-    part, clock = PARTS[name], Clock(torch.device(device))
-    problem = Problem(KINDS[part.kind], part.batch, part.precision, min(part.steps, 4), clock.device)
-    if why := missing(arm, problem):
-        return {"part": name, "arm": arm, "error": f"left out: {why}"}
-    began = clock.wait()
+@contextlib.contextmanager
+def workers_of(jobs: Sequence[tuple[Sheet, str]], device: torch.device) -> Iterator[dict[Worker, Sheet]]:
+    """Start a process for every arm of `jobs`, all at once. In the end the processes end."""
+    workers: dict[Worker, Sheet] = {}
     try:
-        with quiet():
-            ARMS[arm](problem)
-    except Exception as error:  # the other arms are still built
-        return {"part": name, "arm": arm, "error": f"{type(error).__name__}: {str(error)[:500]}"}
-    return {"part": name, "arm": arm, "cold_s": clock.wait() - began}
+        for sheet, arm in jobs:
+            workers[Worker(sheet.part, arm, device)] = sheet
+        yield workers
+    finally:
+        for worker in workers:
+            worker.end()
+        for worker in workers:
+            worker.join()
+
+
+def build_all(workers: Mapping[Worker, Sheet], until: float, save: Save) -> None:
+    """Wait for the builds of all arms until a time. Arms that are not built then are left out."""
+
+    def after(worker: Worker) -> None:
+        assert worker.row is not None
+        workers[worker].add(worker.row)
+        save(workers[worker].result())
+
+    for sheet in workers.values():
+        sheet.built_at_once = len(workers)
+    rows_as_they_come(list(workers), until, after)
+    for worker, sheet in workers.items():
+        if worker.row is None:
+            worker.end()
+            sheet.leave_out(worker.arm, "time")
+
+
+def build_again(workers: Mapping[Worker, Sheet], until: float, save: Save) -> None:
+    """Wait until a time for second builds, whose compiled code is in the cache."""
+
+    def after(worker: Worker) -> None:
+        sheet = workers[worker]
+        assert worker.row is not None
+        if "build_s" in worker.row:
+            sheet.rows[worker.arm]["warm_build_s"] = worker.row["build_s"]
+            print(
+                f"{sheet.name:20} {worker.arm:50} built in {worker.row['build_s']:.1f} s with a warm cache", flush=True
+            )
+            save(sheet.result())
+
+    rows_as_they_come(list(workers), until, after)
+
+
+def measure(sheet: Sheet, workers: Mapping[str, Worker], until: float, save: Save) -> None:
+    """Run the arms of a part that were built, in turns, until a time."""
+
+    def after(times: dict[str, list[Seconds]]) -> None:
+        sheet.times = times
+        save(sheet.result())
+
+    ready = {arm: worker for arm, worker in workers.items() if worker.row is not None and "error" not in worker.row}
+    sheet.times = take_turns(ready, until, after, sheet.fail)
+    save(sheet.result())
 
 
 def _built(row: Row) -> str:
     if "error" in row:
-        return f"{row['arm']:45} ERROR: {row['error']}"
+        return f"{row['arm']:50} ERROR: {row['error']}"
     gate = "no gate" if row["gate"] is None else f"gate at {row['gate']:.2f}"
-    return f"{row['arm']:45} built in {row['build_s']:.1f} s, {gate}"
+    return f"{row['arm']:50} built in {row['cold_build_s']:.1f} s, {gate}"
 
 
 def line(row: Row) -> str:
@@ -393,13 +354,23 @@ def line(row: Row) -> str:
     return text
 
 
+def report(result: Row) -> None:
+    """Print the rows and the goals of a part."""
+    for row in result["rows"]:
+        print(line(row))
+    for goal in result["goals"]:
+        if goal["limit"] is not None:
+            value = "" if goal["value"] is None else f" {goal['value']:.3g},"
+            verdict = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
+            print(f"goal: {goal['goal']}, {goal['sense']} {goal['limit']:g}:{value} {verdict}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Return 1 if a row has an error, else 0."""
     parser = make_parser(__doc__)
-    parser.add_argument("--part", choices=PARTS, help="the part to measure; default: name the parts and exit")
-    parser.add_argument("--build", nargs="+", choices=PARTS, help="only build these parts' compiled arms, all at once")
+    parser.add_argument("--part", nargs="+", choices=PARTS, help="the parts to measure; default: name them and exit")
     parser.add_argument("--list", action="store_true", help="name the parts, the most important first, and exit")
-    parser.add_argument("--device", help="cuda or cpu (default: cpu for the parts cpu and smoke, else cuda)")
+    parser.add_argument("--device", help="cuda or cpu (default: cpu for the parts that are for a CPU, else cuda)")
     parser.add_argument(
         "--budget",
         type=float,
@@ -408,32 +379,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_result_options(parser, folder=None)
     given = parser.parse_args(arguments)
-    if given.list or not (given.part or given.build):
+    if given.list or not given.part:
         print("\n".join(PARTS))
         return 0
-    device = torch.device(given.device or ("cpu" if given.part in ("cpu", *TRIALS) else "cuda"))
+    device = torch.device(given.device or ("cpu" if {*given.part} <= {"cpu", *TRIALS} else "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA GPU; the part cpu is for a CPU")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    machine, folder = machine_name(device), given.out or FOLDER
-    if given.build:
-        return build_cold(given.build, device, folder, given.commit)
-    name = f"{machine}__walks-{given.part}" if given.part != "cpu" else "cpu__walks"
-    writes = given.out or given.part not in TRIALS
 
     def save(result: Row) -> None:
-        more = {key: value for key, value in result.items() if key != "rows"}
-        if writes:
-            write_result(name, result["rows"], folder=folder, commit=given.commit, **more)
+        name = result["part"]
+        if given.out or name not in TRIALS:
+            more = {key: value for key, value in result.items() if key != "rows"}
+            file = "cpu__walks" if name == "cpu" else f"{machine_name(device)}__walks-{name}"
+            write_result(file, result["rows"], folder=given.out or FOLDER, commit=given.commit, **more)
 
-    result = run(given.part, device, given.budget, save)
-    save(result)
-    for row in result["rows"]:
-        print(line(row))
-    for goal in result["goals"]:
-        if goal["limit"] is not None:
-            value = "" if goal["value"] is None else f" {goal['value']:.3g},"
-            verdict = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
-            print(f"goal: {goal['goal']}, {goal['sense']} {goal['limit']:g}:{value} {verdict}")
-    return int(any("error" in row for row in result["rows"]))
+    results = run(given.part, device, given.budget, save)
+    for result in results:
+        report(result)
+    return int(any("error" in row for result in results for row in result["rows"]))

@@ -1,15 +1,15 @@
 """The tables of whole runs, in README.md and docs/benchmarks.md."""
 
 from benchmarks.common.pages import cell, markdown_table, with_range
-from benchmarks.common.results import FOLDER, Row, machine_of, read_result, slug
+from benchmarks.common.results import FOLDER, Row, machine_of
 from benchmarks.walks.arms import COMPILED, OURS, SHIPPED
 from benchmarks.walks.networks import KINDS
+from benchmarks.walks.parts import PARTS, TRIALS
 from benchmarks.walks.plot import read_results
-from benchmarks.walks.run import PARTS, TRIALS
 
 COLUMNS = {
     "s_per_1000_steps": ".3g", "images_per_s": ".3g", "share_of_ceiling": ".1%", "kernels_per_step": ".0f",
-    "host_us_per_step": ",.0f", "memory_MB": ",.0f", "cold_s": ".1f", "warm_s": ".1f", "gate": ".2f",
+    "host_us_per_step": ",.0f", "memory_MB": ",.0f", "cold_build_s": ".1f", "warm_build_s": ".1f", "gate": ".2f",
 }  # fmt: skip
 
 
@@ -49,15 +49,13 @@ def arms() -> str:
     """Return a table of all arms for each part that was measured."""
     header = (
         "| arm | ms a step (p20 to p80) | seconds for 1000 steps | images a second | share of the ceiling "
-        "| kernels a step | host, µs a step | memory, MB | cold build, s | warm build, s | gate "
-        "| speed-up over as shipped "
-        "| speed-up over best compiled |"
+        "| kernels a step | host, µs a step | memory, MB | cold build, s | warm build, s | gate | speed-up over as "
+        "shipped | speed-up over best compiled |"
     )
     pieces = []
     for result in (result for results in _by_part().values() for result in results):
         lines = []
-        cold = _cold_builds(result)
-        for row in (row | _builds(row, result, cold) for row in result["rows"]):
+        for row in result["rows"]:
             spread = f" ({row['ms_per_step_p20']:.3g} to {row['ms_per_step_p80']:.3g})" if "ms_per_step" in row else ""
             cells = [f"{cell(row, 'ms_per_step', ',.3g')}{spread}"]
             cells += [cell(row, key, form) for key, form in COLUMNS.items()]
@@ -68,34 +66,16 @@ def arms() -> str:
     return "\n\n".join(pieces) or "Nothing was measured yet."
 
 
-def _cold_builds(result: Row) -> dict[str, float]:
-    """Return the seconds that the arms of a part took to build with an empty cache, where they were measured."""
-    machine = machine_of(result)
-    name = f"{slug(machine) if result['environment']['gpu'] else 'cpu'}__builds"
-    if not (FOLDER / f"{name}.json").exists():
-        return {}
-    rows = read_result(name)["rows"]
-    return {row["arm"]: row["cold_s"] for row in rows if row["part"] == result["part"] and "cold_s" in row}
-
-
-def _builds(row: Row, result: Row, cold: dict[str, float]) -> Row:
-    """Return both times to build an arm; results without the entry "built" were measured without any cache."""
-    if "build_s" not in row:
-        return {}
-    if "built" not in result:
-        return {"cold_s": row["build_s"]}
-    found = cold.get(row["arm"])
-    return {"warm_s": row["build_s"], **({} if found is None else {"cold_s": found})}
-
-
 def _heading(result: Row) -> str:
     environment = result["environment"]
     length = "1000 steps" if result["steps"] == 1000 else f"{result['steps']} steps, scaled to 1000"
     ceiling = result["ceiling_TFLOP_per_s"]
     matrix = f" A bfloat16 matrix product reaches {ceiling:.0f} TFLOP/s." if ceiling else ""
+    many = result.get("built_at_once")
+    built = f" {many} arms were built at once." if many else " The arms were built one by one, and ran, in one process."
     return (
         f"**{result['network']}**, batch size {result['batch']}, {result['precision']}, {length}. Measured on "
-        f"{machine_of(result)}, with torch {environment['torch']}, at commit {environment['commit']}.{matrix}"
+        f"{machine_of(result)}, with torch {environment['torch']}, at commit {environment['commit']}.{matrix}{built}"
     )
 
 
