@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.command_line import add_result_options, make_parser
-from benchmarks.common.results import Row, machine_name, write_result
+from benchmarks.common.results import FOLDER, Row, machine_name, write_result
 from benchmarks.speculation.run import labels
 from benchmarks.walks.networks import KINDS
 from ddpm_fast.engine.call import Call
@@ -71,14 +71,14 @@ def measure(device: torch.device, batches: tuple[int, ...], save: Callable[[list
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--smoke", action="store_true", help="measure two batch sizes and write nothing")
-    add_result_options(parser)
+    parser.add_argument("--smoke", action="store_true", help="two batch sizes; writes nothing without --out")
+    add_result_options(parser, folder=None)
     given = parser.parse_args()
     device = torch.device(given.device)
 
     def save(rows: list[Row]) -> None:
-        if not given.smoke:
-            write_result(f"{machine_name(device)}__replay", rows, folder=given.out, commit=given.commit)
+        if given.out or not given.smoke:
+            write_result(f"{machine_name(device)}__replay", rows, folder=given.out or FOLDER, commit=given.commit)
 
     measure(device, BATCHES[:2] if given.smoke else BATCHES, save)
 

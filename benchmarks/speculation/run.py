@@ -7,16 +7,20 @@
 
 A row has these numbers for one policy and one batch size:
 
+    seconds      the median of a run
     calls        sequential network calls until the last sample ends
     volume       network evaluations, those of idle rows included, over those of the sequential sampler
     rejections   rejected drafts of a sample; a rejection ends a round, so there is at least one call more
     faster_than  the speed-up over the plain sequential sampler and over the hoisted one
 
-All arms take turns, seed by seed. Speed-ups are medians over the seeds. The result is written to
+All arms take turns, seed by seed. Speed-ups are medians over the seeds. The result is written after every seed, to
 benchmarks/results/<gpu or cpu>__speculation.json, or to …__speculation_calls.json or …__speculation_every.json.
 """
 
+import math
 import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.command_line import add_result_options, make_parser
-from benchmarks.common.results import Row, machine_name, write_result
+from benchmarks.common.results import FOLDER, Row, machine_name, write_result
 from ddpm_fast.engine.report import Speculation
 from ddpm_fast.kernels.rounds import Position
 from ddpm_fast.models.checkpoint import Checkpoint, Classes, load_checkpoint
@@ -42,6 +46,7 @@ COUNTED: dict[str, Speculate] = {
     "16": 16, "32": 32, "48": 48, "64": 64, "4, 8 from 25, 16 from 100, 32 from 400": {0: 4, 25: 8, 100: 16, 400: 32},
     "8, 16 from 25, 48 from 100": {0: 8, 25: 16, 100: 48},
 }  # fmt: skip
+BUILDING = 0.6  # share of the time after which no arm is built
 RANGES = ((0, 100), (100, 250), (250, 500), (500, 1000))
 
 
@@ -79,8 +84,8 @@ def labels(classes: Classes | None, batch: int, device: torch.device) -> dict[st
 
 def arms_of(
     checkpoint: Checkpoint, batch: int, steps: int, device: torch.device, every: bool = False
-) -> dict[Key, Sampler[Tensor]]:
-    """Return the samplers that are compared.
+) -> Iterator[tuple[Key, Sampler[Tensor]]]:
+    """Yield the samplers that are compared, the most wanted first; each is built when its turn has come.
 
     Args:
         checkpoint: The model.
@@ -101,68 +106,102 @@ def arms_of(
         all_options: SamplerOptions = {**options, **execution, "speculate": speculate}
         return Sampler(checkpoint.model, shape, **all_options)
 
-    arms: dict[Key, Sampler[Tensor]] = {
-        ("sequential", "-", False): make(False),
-        ("sequential", "-", True): make(False, hoist=True),
-    }
-    policies = {"measured": EVERY["measured"]}
-    if batch == 1 or every:
-        policies = EVERY
-    elif batch == 4:
-        policies = {name: EVERY[name] for name in ("8", "by t", "measured")}
-    for name, windows in policies.items():
-        arms[name, "of the row", False] = make(windows)
+    yield ("sequential", "-", False), make(False)
+    yield ("sequential", "-", True), make(False, hoist=True)
+    measured = make(EVERY["measured"])
+    yield ("measured", "of the row", False), measured
+    if not every:
+        assert measured.windows is not None
+        yield ("measured", "of the row", True), make(measured.windows, hoist=True)
+    named = EVERY if batch == 1 or every else ("8", "by t") if batch == 4 else ()
+    for name in named:
+        if name == "measured":
+            continue
+        yield (name, "of the row", False), make(EVERY[name])
         if batch == 1 and name in ALSO_FROZEN:
-            arms[name, "frozen", False] = make(windows)
-            with_frozen_guesses(speculative_loop(arms[name, "frozen", False]))
-    if every:
-        return arms
-    chosen = arms["measured", "of the row", False].windows
-    assert chosen is not None
-    arms["measured", "of the row", True] = make(chosen, hoist=True)
-    arms["sequential, channels_last", "-", True] = make(False, hoist=True, memory_format="channels_last")
-    arms["measured, channels_last", "of the row", True] = make(chosen, hoist=True, memory_format="channels_last")
-    return arms
+            frozen = make(EVERY[name])
+            with_frozen_guesses(speculative_loop(frozen))
+            yield (name, "frozen", False), frozen
+    if not every:
+        layout = "channels_last"
+        yield (f"sequential, {layout}", "-", True), make(False, hoist=True, memory_format=layout)
+        assert measured.windows is not None
+        yield (f"measured, {layout}", "of the row", True), make(measured.windows, hoist=True, memory_format=layout)
 
 
-def compare(
-    checkpoint: Checkpoint, batch: int, seeds: int, steps: int, device: torch.device, every: bool = False
-) -> list[Row]:
-    """Run all arms for a model and a batch size. Return a row for each arm."""
-    arms = arms_of(checkpoint, batch, steps, device, every)
-    if device.type == "cuda":
-        for sampler in arms.values():  # the first run records graphs and fills caches
-            sampler(seeds=0, progress=False)
-    durations: dict[Key, list[float]] = {key: [] for key in arms}
-    reports: dict[Key, list[Speculation]] = {key: [] for key in arms}
-    for turn in range(seeds):
-        for key, sampler in arms.items():
-            began = time.perf_counter()
-            report = sampler(seeds=100 * turn, progress=False, output="result").speculation
+class Comparison:
+    """The runs of all arms for a model and a batch size.
+
+    Args:
+        arms: The arms, each built when it is asked for.
+        device: The device of the model.
+        batch: The batch size.
+        until: The time after which no arm is built and no seed begun, except for the first seed.
+
+    Attributes:
+        rows: A row for each arm that has run.
+        complete: Whether there was time for every arm.
+    """
+
+    def __init__(
+        self, arms: Iterable[tuple[Key, Sampler[Tensor]]], device: torch.device, batch: int, until: float
+    ) -> None:
+        self.device, self.batch, self.until = device, batch, until
+        self.rows: list[Row] = []
+        self.complete = True
+        self.samplers: dict[Key, Sampler[Tensor]] = {}
+        self.durations: dict[Key, list[float]] = {}
+        self.reports: dict[Key, list[Speculation]] = {}
+        built = time.perf_counter() + BUILDING * (until - time.perf_counter())
+        for key, sampler in arms:
+            self.samplers[key], self.durations[key], self.reports[key] = sampler, [], []
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            durations[key].append(time.perf_counter() - began)
-            if report is not None:
-                reports[key].append(report)
-    rows = []
-    for key, sampler in arms.items():
+                sampler(seeds=0, progress=False)  # the first run records graphs and fills caches
+            if time.perf_counter() > built and len(self.samplers) > 1:
+                self.complete = False
+                break
+
+    def run(self, seeds: int, save: Callable[[list[Row]], Any] = lambda rows: None) -> list[Row]:
+        """Run all arms in turns, seed by seed. Return the rows; `save` gets them after every seed."""
+        for turn in range(seeds):
+            if turn > 0 and time.perf_counter() > self.until:
+                break
+            for key, sampler in self.samplers.items():
+                began = time.perf_counter()
+                report = sampler(seeds=100 * turn, progress=False, output="result").speculation
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                self.durations[key].append(time.perf_counter() - began)
+                if report is not None:
+                    self.reports[key].append(report)
+            self.rows = [self._row(key) for key in self.samplers]
+            save(self.rows)
+        for row in self.rows:
+            print({name: value for name, value in row.items() if name != "acceptance"}, flush=True)
+        return self.rows
+
+    def _row(self, key: Key) -> Row:
+        """Return what was measured of an arm so far."""
         policy, guess, hoisted = key
-        row: Row = {"policy": policy, "guess": guess, "hoisted": hoisted, "batch": batch, "seeds": seeds}
+        seeds = len(self.durations[key])
+        row: Row = {"policy": policy, "guess": guess, "hoisted": hoisted, "batch": self.batch, "seeds": seeds}
+        row["seconds"] = float(np.median(self.durations[key]))
         for name, other in (("plain", False), ("hoisted", True)):
-            ratios = np.divide(durations["sequential", "-", other], durations[key])
+            if ("sequential", "-", other) not in self.durations:
+                continue
+            ratios = np.divide(self.durations["sequential", "-", other], self.durations[key])
             row[f"faster_than_{name}"] = {
                 "median": float(np.median(ratios)), "low": float(ratios.min()), "high": float(ratios.max()),
             }  # fmt: skip
-        if reports[key]:
-            row["windows"] = sampler.windows.to_dict() if sampler.windows else None
-            row |= means(reports[key])
+        if reports := self.reports[key]:
+            windows = self.samplers[key].windows
+            row["windows"] = windows.to_dict() if windows else None
+            row |= means(reports)
             row["acceptance"] = {
-                f"{low} to {high}": float(np.mean([each.accepted(low, high) for each in reports[key]]))
+                f"{low} to {high}": float(np.mean([each.accepted(low, high) for each in reports]))
                 for low, high in RANGES
             }
-        rows.append(row)
-        print({name: value for name, value in row.items() if name != "acceptance"}, flush=True)
-    return rows
+        return row
 
 
 def means(reports: list[Speculation]) -> Row:
@@ -194,25 +233,40 @@ def count(checkpoint: Checkpoint, seeds: int, device: torch.device) -> list[Row]
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--smoke", action="store_true", help="take few steps and few seeds, and write nothing")
+    parser.add_argument("--smoke", action="store_true", help="few steps and seeds; writes nothing without --out")
     parser.add_argument("--calls", action="store_true", help="count calls and volume, without timing")
     parser.add_argument("--every", action="store_true", help="measure every policy for batches of 4 and 16, one seed")
     parser.add_argument("--models", nargs="+", default=["moons", "digits"], help="default: %(default)s")
+    parser.add_argument("--batches", nargs="+", type=int, help="default: 1, 4 and 16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add_result_options(parser)
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds; arms that do not fit are left out")
+    add_result_options(parser, folder=None)
     given = parser.parse_args()
-    device = torch.device(given.device)
+    device, until = torch.device(given.device), time.perf_counter() + given.budget
     name = f"{machine_name(device)}__speculation" + ("_calls" if given.calls else "_every" if given.every else "")
+    batches = given.batches or ((1,) if given.calls or given.smoke else (4, 16) if given.every else (1, 4, 16))
+    jobs = [(model, batch) for model in given.models for batch in batches]
     rows: list[Row] = []
-    for model in given.models:
+    left_out: list[Row] = []
+
+    def save(model: str, measured: list[Row]) -> None:
+        if given.out or not given.smoke:
+            more = {"left_out": left_out} if left_out else {}
+            found = [*rows, *({"model": model, **row} for row in measured)]
+            write_result(name, found, folder=given.out or FOLDER, commit=given.commit, **more)
+
+    for place, (model, batch) in enumerate(jobs):
         checkpoint = load_checkpoint(model, device=device)
         seeds = 1 if given.smoke or given.every else 3
         steps = 30 if given.smoke else checkpoint.diffusion.num_train_timesteps
-        for batch in (1,) if given.calls or given.smoke else (4, 16) if given.every else (1, 4, 16):
-            if given.calls:
-                measured = count(checkpoint, 4, device)
-            else:
-                measured = compare(checkpoint, batch, seeds, steps, device, given.every)
-            rows += [{"model": model, **row} for row in measured]
-            if not given.smoke:
-                write_result(name, rows, folder=given.out, commit=given.commit)
+        if given.calls:
+            measured = count(checkpoint, 4, device)
+        else:
+            now = time.perf_counter()
+            arms = arms_of(checkpoint, batch, steps, device, given.every)
+            comparison = Comparison(arms, device, batch, now + (until - now) / (len(jobs) - place))
+            if not comparison.complete:
+                left_out.append({"model": model, "batch": batch, "reason": "time"})
+            measured = comparison.run(seeds, partial(save, model))
+        save(model, measured)
+        rows += [{"model": model, **row} for row in measured]

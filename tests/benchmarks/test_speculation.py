@@ -1,6 +1,8 @@
 """The benchmarks of speculative sampling run, and their results fill the tables of docs/speculation.md."""
 
 import itertools
+import math
+import time
 
 import torch
 
@@ -23,18 +25,32 @@ def test_ideas_are_counted():
 
 
 def test_arms_are_compared():
-    rows = run.compare(load_checkpoint("digits"), 4, 1, 16, CPU)
+    saved = []
+    arms = run.arms_of(load_checkpoint("digits"), 4, 16, CPU)
+    rows = run.Comparison(arms, CPU, 4, math.inf).run(2, lambda rows: saved.append([row["seeds"] for row in rows]))
     found = {(row["policy"], row["hoisted"]): row for row in rows}
     assert set(found) == {(name, False) for name in ("sequential", "8", "by t", "measured")} | {
         (name, True) for layout in ("", ", channels_last") for name in (f"sequential{layout}", f"measured{layout}")
     }
+    assert saved == [[1] * 8, [2] * 8]
     assert found["sequential", False]["faster_than_plain"]["median"] == 1
     assert found["8", False]["calls"] < 16
+    assert found["8", False]["seconds"] > 0
     assert found["measured", True]["windows"] == found["measured", False]["windows"]
 
 
+def test_arms_that_do_not_fit_are_not_built():
+    """The sequential sampler runs all the same, once."""
+    comparison = run.Comparison(run.arms_of(load_checkpoint("digits"), 4, 16, CPU), CPU, 4, time.perf_counter())
+    assert not comparison.complete
+    rows = comparison.run(3)
+    assert [(row["policy"], row["hoisted"], row["seeds"]) for row in rows] == [
+        ("sequential", False, 1), ("sequential", True, 1),
+    ]  # fmt: skip
+
+
 def test_frozen_guesses_are_all_equal():
-    sampler = run.arms_of(load_checkpoint("digits"), 1, 16, CPU)["16", "frozen", False]
+    sampler = dict(run.arms_of(load_checkpoint("digits"), 1, 16, CPU))["16", "frozen", False]
     sampler(seeds=0, progress=False)
     guess = sampler.loop._guess[0]
     assert torch.equal(guess, guess[:1].expand_as(guess))
