@@ -32,8 +32,9 @@ check: $(READY)  ## style and types
 sass: $(READY)  ## what every kernel costs, from its machine code, for five GPUs; fails where a budget is exceeded
 	$(BIN)/python -m benchmarks.machine_code
 
-gpu: $(PEERS)  ## everything that waits for a GPU, in two runs of six minutes: make gpu RUN=1; AFTER=stage goes on behind one
-	$(BIN)/python -m benchmarks.on_gpu $(if $(RUN),--run $(RUN)) $(if $(AFTER),--after $(AFTER))
+# Takes .venv where there is one, else the Python that is there: a machine with a GPU may have no network.
+gpu:  ## everything that waits for a GPU, in two calls of six minutes: make gpu, then make gpu AFTER=stage
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.on_gpu $(if $(AFTER),--after $(AFTER)) $(if $(OUT),--out $(OUT))
 
 bench-step: $(READY)  ## the fused step on a GPU, under eight minutes
 	$(BIN)/python -m benchmarks.step

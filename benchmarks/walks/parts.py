@@ -61,7 +61,7 @@ PARTS = {
         shipped_goal=1.05, overhead_goal=None,
     ),
     "smoke": Part("tiny", 2, "float32", 8, (SHIPPED, *_OURS, _OURS_COMPILED[1], *_RIVALS, _DEFAULT[0])),
-    "dry": Part("dot", 2, "float32", 8, (SHIPPED, OURS, _RIVALS[0])),
-    "dry-1": Part("dot", 1, "float32", 8, (OURS,)),
+    "dry": Part("dot", 2, "float32", 8, (SHIPPED, _OURS[2], _RIVALS[0])),
+    "dry-1": Part("dot", 1, "float32", 8, (_OURS[2],)),
 }  # fmt: skip
 TRIALS = ("smoke", "dry", "dry-1")  # parts whose numbers mean nothing

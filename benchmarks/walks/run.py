@@ -385,6 +385,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(given.device or ("cpu" if {*given.part} <= {"cpu", *TRIALS} else "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA GPU; the part cpu is for a CPU")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
 
     def save(result: Row) -> None:
         name = result["part"]
