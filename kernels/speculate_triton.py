@@ -110,7 +110,7 @@ def draft_kernel(
                     source = tl.minimum(taken + k, evaluated - 1).to(tl.int64)
                     guesses = load4(guess_ptr + o_first + source * n, begins, j, masks)
                     noise_id = tl.load(ids_ptr + (row + k) * 2 + 1)
-                    radii, directions = polar4(seed, tie(j, y0), noise_id, STEP, 0, sigma * 0 + 1, PTX)
+                    radii, directions = polar4(seed, tie(j, y0), noise_id, STEP, 0, 1.0, PTX)
                     o_k = o_first + k * n
                     o_in = o_input + k * n
                     y0 = draft_lane(y0, radii[0], directions[0], guesses[0], masks[0], o_k + begins[0] + j,
@@ -198,15 +198,16 @@ def decide_kernel(
     count = window_count(windows_ptr, row, steps, WIDTH)
     p_log_u = log_u_ptr + i_sample.to(tl.int64) * steps + row
     p_dots = dots_ptr + i_sample.to(tl.int64) * room * parts * 2
+    zero = (row * 0).to(tl.float32)
     alive = row * 0 + 1
     taken = row * 0
     outcome = row * 0 + ACCEPTED
-    factor = tl.load(coefficients_ptr) * 0
+    factor = zero
     for k in range(WIDTH):
         if (k < count) & (alive == 1):
             sigma = tl.load(coefficients_ptr + (row + k) * COLUMNS + 5)
-            along = sigma * 0
-            square = sigma * 0
+            along = zero
+            square = zero
             for start in range(0, parts, BLOCK):
                 part = start + tl.arange(0, BLOCK)
                 p_parts = p_dots + (k * parts + part) * 2

@@ -95,6 +95,8 @@ def _threshold_torch(
     row = Rows(coefficients, base, offset, x.dim())
     magnitude = row.predict_x0(x, out).abs_().flatten(1)
     low = magnitude.kthvalue(below + 1, dim=1).values
-    high = magnitude.kthvalue(min(below + 2, magnitude.shape[1]), dim=1).values
+    # Without a weight the next number is not needed, and 0 times infinity would be NaN.
+    above = min(below + 2, magnitude.shape[1]) if weight else below + 1
+    high = magnitude.kthvalue(above, dim=1).values
     quantile = torch.lerp(low, high, weight).clamp_(1, max_value)
     return bound.copy_(torch.where(magnitude.isnan().any(1), torch.nan, quantile))

@@ -17,7 +17,7 @@ from ddpm_fast.kernels.rows_triton import COLUMNS, guide, place, to_float32
 
 BLOCK = 2048  # elements at a time; a program takes a whole sample
 INFINITY = tl.constexpr(0x7F800000)  # the bits of infinity: those of NaN are greater
-NONE = tl.constexpr(0x7FFFFFFF)
+LARGEST = tl.constexpr(0x7FFFFFFF)  # of a number without its sign
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def magnitude_bits(
     else:
         out = to_float32(conditional, PTX)
     x0 = a * tl.load(x_ptr + e, mask=mask) + b * out
-    return tl.abs(x0).to(tl.int32, bitcast=True), mask
+    return x0.to(tl.int32, bitcast=True) & LARGEST, mask  # tl.abs may leave NaN its sign
 
 
 @triton.jit(do_not_specialize=["offset", "steps", "below"])
@@ -81,17 +81,18 @@ def threshold_kernel(
         equal = tl.sum(tl.where(bins == found, counts, 0), 0)
         prefix = prefix * 256 + found
 
-    above = rank * 0 + NONE
+    above = rank * 0 + LARGEST
     largest = rank * 0
     for start in range(0, n, BLOCK):
         bits, mask = magnitude_bits(
             p_x, p_output, p_unconditional, start, n, a, b, guidance, pixels, output_channel, output_pixel,
             GUIDED, STRIDED_OUTPUT, ONE_WRAP, PTX, BLOCK,
         )  # fmt: skip
-        above = tl.minimum(above, tl.min(tl.where(mask & (bits > prefix), bits, NONE), 0))
+        above = tl.minimum(above, tl.min(tl.where(mask & (bits > prefix), bits, LARGEST), 0))
         largest = tl.maximum(largest, tl.max(tl.where(mask, bits, 0), 0))
-    # The next order statistic is the same number again, the next greater one, or, after the last, not needed.
-    above = tl.where((rank + 1 < equal) | (above == NONE), prefix, above)
+    # The next order statistic is the same number again, the next greater one, or, after the last or without a weight,
+    # not needed: 0 times infinity would be NaN.
+    above = tl.where((rank + 1 < equal) | (above == LARGEST) | (weight == 0), prefix, above)
     low = prefix.to(tl.float32, bitcast=True)
     high = above.to(tl.float32, bitcast=True)
     quantile = tl.where(weight < 0.5, low + weight * (high - low), high - (1 - weight) * (high - low))

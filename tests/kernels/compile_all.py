@@ -1,7 +1,8 @@
 """Compile every specialisation and print what came of it as JSON: a program of its own, outside the interpreter.
 
-For each: the error or None, its row of benchmarks/machine_code, the kernel's PTX, and where the host's launch differs
-from the specialisation. And the row of a kernel that was changed, for a test that the count is that of the source.
+For each: the error or None, its row of benchmarks/machine_code, its PTX or GCN assembly, and where the host's launch
+differs from the specialisation. And the row of a kernel that was changed, for a test that the count is that of the
+source.
 """
 
 import importlib
@@ -209,7 +210,7 @@ def compiled(job):
         row = sass.measure(NAMED[name], target, kernel)
     except Exception as error:
         return target, name, {"error": f"{type(error).__name__}: {error}"}
-    return target, name, {"error": None, **row, "ptx": kernel.asm.get("ptx", "")}
+    return target, name, {"error": None, **row, "assembly": kernel.asm.get("ptx") or kernel.asm["amdgcn"]}
 
 
 def changed():

@@ -204,6 +204,35 @@ def test_overlaps():
         q_sample(torch.zeros(2, 3), t, alphas_cumprod, z=x0, x_t=x0)
 
 
+@pytest.mark.parametrize(
+    ("name", "own"), [("x0", False), ("x0", True), ("z", False), ("alphas_cumprod", False), ("alphas_cumprod", True)]
+)
+def test_special_values(name, own, kernel_device):
+    """NaN, infinity and denormals: the kernel says what its twin says."""
+    special, found = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-42, -1e-42, 1e-310], dtype=torch.float64), []
+    for backend in BACKENDS:
+        given = {name: torch.linspace(-1, 1, 12).view(6, 2) for name in ("x0", "z")}
+        given |= {"alphas_cumprod": torch.linspace(0, 1, 6, dtype=torch.float64), "t": torch.arange(6)}
+        given[name].view(6, -1)[:, -1] = special
+        if own:
+            given["seeds"] = torch.arange(len(given.pop("z")))
+        device = device_of(backend, kernel_device)
+        found.append(q_sample(**{n: tensor.to(device) for n, tensor in given.items()}, backend=backend).cpu())
+    assert found[0][0].isnan().any()
+    torch.testing.assert_close(found[1], found[0], equal_nan=True, rtol=1e-4, atol=NORMAL_ATOL)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["x0", "z"])
+def test_denormals_are_kept(name, backend, kernel_device):
+    device = device_of(backend, kernel_device)
+    tiny, zero = torch.full((1, 3), 2.0**-140, device=device), torch.zeros(1, 3, device=device)
+    alphas_cumprod = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
+    t = torch.tensor([1 if name == "x0" else 0], device=device)
+    given = {"x0": zero, "z": zero, name: tiny}
+    assert torch.equal(q_sample(t=t, alphas_cumprod=alphas_cumprod, backend=backend, **given), tiny)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),

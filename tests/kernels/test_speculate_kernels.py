@@ -1,5 +1,6 @@
 """The kernels of a speculative round against their PyTorch twins, and the twins against the textbook in float64."""
 
+import itertools
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from ddpm_fast.engine.noise import PhiloxNoise
 from ddpm_fast.kernels import philox, speculate
 from ddpm_fast.kernels.dispatch import interpreting
 from ddpm_fast.kernels.rounds import Outcome, Position
+from ddpm_fast.kernels.rows import COLUMNS
 from ddpm_fast.speculation.loop import SpeculativeLoop
 from ddpm_fast.speculation.windows import WindowPlan
 from ddpm_fast.table import Clipping, build_table
@@ -130,28 +132,99 @@ def test_kernels_and_twins_agree(shape, form, kernel_device):
     torch.testing.assert_close(found["model_input"][rows], twin["model_input"][rows], **close)
 
 
-@pytest.mark.parametrize("name", ["output", "x", "guess", "bound", "guidance"])
-@pytest.mark.parametrize("form", [{}, {"limit": "bound", "guided": True}, {"config": "ddim"}, {"limit": None}], ids=str)
-def test_special_values(name, form, kernel_device):
-    """NaN, infinity and denormals: the same decisions and states from kernels and twins."""
-    if name in ("bound", "guidance") and not form.get("guided"):
-        pytest.skip("not in this form")
+SPECIAL = (torch.nan, torch.inf, -torch.inf, 1e-42)
+SPECIAL_FORMS = [{}, {"limit": "bound", "guided": True}, {"config": "ddim"}, {"limit": None}]
+SPECIAL_NAMES = ["output", "x", "guess", *(f"coefficients:{column}" for column in range(6))]
+
+
+def with_special_values(problem, name):
+    """Put each special value into another sample: into one element of it, or into its numbers."""
+    values = torch.tensor(SPECIAL, device=problem.device)
+    if name.startswith("coefficients"):
+        rows = torch.tensor([0, 1, 11, 18], device=problem.device)  # drafted by the first, the third and the last
+        problem.coefficients[rows, int(name.partition(":")[2])] = values
+        return
+    target = problem.limits[name] if name in problem.limits else getattr(problem, name)
+    flat = target.view(len(target), -1)
+    flat[: len(values), 0] = values
+    if name == "output":
+        flat[WIDTH : WIDTH + len(values), 5] = values
+    elif len(target) == problem.batch * WIDTH:
+        flat[:, 0] = values.repeat(WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("form", "use_output", "name"),
+    [
+        *itertools.product(SPECIAL_FORMS, [True], SPECIAL_NAMES),
+        *itertools.product(SPECIAL_FORMS[:1], [False], SPECIAL_NAMES),
+        *itertools.product(SPECIAL_FORMS[1:2], [True], ["bound", "guidance"]),
+        ({"dtype": torch.bfloat16}, True, "output"),
+    ],
+    ids=str,
+)
+def test_special_values(name, form, use_output, kernel_device):
+    """NaN, infinity and denormals: the same drafts, decisions and states from kernels and twins."""
     found = []
     for backend, device in (("torch", torch.device("cpu")), ("triton", kernel_device)):
         problem = Round((4, 2, 3, 4), device, **form)
-        values = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-42], device=device)
-        target = problem.limits[name] if name in problem.limits else getattr(problem, name)
-        target.view(len(target), -1)[: len(values), 0] = values
-        if name == "output":
-            target.view(len(target), -1)[WIDTH : WIDTH + len(values), 5] = values
+        problem.limits["use_output"] = use_output
+        with_special_values(problem, name)
         found.append(problem.run(backend))
     twin, kernel = found
     assert torch.equal(kernel["position"], twin["position"])
+    assert torch.equal(kernel["rejected"], twin["rejected"])
     kept = valid(twin)
     tolerance = {"rtol": 1e-3, "atol": 2e-3, "equal_nan": True}
-    torch.testing.assert_close(kernel["x"], twin["x"], **tolerance)
-    torch.testing.assert_close(kernel["guess"][kept], twin["guess"][kept], **tolerance)
-    torch.testing.assert_close(kernel["factor"], twin["factor"], **tolerance)
+    for key in ("drafts", "noise", "guess", "shifted"):
+        torch.testing.assert_close(kernel[key][kept], twin[key][kept], **tolerance)
+    for key in ("x", "factor"):
+        torch.testing.assert_close(kernel[key], twin[key], **tolerance)
+    rows = kept[:, :WIDTH].flatten().repeat(2 if form.get("guided") else 1)
+    near = {"rtol": 1e-2, "atol": 1e-2} if "dtype" in form else {}
+    torch.testing.assert_close(kernel["model_input"][rows], twin["model_input"][rows], **tolerance | near)
+
+
+def test_decisions_on_special_values(kernel_device):
+    """Every pair of special values as D z and |D|^2, and as log u, of a draft that is not the last."""
+    values = torch.tensor([*SPECIAL, 3e38, -3e38, 0.5, 0.0])
+    pairs = torch.cartesian_prod(values, values, torch.tensor([*SPECIAL, -0.5]))
+    batch, steps = len(pairs), 20
+    coefficients = build_table(SamplerConfig(num_train_timesteps=steps)).coefficients()
+    coefficients[0, 0] = torch.inf  # a, as of a schedule that ends without signal: no decision depends on it
+    found = []
+    for backend, device in (("torch", torch.device("cpu")), ("triton", kernel_device)):
+        dots = torch.full((batch, ROOM, 1, 2), 0.25)
+        dots[:, 1, 0], log_u = pairs[:, :2], torch.full((batch, steps), -3.0)
+        log_u[:, 1] = pairs[:, 2]
+        position = torch.tensor([[0, 0, 3, 1, 0]] * batch).int()
+        table = torch.full((steps,), 3).int(), coefficients
+        given = [tensor.to(device) for tensor in (dots, position, *table, log_u)]
+        factor = torch.zeros(batch, device=device)
+        rejected = torch.zeros(batch, steps, dtype=torch.uint8, device=device)
+        speculate.implementation(backend)[2](*given, WIDTH, factor=factor, rejected=rejected)
+        found.append([tensor.cpu() for tensor in (given[1], rejected, factor)])
+    for twin, kernel in zip(*found, strict=True):
+        torch.testing.assert_close(kernel, twin, equal_nan=True, rtol=1e-6, atol=0)
+    taken = found[0][0][:, Position.TAKEN]
+    assert set(taken.tolist()) == {2, 3}
+    assert (taken[pairs.isnan().any(1)] == 2).all()  # what cannot be compared is not accepted
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_denormals_are_kept(backend, kernel_device):
+    """A plain step is linear in state and output: with both scaled down, so is the result."""
+    found = []
+    for scale in (1.0, 2.0**-130):
+        problem = Round((4, 2, 3, 4), kernel_device if backend == "triton" else torch.device("cpu"), limit=None)
+        problem.coefficients[:, COLUMNS.index("sigma")] = 0
+        for values in (problem.x, problem.output, problem.guess):
+            values *= scale
+        found.append(problem.run(backend))
+    plain, scaled = found
+    assert (plain["position"][[0, 2, 3], Position.OUTCOME] == Outcome.PLAIN).all()
+    for name in ("x", "guess", "drafts", "shifted"):
+        torch.testing.assert_close(scaled[name] * 2.0**65 * 2.0**65, plain[name], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -1,5 +1,7 @@
 """`step`: the kernel and its PyTorch twin against the formula in float64 numpy, option by option."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_fast.kernels import tile_triton
-from ddpm_fast.kernels.step import COLUMNS, step, step_torch
+from ddpm_fast.kernels.dispatch import interpreting
+from ddpm_fast.kernels.step import COLUMNS, rows_on_host, step, step_torch
 from tests.kernels.step_problems import BACKENDS, OPTIONS, STEPS, assert_near, device_of, judge, launch, make, rounded
 
 SHAPES = [
@@ -288,6 +291,10 @@ class TestNotFinite:
 
 
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 1e-42, -1e-42])
+SPECIAL_OPTIONS = (
+    "philox", "tensor noise", "clip", "bound", "without output", "guided", "learned", "learned philox", "inpaint",
+    "float16 output", "bfloat16 output", "all",
+)  # fmt: skip
 
 
 def with_special_values(p, name):
@@ -302,25 +309,101 @@ def with_special_values(p, name):
         array[np.arange(len(array)), -1, 0, 2] = np.resize(SPECIAL, len(array))  # where a variance is learned, it
 
 
-@pytest.mark.parametrize(
-    "options",
-    ["philox", "tensor noise", "clip", "bound", "without output", "guided", "learned", "learned philox", "inpaint"],
-)
-def test_special_values_in_every_tensor(options, kernel_device):
-    """NaN, infinity and denormals: the kernel says what its twin says.
+def special_problems(options):
+    """A step with special values in each tensor in turn, with the tensor's name.
 
     The bounds of a learned log-variance are finite in every table: kernel and twin combine them in another order.
     """
     columns = [f"coefficients:{number}" for number in (0, 1, 2, 3, 4, 5, 8, 9)]
-    floats = [name for name in make((5, 2, 3, 4), **OPTIONS[options]).arrays if name not in ("seeds",)]
+    floats = [name for name in make((5, 2, 3, 4), **OPTIONS[options]).arrays if name != "seeds"]
     for name in ("x", "output", *floats, *columns):
         p = make((5, 2, 3, 4), **OPTIONS[options])
         with_special_values(p, name)
-        twin, found = (launch(p, backend, kernel_device) for backend in BACKENDS)
+        yield name, p
+
+
+@pytest.mark.parametrize("options", SPECIAL_OPTIONS)
+def test_special_values_in_every_tensor(options, kernel_device):
+    """NaN, infinity and denormals: the kernel says what its twin says, and hands it on to the denoiser."""
+    dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    for (name, p), dtype in zip(special_problems(options), dtypes, strict=False):
+        twin, found = (launch(p, backend, kernel_device, input_dtype=dtype) for backend in BACKENDS)
+        near = {"equal_nan": True, "rtol": 1e-4, "atol": 1e-4, "msg": lambda text, name=name: f"{name}: {text}"}
         for tensor, expected in zip(found[:2], twin[:2], strict=True):
-            torch.testing.assert_close(
-                tensor, expected, equal_nan=True, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(tensor.cpu(), expected, **near)
+        handed_on = rounded(found[0], dtype, "triton").repeat(2 if "guidance" in p.arrays else 1, 1, 1, 1)
+        torch.testing.assert_close(found[2], handed_on, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", SPECIAL_OPTIONS)
+def test_special_values_where_all_samples_are_in_one_row(options):
+    """The form of the twin that a sampling loop without a GPU runs."""
+    for name, p in special_problems(options):
+        (x, output, coefficients, ids, base, offset), keywords = p.arguments()
+        expected = step_torch(x, output, coefficients, ids, base, offset, **keywords, x_new=torch.empty_like(x))
+        halves = len(output) // len(x)
+        for i, row in enumerate(base.tolist()):
+            own = {
+                key: value[i : i + 1] if isinstance(value, torch.Tensor) else value for key, value in keywords.items()
+            }
+            given = x[i : i + 1], output.view(halves, len(x), *output.shape[1:])[:, i]
+            for rows in ((coefficients, ids), rows_on_host(coefficients, ids)):
+                found = step_torch(*given, *rows, row, offset, **own, x_new=torch.empty(1, *x.shape[1:]))
+                torch.testing.assert_close(found[0], expected[i], equal_nan=True, msg=name)
+
+
+TINY = 2.0**-130  # a denormal of float32, and of bfloat16
+# Each makes TINY of TINY and ones: coefficients by name, x, output (guided: both halves), what else is given.
+DENORMALS = {
+    "x": ({"c_x": 1}, TINY, 0, {}),
+    "c_x": ({"c_x": TINY}, 1, 0, {}),
+    "a": ({"a": TINY, "c_x0": 1}, 1, 0, {}),
+    "c_x0": ({"a": 1, "c_x0": TINY}, 1, 0, {}),
+    "b": ({"b": TINY, "c_x0": 1}, 0, 1, {}),
+    "output": ({"b": 1, "c_x0": 1}, 0, TINY, {}),
+    "c_out": ({"c_out": TINY}, 0, 1, {}),
+    "z": ({"sigma": 1}, 0, 0, {"z": TINY}),
+    "sigma": ({"sigma": TINY}, 0, 0, {"z": 1}),
+    "clip": ({"a": 1, "c_x0": 1}, 1, 0, {"clip": TINY}),
+    "bound": ({"a": 1, "c_x0": TINY}, 1, 0, {"bound": TINY}),
+    "guidance": ({"b": 1, "c_x0": 1}, 0, (1, 0), {"guidance": TINY}),
+    "conditional": ({"b": 1, "c_x0": 1}, 0, (TINY, 0), {"guidance": 1}),
+    "unconditional": ({"b": 1, "c_x0": 1}, 0, (1, TINY), {"guidance": 0}),
+    "known": ({"known_scale": 1}, 0, 0, {"known": TINY, "mask": 1}),
+    "known_scale": ({"known_scale": TINY}, 0, 0, {"known": 1, "mask": 1}),
+    "mask": ({"known_scale": 1}, 0, 0, {"known": 1, "mask": TINY}),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DENORMALS)
+def test_denormals_are_kept(name, backend, kernel_device):
+    columns, x, output, given = DENORMALS[name]
+    device, shape = device_of(backend, kernel_device), (1, 2, 3)
+    table = torch.tensor([[columns.get(column, 0.0) for column in COLUMNS]], device=device)
+    output = torch.tensor(output, device=device, dtype=torch.float32).view(-1, 1, 1).expand(-1, *shape[1:])
+    options = {"seeds": torch.zeros(1, dtype=torch.int64, device=device)} if "known" in given else {}
+    for option, value in given.items():
+        size = (1,) if option in ("bound", "guidance") else shape
+        options[option] = value if option == "clip" else torch.full(size, float(value), device=device)
+    ids, base = (torch.zeros(1, *size, dtype=torch.int32, device=device) for size in ((2,), ()))
+    found = step(torch.full(shape, float(x), device=device), output, table, ids, base, backend=backend, **options)
+    assert torch.equal(found, torch.full_like(found, TINY))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_denormals_of_the_output_are_kept(dtype, backend, kernel_device):
+    if backend == "triton" and dtype == torch.bfloat16 and interpreting():
+        pytest.skip("Triton's interpreter takes denormals of bfloat16 for 0")
+    device, tiny = device_of(backend, kernel_device), torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the smallest
+    table = torch.tensor([[1.0 if column == "c_out" else 0.0 for column in COLUMNS]], device=device)
+    ids, base = (torch.zeros(1, *size, dtype=torch.int32, device=device) for size in ((2,), ()))
+    x, output = torch.zeros(1, 2, 3, device=device), torch.full((1, 2, 3), tiny, dtype=dtype, device=device)
+    model_input = torch.zeros_like(output)
+    found = step(x, output, table, ids, base, backend=backend, model_input=model_input)
+    assert torch.equal(found, torch.full_like(found, tiny))
+    assert torch.equal(model_input, output)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)

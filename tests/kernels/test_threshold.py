@@ -128,6 +128,9 @@ def test_a_row_outside_the_table_keeps_its_bound(kernel_device):
         ([0.5, -np.inf, 0.25, 0.1], 0.5, 1.0),
         ([1e-42, -1e-42, 0.0], 0.995, 1.0),
         ([np.nan, 0.5, np.inf], 0.0, np.nan),
+        ([0.5, np.inf], 0.0, 1.0),  # a finite number itself, next to infinity
+        ([0.5, np.inf, 0.25], 0.5, 1.0),
+        ([-np.nan], 0.5, np.nan),
     ],
 )
 def test_special_values(values, ratio, expected, backend, kernel_device):
@@ -137,3 +140,27 @@ def test_special_values(values, ratio, expected, backend, kernel_device):
     limits = {"ratio": ratio, "max_value": 2.0}
     quantile = torch.tensor(values).abs().quantile(ratio).clamp(1, 2)
     np.testing.assert_array_equal(bound_of([values], backend, kernel_device, **limits)[0], quantile)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["x", "output", "unconditional", "guidance", "a", "b"])
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+def test_special_values_in_every_tensor(name, ratio, dtype, kernel_device):
+    """NaN, infinity and denormals: the kernel says what its twin says."""
+    special, found = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-42, -1e-42]), []
+    for backend, device in (("torch", torch.device("cpu")), ("triton", kernel_device)):
+        generator = torch.Generator().manual_seed(0)
+        x, conditional, unconditional = (torch.randn(5, 2, 3, 4, generator=generator) for _ in range(3))
+        table, guidance = TABLE[:1].repeat(5, 1), torch.linspace(-1, 2, 5)
+        if name in ("x", "output", "unconditional"):
+            {"x": x, "output": conditional, "unconditional": unconditional}[name][:, 1, 2, 3] = special
+        elif name == "guidance":
+            guidance = special
+        else:
+            table[:, COLUMNS.index(name)] = special
+        output = torch.cat([conditional, unconditional]).to(dtype)
+        given = [tensor.to(device) for tensor in (x, output, table, torch.arange(5, dtype=torch.int32))]
+        limits = {"ratio": ratio, "max_value": 3.0, "guidance": guidance.to(device)}
+        found.append(threshold_bound(*given, **limits, backend=backend).cpu())
+    torch.testing.assert_close(found[1], found[0], equal_nan=True, rtol=1e-5, atol=0)
+    assert found[0][0].isnan()

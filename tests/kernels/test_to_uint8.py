@@ -50,9 +50,12 @@ class TestBytes:
         x = edges().reshape(1, 1, 1, -1)
         np.testing.assert_array_equal(convert(backend, kernel_device, x, rounding), judge(x, rounding))
 
-    def test_nan_becomes_0(self, backend, rounding, kernel_device):
-        x = np.array([np.nan, 1.0, -np.nan, np.inf], np.float32).reshape(1, 1, 2, 2)
-        assert convert(backend, kernel_device, x, rounding).ravel().tolist() == [0, 255, 0, 255]
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_nan_becomes_0(self, dtype, backend, rounding, kernel_device):
+        device = kernel_device if backend == "triton" else torch.device("cpu")
+        x = torch.tensor([[torch.nan, 1.0, 1e-42], [-torch.nan, torch.inf, -torch.inf]], dtype=dtype, device=device)
+        found = to_uint8(x.view(1, 1, 2, 3), rounding=rounding, backend=backend).flatten().tolist()
+        assert found == [0, 255, {"round": 128, "truncate": 127}[rounding], 0, 255, 0]
 
     def test_exact_arithmetic_away_from_the_edges(self, backend, rounding, kernel_device):
         """Float64 on a grid of 65,536 values: only points within float32's rounding of a jump may differ."""
