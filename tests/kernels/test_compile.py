@@ -78,17 +78,17 @@ def test_the_main_steps(report, name, most):
 
 
 ON_SM_90 = [("sm_90", name) for name in NAMES]
-KEEP_NAN = [(target, name) for target, name in (*OTHERS, *ON_SM_90) if not name.startswith("to_uint8")]
+KEEP_NAN = [
+    (target, name)
+    for target, name in (*OTHERS, *ON_SM_90)
+    if target != "gfx942" and not name.startswith("to_uint8")  # on AMD a comparison puts NaN in afterwards
+]
 
 
-def dropping_nan(assembly):
+def dropping_nan(ptx):
     """The instructions whose result is a number where one of their values is NaN."""
-    if ".target sm_" in assembly:
-        each = re.findall(r"\b(?:max|min)\.[\w.]+", assembly)
-        return [one for one in each if re.search(r"\.b?f(?:16|32|64)", one) and ".NaN" not in one]
-    medians = re.findall(r"\bv_med3_f32\b", assembly)  # NaN is put in afterwards, where a comparison finds NaN
-    kept = re.findall(r"\bv_cmp_u_f32", assembly)
-    return re.findall(r"\bv_(?:pk_)?(?:max|min)\w*_f\d+", assembly) + medians[len(kept) :]
+    each = re.findall(r"\b(?:max|min)\.[\w.]+", ptx)
+    return [one for one in each if re.search(r"\.b?f(?:16|32|64)", one) and ".NaN" not in one]
 
 
 @pytest.mark.parametrize(("target", "name"), KEEP_NAN)
@@ -109,7 +109,7 @@ def test_a_byte_drops_nan(report, name):
      ("max.NaN.f32", False), ("min.NaN.xorsign.abs.f32", False), ("max.s32", False), ("redux.sync.max.u32", False)],
 )  # fmt: skip
 def test_such_an_instruction_is_found(instruction, drops):
-    assert bool(dropping_nan(f".target sm_90a\n{instruction} %f1, %f2, %f3;")) == drops
+    assert bool(dropping_nan(f"{instruction} %f1, %f2, %f3;")) == drops
 
 
 NO_DENORMALS = {f"{function}.approx.ftz.f32" for function in ("lg2", "sqrt", "sin", "cos", "ex2")}
