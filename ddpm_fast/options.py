@@ -24,6 +24,7 @@ class ModelOptions(RunOptions, total=False):
     model_kwargs: Mapping[str, Any] | None
     guidance_scale: float | Sequence[float] | None
     uncond_kwargs: Mapping[str, Any] | None
+    shared_kwargs: Sequence[str]
     device: str | torch.device | None
     dtype: torch.dtype | None
     speculate: Speculate

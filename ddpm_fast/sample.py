@@ -95,6 +95,8 @@ class Sampler(Generic[S]):
         guidance_scale: Scale of classifier-free guidance, uncond + scale (cond - uncond): one number, or one for each
             sample. Needs `uncond_kwargs`.
         uncond_kwargs: Keywords of the model for the unconditional half.
+        shared_kwargs: Names of keywords whose tensors belong to all samples together. Any other tensor whose first size
+            is that of the batch has an entry for each sample.
         decode: A function that is applied to x_0 at the end, such as latents to images.
         device: "cpu" or "cuda[:i]". None takes the device of the model.
         dtype: Dtype that the network computes in; another dtype than that of its parameters means autocast. The state
@@ -145,6 +147,7 @@ class Sampler(Generic[S]):
         model_kwargs: Mapping[str, Any] | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        shared_kwargs: Sequence[str] = (),
         decode: Callable[[Tensor], S] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -158,7 +161,7 @@ class Sampler(Generic[S]):
         self.shape = checked_shape(shape)
         call = Call.of(
             model, self.shape, model_kwargs=model_kwargs, uncond_kwargs=uncond_kwargs, guidance_scale=guidance_scale,
-            device=device, dtype=dtype,
+            device=device, dtype=dtype, shared_kwargs=shared_kwargs,
         )  # fmt: skip
         self.device = call.device
         check_callable("decode", decode)

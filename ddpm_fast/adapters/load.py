@@ -270,13 +270,19 @@ class SelfConditioned(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the network's output. The state stays on the device, so that a CUDA graph can hold it."""
         if self.last.shape != x.shape:
-            self.last, self.t = torch.zeros_like(x), torch.full_like(t, -1)
+            with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside of that
+                self.last = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+                self.t = torch.full(t.shape, -1, dtype=t.dtype, device=t.device)
         column = (-1,) + (1,) * (x.dim() - 1)
         falling = (t < self.t).view(column)  # otherwise a new run has begun
         output: Tensor = self.model(x, t, torch.where(falling, self.last, 0))
         self.last.copy_((self.a[t].view(column) * x + self.b[t].view(column) * output).clamp(-1, 1))
         self.t.copy_(t)
         return output
+
+    def start_run(self) -> None:
+        """Forget the last x0 prediction."""
+        self.t.fill_(-1)
 
 
 def _from_guided(path: Path, arguments: Arguments) -> Checkpoint:

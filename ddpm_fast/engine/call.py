@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ddpm_fast.engine.device import Model, dtype_of, resolve_device
 from ddpm_fast.validate import per_sample
-
-V = TypeVar("V")
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,13 +21,16 @@ class Call:
     Attributes:
         model: Any callable `model(x, t, **kwargs)`.
         shape: Shape of the batch, (B, C, ...).
-        kwargs: Keywords of the model; with guidance, of the conditional half.
+        kwargs: Keywords of the model; with guidance, of the conditional half. Tensors may stand in dicts, lists and
+            tuples.
         uncond_kwargs: Keywords of the unconditional half. None means that the model is not guided.
         guidance: Guidance scale of every sample, float32 [B]. None without guidance.
         device: Device of the batch.
         dtype: Dtype of the model's input. Where the model's parameters have another dtype, the model runs under
             autocast.
         module: Module that is traced in place of a model that only wraps a module.
+        shared_kwargs: Names of keywords whose tensors belong to all samples together, though their first size may be
+            that of the batch.
     """
 
     model: Model
@@ -39,6 +41,7 @@ class Call:
     device: torch.device
     dtype: torch.dtype
     module: Model
+    shared_kwargs: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -52,12 +55,15 @@ class Call:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         module: nn.Module | None = None,
+        shared_kwargs: Sequence[str] = (),
     ) -> Call:
         """Build a call from what a user gives, and check all of it.
 
         Args:
             model, shape: See the attributes.
             model_kwargs, uncond_kwargs: Keywords of the model; tensors may be on any device.
+            shared_kwargs: See the attributes. A tensor under another keyword whose first size is that of the batch has
+                an entry for each sample.
             guidance_scale: One number, or one for each sample.
             device: Device of the batch. None takes the model's own device, else CUDA where there is a GPU.
             dtype: Dtype of the model's input. None takes the dtype of the model's parameters, else float32.
@@ -82,9 +88,12 @@ class Call:
             )
         call = cls(
             model, shape, {}, None, per_sample("guidance_scale", guidance_scale, shape[0], resolved),
-            resolved, dtype or own or torch.float32, model if module is None else module,
+            resolved, dtype or own or torch.float32, model if module is None else module, _names(shared_kwargs),
         )  # fmt: skip
-        return call._with(model_kwargs or {}, uncond_kwargs)
+        call = call._with(model_kwargs or {}, uncond_kwargs)
+        if unknown := sorted(call.shared_kwargs - call.kwargs.keys()):
+            raise ValueError(f"shared_kwargs must name keywords of model_kwargs, {sorted(call.kwargs)}, got {unknown}")
+        return call
 
     @property
     def guided(self) -> bool:
@@ -107,18 +116,16 @@ class Call:
         Raises:
             ValueError: The two halves' keywords do not fit together.
         """
-        joined = dict(self.kwargs)
+        joined: dict[str, Any] = dict(self.kwargs)
         if self.uncond_kwargs is not None:
-            if self.kwargs.keys() != self.uncond_kwargs.keys():
-                raise ValueError(
-                    f"uncond_kwargs must have the names of model_kwargs, {sorted(self.kwargs)}, "
-                    f"got {sorted(self.uncond_kwargs)}"
-                )
-            joined = {name: self._joined(name, value, self.uncond_kwargs[name]) for name, value in self.kwargs.items()}
-        return {
-            name: value.detach().to(self.device, copy=True) if isinstance(value, Tensor) else value
-            for name, value in joined.items()
-        }
+            names, halves, structure = named_leaves(self.kwargs)
+            others, uncond, other_structure = named_leaves(self.uncond_kwargs)
+            if structure != other_structure:
+                raise ValueError(f"uncond_kwargs must have the names of model_kwargs, {names}, got {others}")
+            joined = pytree.tree_unflatten(
+                [self._joined(*each) for each in zip(names, halves, uncond, strict=True)], structure
+            )
+        return _mapped(lambda tensor: tensor.detach().to(self.device, copy=True), joined)
 
     def with_kwargs(self, kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> Call:
         """Return the same call with other keywords.
@@ -142,7 +149,7 @@ class Call:
         """Return the call with copies of these keywords, so that later changes of the caller's tensors do not count."""
 
         def copied(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+            return _mapped(lambda tensor: tensor.detach().clone(), values)
 
         uncond = None if uncond_kwargs is None else copied(uncond_kwargs)
         call = replace(self, kwargs=copied(kwargs), uncond_kwargs=uncond)
@@ -151,35 +158,34 @@ class Call:
 
     def _batched(self, batch: int, change: Callable[[Tensor], Tensor]) -> Call:
         """Return the call for another batch: `change` maps every tensor that has one entry for each sample."""
-        mapped: dict[int, Any] = {}  # by identity: what the two halves share stays shared
 
-        def of(value: V) -> V:
-            if id(value) not in mapped:
-                new: Any = value
-                if isinstance(value, Mapping):
-                    new = {name: of(each) for name, each in value.items()}
-                elif isinstance(value, Tensor) and value.dim() and len(value) == self.batch:
-                    new = change(value)
-                mapped[id(value)] = new
-            return mapped[id(value)]  # type: ignore[no-any-return]
+        def changed(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+            own = {name: value for name, value in kwargs.items() if name not in self.shared_kwargs}
+            own = _mapped(lambda tensor: change(tensor) if tensor.shape[:1] == (self.batch,) else tensor, own)
+            return {name: own.get(name, value) for name, value in kwargs.items()}
 
         return replace(
-            self, shape=(batch, *self.shape[1:]), kwargs=of(self.kwargs), uncond_kwargs=of(self.uncond_kwargs),
-            guidance=of(self.guidance),
+            self, shape=(batch, *self.shape[1:]), kwargs=changed(self.kwargs),
+            uncond_kwargs=None if self.uncond_kwargs is None else changed(self.uncond_kwargs),
+            guidance=None if self.guidance is None else change(self.guidance),
         )  # fmt: skip
 
     def _joined(self, name: str, cond: Any, uncond: Any) -> Any:
+        """Return what the keyword at the place `name` is for both halves in one batch."""
         if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
-            if cond.shape != uncond.shape or not cond.dim() or len(cond) != self.batch:
+            shared = cond.shape[:1] != (self.batch,) or name.split("[")[0] in self.shared_kwargs
+            if shared and cond.dtype == uncond.dtype and torch.equal(cond.to(self.device), uncond.to(self.device)):
+                return cond
+            if shared or cond.shape != uncond.shape:
                 raise ValueError(
-                    f"with guidance, model_kwargs[{name!r}] and uncond_kwargs[{name!r}] must have equal shapes "
-                    f"({self.batch}, ...), got {tuple(cond.shape)} and {tuple(uncond.shape)}"
+                    f"with guidance, {name} of model_kwargs and of uncond_kwargs must have equal shapes "
+                    f"({self.batch}, ...), or be the same for all samples, "
+                    f"got {tuple(cond.shape)} and {tuple(uncond.shape)}"
                 )
             return torch.cat([cond.to(self.device), uncond.to(self.device, cond.dtype)])
         if isinstance(cond, Tensor) or isinstance(uncond, Tensor) or not same_value(cond, uncond):
             raise ValueError(
-                f"model_kwargs[{name!r}] and uncond_kwargs[{name!r}] must be two tensors or equal, "
-                f"got {cond!r} and {uncond!r}"
+                f"{name} of model_kwargs and of uncond_kwargs must be two tensors or equal, got {cond!r} and {uncond!r}"
             )
         return cond
 
@@ -189,7 +195,7 @@ def signature(call: Call) -> tuple[Any, ...]:
     described = [
         (name, tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else (name, repr(value))
         for kwargs in (call.kwargs, call.uncond_kwargs or {})
-        for name, value in sorted(kwargs.items())
+        for name, value in sorted(zip(*named_leaves(kwargs)[:2], strict=True), key=lambda each: each[0])
     ]
     return tuple(described), None if call.guidance is None else tuple(call.guidance.tolist())
 
@@ -197,3 +203,38 @@ def signature(call: Call) -> tuple[Any, ...]:
 def same_value(a: Any, b: Any) -> bool:
     """Return whether two values that are no tensors are the same; containers are the same only as one object."""
     return a is b or (isinstance(a, (bool, int, float, str)) and type(a) is type(b) and a == b)
+
+
+def named_leaves(kwargs: Mapping[str, Any]) -> tuple[list[str], list[Any], Any]:
+    """Return the places, the values and the structure of keywords: "added['text']" stands for a value in a dict."""
+    leaves, structure = pytree.tree_flatten_with_path(dict(kwargs))
+    names = [pytree.keystr(path)[2:].replace("']", "", 1) for path, _ in leaves]
+    return names, [value for _, value in leaves], structure
+
+
+def output_of(result: Any) -> Any:
+    """Return the output among what a model returned: a tensor, the first of a tuple, or `.sample`."""
+    if isinstance(result, tuple) and result:
+        result = result[0]
+    return result if isinstance(result, Tensor) else getattr(result, "sample", result)
+
+
+def _mapped(change: Callable[[Tensor], Tensor], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords with `change` applied to every tensor, to a tensor that stands in several places once."""
+    made: dict[int, Tensor] = {}
+
+    def changed(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            if id(leaf) not in made:
+                made[id(leaf)] = change(leaf)
+            return made[id(leaf)]
+        return leaf
+
+    return {name: pytree.tree_map(changed, value) for name, value in kwargs.items()}
+
+
+def _names(names: Any) -> frozenset[str]:
+    """Return the names of keywords; raise TypeError unless `names` is a sequence of them."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"shared_kwargs must be a sequence of names of keywords, got {names!r}")
+    return frozenset(names)

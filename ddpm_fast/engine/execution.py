@@ -20,6 +20,7 @@ class ExecutionOptions(TypedDict, total=False):
     memory_format: str | None
     compile: bool
     tf32: bool | None
+    verify: bool
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Execution:
         steps_per_replay: Number of steps in one graph.
         backend: "triton" or "torch" kernels; None chooses by device.
         optimize: "hoist" takes out of the loop what in the network does not depend on x (`ddpm_fast.engine.hoist`),
-            which takes seconds. "auto" hoists once enough steps were run for that to pay. None never hoists.
+            which takes seconds. "auto" hoists once the runs have taken about as long as hoisting will. None never
+            hoists.
         memory_format: Memory format of the network's input and, where the network is hoisted, of its convolutions'
             weights. "contiguous" or "channels_last"; "auto" takes the faster one after a short trial, whose result is
             remembered on disk (`ddpm_fast.engine.choices`). None leaves the input contiguous and the weights as they
@@ -41,6 +43,10 @@ class Execution:
             Compiling a large network takes minutes.
         tf32: Whether float32 products of the network may be taken in TensorFloat-32 on a GPU (10 bits of mantissa).
             None leaves torch's own setting; a graph keeps the setting that it was recorded with.
+        verify: Whether every run of a network that is hoisted, compiled or recorded begins with one call that is
+            compared with the model's own, which takes as long as two steps. Where they differ, the network is prepared
+            anew, or else runs as the model is, and the log says so. With speculation also whether several drafts in
+            one call get the outputs of calls of their own, once for each number of drafts.
 
     Raises:
         ValueError: An option has a value that is not listed here.
@@ -53,6 +59,7 @@ class Execution:
     memory_format: str | None = None
     compile: bool = False
     tf32: bool | None = None
+    verify: bool = True
 
     def __post_init__(self) -> None:
         one_of("execution", self.execution, EXECUTIONS)
@@ -62,6 +69,7 @@ class Execution:
         one_of("memory_format", self.memory_format, MEMORY_FORMATS)
         one_of("compile", self.compile, (False, True))
         one_of("tf32", self.tf32, (None, False, True))
+        one_of("verify", self.verify, (False, True))
 
     @property
     def at_once(self) -> bool:

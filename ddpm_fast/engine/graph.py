@@ -40,11 +40,14 @@ def can_capture(device: torch.device) -> bool:
 class GraphPool:
     """A memory pool for the intermediate results of several graphs, of which one at a time is replayed.
 
-    Nothing that outlives a replay may lie in the pool: a graph writes its results into buffers made outside.
+    A graph writes its results into buffers made outside. What lies in the pool holds until the next replay.
+
+    Torch shares a pool only among graphs that were recorded on one stream, which the pool keeps.
     """
 
     def __init__(self) -> None:
         self._handle: Any = None
+        self._streams: dict[int, torch.cuda.Stream] = {}
         self._graphs: weakref.WeakSet[StepGraph] = weakref.WeakSet()
 
     def handle(self) -> Any:
@@ -52,6 +55,13 @@ class GraphPool:
         if not self._graphs:
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
+
+    def stream(self) -> torch.cuda.Stream:
+        """Return the stream to record on: torch's default one belongs to whichever device captured first."""
+        device = torch.cuda.current_device()
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream()
+        return self._streams[device]
 
     def add(self, graph: "StepGraph") -> None:
         """Note that the graph was recorded into the pool."""
@@ -71,6 +81,9 @@ class StepGraph:
         device: Device of the launches.
         pool: Memory for intermediate results. None makes a pool for this graph alone.
 
+    Attributes:
+        output: What `body` returned in the recording: after a replay, before the next one, its tensors hold new values.
+
     Raises:
         CaptureError: The host waits for the GPU in `body`, or the recording failed. An error that `body` raises in the
             warm-up is passed on as it is.
@@ -80,16 +93,15 @@ class StepGraph:
     def __init__(self, body: Callable[[], Any], device: torch.device, pool: GraphPool | None = None) -> None:
         pool = pool or GraphPool()
         with torch.cuda.device(device), torch.random.fork_rng(devices=[]):
-            # A stream of our own: torch's default one belongs to whichever device captured first.
-            side = torch.cuda.Stream()
+            side = pool.stream()
             with spare_state(global_generator(device)) as generator:
                 offset = generator.get_offset()
                 self._owned = [*_warm_up(body, side), *generated_code()]
                 draws = generator.get_offset() != offset
-                self._graph = _capture(body, side, pool.handle())
+                self._graph, self.output = _capture(body, side, pool.handle())
             pool.add(self)
             if draws:  # replays must draw from the caller's generator, so that the graph needs that one's state
-                self._graph = _capture(body, side, pool.handle())
+                self._graph, self.output = _capture(body, side, pool.handle())
 
     def replay(self) -> None:
         """Launch the recorded work on the current stream."""
@@ -227,8 +239,8 @@ def _warm_up(body: Callable[[], Any], side: torch.cuda.Stream) -> list[Any]:
     return owned
 
 
-def _capture(body: Callable[[], Any], side: torch.cuda.Stream, handle: Any) -> torch.cuda.CUDAGraph:
-    """Record `body` on the stream; see `StepGraph`."""
+def _capture(body: Callable[[], Any], side: torch.cuda.Stream, handle: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Record `body` on the stream; return the graph, and what `body` returned. See `StepGraph`."""
     graph = torch.cuda.CUDAGraph()
     # The recording allocates cuBLAS' workspaces, in its pool: others are freed by whoever clears them, and then
     # unmapped, while the graph still writes there.
@@ -239,7 +251,7 @@ def _capture(body: Callable[[], Any], side: torch.cuda.Stream, handle: Any) -> t
             torch.cuda.stream(side),
             torch.cuda.graph(graph, pool=handle, stream=side, capture_error_mode="thread_local"),
         ):
-            body()
+            output = body()
     except RuntimeError as error:
         _abandon(graph, handle)
         cause = root_cause(error)
@@ -248,7 +260,7 @@ def _capture(body: Callable[[], Any], side: torch.cuda.Stream, handle: Any) -> t
         raise CaptureError(line_of(cause)) from error
     finally:
         torch._C._cuda_clearCublasWorkspaces()  # or eager calls would write into the pool
-    return graph
+    return graph, output
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, handle: Any) -> None:

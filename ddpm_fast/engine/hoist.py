@@ -6,6 +6,7 @@ once for every timestep, operations of the condition once, operations of both on
 condition. Where such a result enters an operation on x, the rest of the network reads the result from a table.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ddpm_fast.engine.ambient import Ambient
+from ddpm_fast.engine.call import output_of as output_among
 from ddpm_fast.engine.device import Model
 from ddpm_fast.engine.trace import (
     CONDITION,
@@ -33,6 +36,10 @@ from ddpm_fast.engine.trace import (
 )
 from ddpm_fast.validate import line_of
 
+_PIECE = 2**18  # elements of a tensor that are summed at once
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Differences by rounding, relative to the output: two orders of summation in a network of some hundred layers.
+ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 MEMORY = 2**30  # bytes, at most, for the tables of one network
 
 
@@ -96,6 +103,7 @@ class Hoisted:
         timesteps: Timesteps of the run.
         kwargs: Keywords of every call. Their tensors stay the same objects; `refresh` reads new values.
         memory: Bytes for the tables, at most. Results that do not fit stay in the loop.
+        ambient: The settings that every call is made with. None takes those in force.
 
     Attributes:
         counts: Numbers of operations that left the loop.
@@ -113,6 +121,8 @@ class Hoisted:
         timesteps: Sequence[int],
         kwargs: Mapping[str, Any] | None = None,
         memory: int = MEMORY,
+        *,
+        ambient: Ambient | None = None,
     ) -> None:
         self.model = _checked(model)
         self._training = self.model.training
@@ -125,7 +135,8 @@ class Hoisted:
         self._position[self._timesteps] = torch.arange(len(self._timesteps), device=x.device)
 
         reason: HoistError | None = None
-        for found in traces(self.model, x, self._kwargs):
+        self._ambient = ambient or Ambient.now(x.device)
+        for found in traces(self.model, x, self._kwargs, self._ambient):
             try:
                 self._build(found, x)
                 return
@@ -198,7 +209,7 @@ class Hoisted:
         """Keep the weights of convolutions in this memory format; weights in another format are copied."""
         lay_out_weights(self._graph, classify(self._graph, len(self._leaves)), memory_format)
         self._split()
-        self._constants = list(self._constants_ahead(None, None, *self._leaves))
+        self._constants = [_with_places(value) for value in self._constants_ahead(None, None, *self._leaves)]
         self._seen = self._fingerprints()
 
     def compile(self) -> Callable[[], None]:
@@ -254,7 +265,7 @@ class Hoisted:
                 if held.data_ptr() != value.data_ptr():
                     held.copy_(value)
         else:
-            self._constants = list(fresh)
+            self._constants = [_with_places(value) for value in fresh]
         self._seen = seen
         return moved
 
@@ -371,27 +382,39 @@ class Hoisted:
 
     def _verify(self, x: Tensor) -> None:
         """Raise HoistError unless both ways of reading the tables give the network's output, from first row to last."""
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32).to(
+            x
+        )
         samples, last = torch.arange(self._batch, device=x.device), len(self._timesteps) - 1
         tried: list[tuple[Tensor, int | None]] = [(samples * last // max(self._batch - 1, 1), None)]
         # Two samples reach the first and the last row by themselves.
         tried += [(torch.full_like(samples, row), row) for row in (last // 2, last)[: 2 if self._batch == 1 else 1]]
         for rows, row in tried:
             t = self._timesteps[rows]
-            expected = pytree.tree_leaves(self.model(noise, t, **self._kwargs))[0]
+            expected = output_among(self.model(noise, t, **self._kwargs))
             try:
                 got = self(noise, t, row)
             except Exception as error:
                 raise HoistError(f"what is left of it cannot run: {line_of(error)}") from error
-            if not same_up_to_rounding(got, expected):
+            if not same_up_to_rounding(got, expected, self._ambient.autocast):
                 raise HoistError("what is left of it gives other numbers")
 
 
-def same_up_to_rounding(got: Tensor, expected: Tensor) -> bool:
-    """Return whether two outputs differ by rounding alone; a wrong row or a frozen variable differs by far more."""
-    scale = expected.float().abs().max().clamp(min=1e-6)
-    allowed = 1e-3 if expected.dtype == torch.float32 else 5e-2
-    return got.shape == expected.shape and bool((got.float() - expected.float()).abs().max() <= allowed * scale)
+def same_up_to_rounding(got: Tensor, expected: Tensor, autocast: torch.dtype | None = None) -> bool:
+    """Return whether two outputs [B, ...] differ by rounding alone, in every sample.
+
+    The root mean square of the difference is compared with that of the output, by the precision of the arithmetic.
+    NaN and infinity must stand in the same places.
+    """
+    if got.shape != expected.shape or not torch.equal(got.isfinite(), expected.isfinite()):
+        return False
+    arithmetic = autocast or expected.dtype
+    allowed = ROUNDING.get(arithmetic, ROUNDING[torch.bfloat16])
+    if arithmetic == torch.float32 and expected.device.type == "cuda":
+        allowed = ROUNDING[torch.float16]  # TF32 has as many bits
+    a, b = (each.double().nan_to_num(0, 0, 0).flatten(1) for each in (got, expected))
+    scale = torch.linalg.vector_norm(b, dim=1) + 1e-6 * b.shape[1] ** 0.5
+    return bool((torch.linalg.vector_norm(a - b, dim=1) <= allowed * scale).all())
 
 
 def _checked(model: Model) -> nn.Module:
@@ -406,12 +429,35 @@ def _checked(model: Model) -> nn.Module:
     return model
 
 
+def _with_places(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy of an expanded one, so that every element has its own place to be written to."""
+    shared = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.contiguous() if shared else tensor
+
+
 def _fingerprint(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Return sums that differ where a value differs: a write through `.data` leaves no other trace."""
-    if not tensors:
-        return ()
-    sums = []
-    for tensor in (tensor.detach() for tensor in tensors):
-        tensor = tensor if tensor.is_floating_point() else tensor.double()
-        sums += [torch.sum(tensor, dtype=torch.float64), torch.linalg.vector_norm(tensor, dtype=torch.float64)]
-    return (*(tensor._version for tensor in tensors), *torch.stack(sums).tolist())
+    """Return sums that differ where a value differs or two values change places.
+
+    A write through `.data` leaves no other trace. The sums are of a tensor's bits, with odd weights, modulo 2^64.
+    """
+    sums = [_weighted_bits(tensor.detach()) for tensor in tensors if tensor.numel()]
+    return (*(tensor._version for tensor in tensors), *(torch.stack(sums).tolist() if sums else ()))
+
+
+def _weighted_bits(tensor: Tensor) -> Tensor:
+    """Return a sum over the bits of the tensor, int64."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    flat = tensor.resolve_neg().reshape(-1)
+    flat = flat.view(torch.uint8) if flat.dtype == torch.bool else flat.view(_BITS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for number, piece in enumerate(flat.split(_PIECE)):
+        total += (2 * number + 1) * torch.sum(piece.long() * _weights(piece.device)[: len(piece)])
+    return total
+
+
+@functools.lru_cache
+def _weights(device: torch.device) -> Tensor:
+    """Return odd numbers without a pattern, int64 [_PIECE]."""
+    places = torch.arange(_PIECE, dtype=torch.int64, device=device)
+    return (places * 0x9E3779B97F4A7C1 ^ (places << 21)) | 1

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +26,6 @@ from ddpm_fast.validate import line_of
 logger = logging.getLogger("ddpm_fast")
 
 CHECK_EVERY = 16  # steps between two checks for NaN on a CPU
-HOIST_AFTER = 1000  # steps after which optimize="auto" hoists: they took longer than tracing the network takes
 
 Correction = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -87,7 +87,7 @@ class Loop(SamplingLoop):
         self._pool = pool or GraphPool()
         self._known: KnownImage | None = None
         self._graphs: dict[tuple[int, _Form], StepGraph] = {}
-        self._steps_done = 0
+        self._seconds, self._checks = 0.0, 0
         self._prepared = execution.optimize is None and not execution.at_once
         if execution.at_once:
             with self._settings():
@@ -128,6 +128,7 @@ class Loop(SamplingLoop):
         try:
             for first in range(0, total, chunk):
                 reached = min(first + chunk, total)
+                began = time.perf_counter()
                 with self._settings():
                     for number in range(first, reached, stride):
                         self._advance(number, graph, noise, form)
@@ -136,9 +137,9 @@ class Loop(SamplingLoop):
                     raise FloatingPointError(
                         self._not_finite_error(first) if check == 1 else self._find_not_finite(noise, x_T, form)
                     )
+                self._seconds += time.perf_counter() - began
                 yield reached
             finished = True
-            self._steps_done += total
         finally:
             bar.close(finished)
 
@@ -152,15 +153,68 @@ class Loop(SamplingLoop):
         with self._settings():
             if self.network.refresh():
                 self._graphs.clear()
-            if not self._prepared and self._steps_done >= HOIST_AFTER:
+            if not self._prepared and self._seconds >= self.network.seconds_to_hoist:
                 self._prepare()
             if known is not None:
                 for buffer, value in zip(self._known or (), known, strict=True):
                     buffer.copy_(value.detach())
-            graph, stride = self._graph(1 if every_step or kind == "tensor" else self.steps_per_replay, form)
             noise.begin()
-            self._start(noise, x_T)
+            start = noise.x_T() if x_T is None else x_T
+            graph, stride = self._proven_graph(1 if every_step or kind == "tensor" else 0, form, start)
+            self._start(noise, start)
+            self.network.start_run()
         return graph, stride, form
+
+    def _proven_graph(self, stride: int, form: _Form, start: Tensor) -> tuple[StepGraph | None, int]:
+        """Return the graph and its number of steps as `_graph` does, once a call equals the model's own.
+
+        Args:
+            stride: Steps to record; 0 for as many as the options say.
+            form: What the steps read and write.
+            start: Any x, [B, C, ...].
+        """
+        for again in (True, False):
+            graph, recorded = self._graph(stride or self.steps_per_replay, form)
+            if not self.execution.verify or self._agrees(graph, start):
+                return graph, recorded
+            if again:
+                logger.info("the network gives other numbers than the model does now: it is prepared anew")
+                self.network.rebuild()
+                self._graphs.clear()
+        reason = "the model's own calls give other numbers than the network that was hoisted, compiled or recorded"
+        if self.mode == "graph" and graph is not None:
+            raise RuntimeError(reason)
+        logger.warning("%s; running as the model is", reason)
+        self.network.give_up()
+        self._graphs.clear()
+        self.mode = "eager"
+        return None, 1
+
+    def _agrees(self, graph: StepGraph | None, start: Tensor) -> bool:
+        """Return whether a call that was prepared or recorded gives what the model gives, in a row that varies."""
+        if graph is None and not self.network.prepared:
+            return True
+        total, self._checks = len(self.table), self._checks + 1
+        # Multiples of the golden ratio reach every part of the table soon.
+        row = min(int(self._checks * 0.6180339887498949 % 1 * total), total - self.steps_per_replay)
+        row = max(row, 0)
+
+        def set_input() -> None:
+            self._write_input(start)
+            self.network.timestep.fill_(int(self.table.timestep[row]))
+
+        set_input()
+        with self.network.undone():
+            if graph is None:
+                one_row = self.backend == "torch"
+                output = self.network(row if one_row else None).clone()
+            else:
+                self._base.fill_(row)
+                self.x.copy_(start)
+                graph.replay()
+                output = graph.output
+                set_input()
+        return self.network.agrees(output)
 
     @torch.inference_mode(False)
     def _make_room(self, form: _Form) -> None:
@@ -179,12 +233,11 @@ class Loop(SamplingLoop):
         self._prepared = True
         self._graphs.clear()
 
-    def _start(self, noise: Noise, x_T: Tensor | None) -> None:
-        """Fill every buffer with what the first step expects."""
+    def _start(self, noise: Noise, start: Tensor) -> None:
+        """Fill every buffer with what the first step expects; the run starts from x = `start`."""
         self._base.zero_()
         if noise.seeds is not None:
             self._seeds.copy_(noise.seeds)
-        start = noise.x_T() if x_T is None else x_T
         self.x.copy_(start)
         if self.x0 is not None:
             self.x0.zero_()
@@ -209,8 +262,8 @@ class Loop(SamplingLoop):
             self._step(number, self._base, 0, z, form)
             self._base.add_(1)
 
-    def _step(self, number: int, base: Tensor | int, offset: int, z: Tensor | None, form: _Form) -> None:
-        """Call the network and take one step, on the fixed buffers.
+    def _step(self, number: int, base: Tensor | int, offset: int, z: Tensor | None, form: _Form) -> Tensor:
+        """Call the network and take one step, on the fixed buffers; return the network's output.
 
         Args:
             number: Number of the step, where the step is not recorded.
@@ -254,6 +307,7 @@ class Loop(SamplingLoop):
         if correction is not None:
             self.x.add_(correction)
             self._write_input(self.x)
+        return output
 
     def _graph(self, stride: int, form: _Form) -> tuple[StepGraph | None, int]:
         """Return the graph, recorded on first use, and its number of steps; None and 1 where steps run eagerly."""
@@ -276,10 +330,13 @@ class Loop(SamplingLoop):
     def _record(self, stride: int, form: _Form) -> tuple[str, bool] | None:
         """Record a graph; where that fails, return the reason and whether a smaller graph may succeed."""
 
-        def body() -> None:
+        def body() -> Tensor:
+            outputs: list[Tensor] = []
             for offset in range(stride):
-                self._step(0, self._base, offset, self._z if form.noise == "tensor" else None, form)
+                output = self._step(0, self._base, offset, self._z if form.noise == "tensor" else None, form)
+                outputs = outputs or [self.network.kept(output)]
             self._base.add_(stride)
+            return outputs[0]
 
         try:
             self.network.watch()
@@ -302,7 +359,7 @@ class Loop(SamplingLoop):
         """Run once more, with a check after every step, and return the message that names the step."""
         noise.restart()
         with self._settings():
-            self._start(noise, x_T)
+            self._start(noise, noise.x_T() if x_T is None else x_T)
             for number in range(len(self.table)):
                 self._advance(number, None, noise, form._replace(previews=self.keep_x0))
                 if not self._is_finite():

@@ -4,18 +4,19 @@ import contextlib
 import itertools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddpm_fast.engine import choices
-from ddpm_fast.engine.call import Call, same_value
+from ddpm_fast.engine.ambient import Ambient
+from ddpm_fast.engine.call import Call, named_leaves, output_of, same_value
 from ddpm_fast.engine.device import Model, device_of, dtype_of
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.hoist import Hoisted, same_up_to_rounding
-from ddpm_fast.engine.structure import FLAGS, Structure, changed_by, structure_of
+from ddpm_fast.engine.structure import FLAGS, Structure, changed_by, modules_in, structure_of, trains
 from ddpm_fast.engine.timer import seconds
 from ddpm_fast.engine.trace import HoistError
 from ddpm_fast.validate import line_of, one_of
@@ -43,6 +44,7 @@ class Network:
         kwargs: The keywords of every call; their tensors are buffers.
         hoisted: The part of the model that depends on x, once the rest is evaluated ahead; None before.
         memory_format: Memory format of the input, "contiguous" or "channels_last".
+        ambient: The settings of the process that the model's calls depend on, as of the last `refresh`.
     """
 
     @torch.inference_mode(False)  # a buffer made in inference mode could not be written outside of that mode
@@ -53,11 +55,12 @@ class Network:
         self.batch = call.batch
         self.hoisted: Hoisted | None = None
         self.memory_format = "contiguous"
-        self._called = call.model
+        self._called, self._models = call.model, (call.model, call.module)
         self._prepared: tuple[Sequence[int], Execution, int | None] | None = None
         own_dtype = dtype_of(call.model)
         self._own = own_dtype, device_of(call.model)
-        self._autocast = own_dtype is not None and own_dtype != call.dtype
+        self._lowered = call.dtype if own_dtype not in (None, call.dtype) else None
+        self.ambient = Ambient.now(self.device, self._lowered)
         self._addresses = _addresses(call.module)
         self._volatile: frozenset[tuple[str, str]] = frozenset()  # attributes that calls change
         self._structure: Structure = {}
@@ -79,24 +82,67 @@ class Network:
             TypeError: The model returned neither a tensor nor an object with a tensor `.sample`.
             ValueError: The output has another shape, or no floating point dtype.
         """
-        with self._precision():
+        with self.ambient.precision():
             if self.hoisted is not None:
-                output = self.hoisted(self.input, self.timestep, row)
+                output: Any = self.hoisted(self.input, self.timestep, row)
             else:
-                output = self._called(self.input, self.timestep, **self.kwargs)
-        if isinstance(output, tuple) and output:
-            output = output[0]
+                output = output_of(self._called(self.input, self.timestep, **self.kwargs))
         if not isinstance(output, Tensor):
-            output = getattr(output, "sample", output)
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"model must return a tensor or an object with a tensor .sample, got {type(output).__name__}"
-                )
+            raise TypeError(
+                f"model must return a tensor or an object with a tensor .sample, got {type(output).__name__}"
+            )
         if tuple(output.shape) != self.output_shape:
             raise ValueError(self._shape_error(tuple(output.shape)))
         if not output.is_floating_point():
             raise ValueError(f"the model must return floating point numbers, got {output.dtype}")
         return output
+
+    def plain(self) -> Tensor:
+        """Return what the caller's model itself gives for the buffers as they are."""
+        with self.ambient.precision():
+            output: Tensor = output_of(self.call.model(self.input.contiguous(), self.timestep, **self.kwargs))
+        return output
+
+    @property
+    def prepared(self) -> bool:
+        """Whether a call is anything else than a call of the caller's model."""
+        return self.hoisted is not None or self._called is not self.call.model or self.memory_format != "contiguous"
+
+    @property
+    def seconds_to_hoist(self) -> float:
+        """The seconds that hoisting takes, about: from one second for a small network to ten for a large one."""
+        module = self.call.module
+        return 1.0 + 0.02 * sum(1 for _ in module.modules()) if isinstance(module, nn.Module) else 1.0
+
+    def kept(self, output: Tensor) -> Tensor:
+        """Return the output in memory that later launches leave alone: a model may return a view of its input."""
+        memory = output.untyped_storage().data_ptr()
+        return output.clone() if memory == self.input.untyped_storage().data_ptr() else output
+
+    def agrees(self, output: Tensor) -> bool:
+        """Return whether the output for the buffers as they are is that of the caller's model, up to rounding."""
+        with self.undone():
+            return same_up_to_rounding(output, self.plain(), self.ambient.autocast)
+
+    def start_run(self) -> None:
+        """Tell the modules that keep a state along a run, by their method `start_run`, that one begins."""
+        for module in self._modules():
+            start = getattr(module, "start_run", None)
+            if callable(start):
+                start()
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Leave torch's generators and the model's buffers as they are, so that calls can be compared."""
+        kept = [(buffer, buffer.clone()) for module in self._modules() for buffer in module.buffers(recurse=False)]
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            yield
+        for buffer, value in kept:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+    def _modules(self) -> dict[nn.Module, None]:
+        return dict.fromkeys(each for model in self._models for top in modules_in(model) for each in top.modules())
 
     def prepare(self, timesteps: Sequence[int], execution: Execution, row: int | None = None) -> None:
         """Hoist, change the memory format and compile, as the options say.
@@ -126,27 +172,43 @@ class Network:
             ValueError: The model has another dtype or is on another device than when the network was built.
         """
         model, module = self.call.model, self.call.module
+        ambient = Ambient.now(self.device, self._lowered)
         if (dtype_of(model), device_of(model)) != self._own:
             raise ValueError(
                 f"the model was {_words(self._own)} when the sampler was built and is "
                 f"{_words((dtype_of(model), device_of(model)))} now: build another sampler"
             )
         addresses = _addresses(module)
-        if addresses != self._addresses or self._changed():  # parameters were replaced, or what a call does
-            self._addresses, self._structure = addresses, {}
-            self.hoisted, self._called = None, model
-            if self._prepared is not None:
-                self.prepare(*self._prepared)
+        if (addresses, ambient) != (self._addresses, self.ambient) or self._changed():
+            self._addresses, self.ambient = addresses, ambient
+            self.rebuild()
             return True
         if self.hoisted is None:
             return False
         try:
-            with self._precision():
+            with self.ambient.precision():
                 return self.hoisted.refresh()
         except HoistError as reason:
             logger.warning("the network is not hoisted any more: %s", reason)
             self.hoisted = None
             return True
+
+    def rebuild(self) -> None:
+        """Prepare the network anew: what a call does has changed since it was prepared."""
+        self.forget()
+        if self._prepared is not None:
+            self.prepare(*self._prepared)
+
+    def give_up(self) -> None:
+        """Call the caller's model from now on."""
+        self._prepared = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Call the caller's model from now on, until it is prepared again."""
+        self.hoisted, self._called, self._structure = None, self.call.model, {}
+        if self.memory_format != "contiguous":
+            self._set_format("contiguous")
 
     def watch(self) -> None:
         """Look at the network's structure before something is made from it: a trace, compiled code, a recorded graph.
@@ -154,21 +216,18 @@ class Network:
         `refresh` then sees what has changed. The network is called once, for what a call itself changes; in training
         mode a call would draw numbers and count statistics, so that there only modules, flags and hooks count.
         """
-        module = self.call.module
-        training = isinstance(module, nn.Module) and any(each.training for each in module.modules())
+        training = trains(*self._models)
         if not self._structure and not training:
-            with torch.no_grad(), self._precision():
-                self._volatile = changed_by(
-                    lambda: self.call.model(self.input, self.timestep, **self.kwargs), self.call.module
-                )
+            with torch.no_grad(), self.undone():
+                self._volatile = changed_by(self.plain, *self._models)
         if not self._structure:
-            self._structure = structure_of(module)
+            self._structure = structure_of(*self._models)
             if training:
                 self._volatile = frozenset(key for key in self._structure if key[1] not in FLAGS)
 
     def _changed(self) -> bool:
         """Return whether the network's structure is another one than when it was looked at."""
-        known, now = self._structure, structure_of(self.call.module) if self._structure else {}
+        known, now = self._structure, structure_of(*self._models) if self._structure else {}
         return any(known.get(key) != now.get(key) for key in (known.keys() | now.keys()) - self._volatile)
 
     def update(self, call: Call) -> None:
@@ -177,37 +236,39 @@ class Network:
         Raises:
             ValueError: A name, a shape, a dtype, or a value that is no tensor, has changed.
         """
-        fresh = call.keywords()
-        if fresh.keys() != self.kwargs.keys():
-            raise ValueError(f"model_kwargs must keep the names {sorted(self.kwargs)}, got {sorted(fresh)}")
-        for name, value in fresh.items():
-            held = self.kwargs[name]
+        names, held_values, structure = named_leaves(self.kwargs)
+        fresh_names, values, fresh_structure = named_leaves(call.keywords())
+        if structure != fresh_structure:
+            raise ValueError(f"model_kwargs must keep the names {sorted(names)}, got {sorted(fresh_names)}")
+        for name, held, value in zip(names, held_values, values, strict=True):
             if isinstance(held, Tensor) and isinstance(value, Tensor):
                 if held.shape != value.shape or held.dtype != value.dtype:
                     raise ValueError(
-                        f"model_kwargs[{name!r}] must keep shape {tuple(held.shape)} and {held.dtype}, "
+                        f"{name} of model_kwargs must keep shape {tuple(held.shape)} and {held.dtype}, "
                         f"got {tuple(value.shape)} and {value.dtype}"
                     )
             elif isinstance(held, Tensor) or isinstance(value, Tensor) or not same_value(held, value):
-                raise ValueError(f"model_kwargs[{name!r}] was {held!r} when the sampler was built, got {value!r}")
-        for name, value in fresh.items():
+                raise ValueError(f"{name} of model_kwargs was {held!r} when the sampler was built, got {value!r}")
+        for held, value in zip(held_values, values, strict=True):
             if isinstance(value, Tensor):
-                self.kwargs[name].copy_(value)
+                held.copy_(value)
 
     def _hoist(self, timesteps: Sequence[int], level: int) -> None:
         """Evaluate ahead what does not depend on x; where that fails, log the reason at `level`."""
         try:
-            with self._precision():
-                self.hoisted = Hoisted(self.call.module, self.input, timesteps, self.kwargs)
+            with self.ambient.precision():
+                self.hoisted = Hoisted(self.call.module, self.input, timesteps, self.kwargs, ambient=self.ambient)
         except HoistError as reason:
             logger.log(level, "the network is not hoisted: %s", reason)
+        except Exception as error:  # of torch's tracer, or of the model in a call that it does not expect
+            logger.log(level, "the network is not hoisted: %s: %s", type(error).__name__, line_of(error))
 
     @torch.inference_mode(False)
     def _set_format(self, name: str) -> None:
         memory_format = torch.contiguous_format if name == "contiguous" else _LAST[self.input.dim()]
         self.input = torch.zeros_like(self.input, memory_format=memory_format)
         if self.hoisted is not None:
-            with self._precision():
+            with self.ambient.precision():
                 self.hoisted.lay_out(memory_format)
         self.memory_format = name
 
@@ -263,7 +324,8 @@ class Network:
         else:
             self._called = torch.compile(self.call.model, dynamic=False)
         try:
-            reason = None if same_up_to_rounding(self(row), expected) else "it gives other numbers then"
+            alike = same_up_to_rounding(self(row), expected, self.ambient.autocast)
+            reason = None if alike else "it gives other numbers then"
         except Exception as error:
             reason = line_of(getattr(error, "inner_exception", error))  # torch.compile wraps the error that matters
         if reason is not None:
@@ -271,12 +333,6 @@ class Network:
             self._called = called
             if undo is not None:
                 undo()
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Return autocast where the model's parameters have another dtype than its input."""
-        if self._autocast:
-            return torch.autocast(self.device.type, self.call.dtype)
-        return contextlib.nullcontext()
 
     def _shape_error(self, shape: tuple[int, ...]) -> str:
         hint = ""

@@ -1,5 +1,8 @@
 """The structure of a network: all that decides what a call computes, besides the values of its tensors."""
 
+import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,22 +16,59 @@ _FEW = 64  # entries of a container that are compared one by one
 Structure = dict[tuple[str, str], Any]
 
 
-def structure_of(module: Any) -> Structure:
+def structure_of(*models: Any) -> Structure:
     """Return what a call depends on, by the path of the submodule and the name of the attribute.
 
     Plain values and small containers count by value, tensors by identity and version, all other objects by identity.
-    A callable that is no module has no structure that could be looked at.
+    A model that is no module counts by the modules that it refers to.
     """
-    if not isinstance(module, nn.Module):
-        return {}
-    return {(path, name): value for path, each in module.named_modules() for name, value in _attributes(each)}
+    return {
+        (f"{number} {path}", name): value
+        for number, module in enumerate(_distinct(models))
+        for path, each in module.named_modules()
+        for name, value in _attributes(each)
+    }
 
 
-def changed_by(call: Callable[[], Any], module: Any) -> frozenset[tuple[str, str]]:
+def trains(*models: Any) -> bool:
+    """Return whether any module of the models is in training mode."""
+    return any(each.training for module in _distinct(models) for each in module.modules())
+
+
+def _distinct(models: tuple[Any, ...]) -> list[nn.Module]:
+    return list(dict.fromkeys(module for model in models for module in modules_in(model)))
+
+
+def modules_in(model: Any, depth: int = 3) -> list[nn.Module]:
+    """Return the model if it is a module, else the modules that it refers to: in its closure, its object, its partial.
+
+    A model reaches other modules in ways that cannot be listed; each run compares its outputs as well.
+    """
+    if isinstance(model, nn.Module):
+        return [model]
+    if not depth:
+        return []
+    inside: list[Any] = []
+    if isinstance(model, functools.partial):
+        inside += [model.func, *model.args, *model.keywords.values()]
+    elif inspect.ismethod(model):
+        inside += [model.__self__, model.__func__]
+    elif inspect.isfunction(model):
+        for cell in model.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a cell that is empty yet
+                inside.append(cell.cell_contents)
+        globals_ = (model.__globals__.get(name) for name in model.__code__.co_names)
+        inside += [value for value in globals_ if isinstance(value, nn.Module)]
+    elif hasattr(model, "__dict__"):
+        inside += vars(model).values()
+    return [module for value in inside for module in modules_in(value, depth - 1)]
+
+
+def changed_by(call: Callable[[], Any], *models: Any) -> frozenset[tuple[str, str]]:
     """Return the attributes that a call of the network itself changes: a counter, a cache."""
-    before = structure_of(module)
+    before = structure_of(*models)
     call()
-    after = structure_of(module)
+    after = structure_of(*models)
     return frozenset(key for key in before.keys() | after.keys() if before.get(key, _ABSENT) != after.get(key, _ABSENT))
 
 

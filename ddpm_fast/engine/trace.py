@@ -2,7 +2,12 @@
 
 import contextlib
 import copy
+import functools
+import gc
+import linecache
+import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ddpm_fast.engine.ambient import Ambient
+from ddpm_fast.engine.call import output_of as output_among
 from ddpm_fast.validate import line_of
 
 X, T, CONDITION = frozenset("x"), frozenset("t"), frozenset("c")
@@ -22,6 +29,13 @@ _CONVOLUTIONS = (
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.conv3d.padding,
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 )  # fmt: skip
+_DROPOUTS = (
+    aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.feature_dropout_.default,
+    aten.alpha_dropout.default, aten.alpha_dropout_.default, aten.feature_alpha_dropout.default,
+    aten.feature_alpha_dropout_.default,
+)  # fmt: skip
+# Whose memories (functools.lru_cache) hold nothing of a network.
+_LIBRARIES = frozenset((*sys.stdlib_module_names, "torch", "sympy", "numpy", "triton", "packaging", "mpmath"))
 # Operations with weights that autocast runs in the lower precision.
 _LOWERED = (*_CONVOLUTIONS, aten.linear.default, aten.matmul.default)
 
@@ -76,14 +90,14 @@ class Trace:
     tables: weakref.WeakValueDictionary[Any, Table] = field(default_factory=weakref.WeakValueDictionary)
 
     @classmethod
-    def of(cls, model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> "Trace":
+    def of(cls, model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], ambient: Ambient) -> "Trace":
         """Trace the network and clean the graph; see `trace`."""
-        graph, root = trace(model, x, t, kwargs)
+        graph, root = trace(model, x, t, kwargs, ambient)
         before = count_operations(graph.nodes)
         drop_neutral(graph)
         neutral = before - count_operations(graph.nodes)
-        if torch.is_autocast_enabled(x.device.type):
-            before += cast_weights(graph, root, torch.get_autocast_dtype(x.device.type))
+        if ambient.autocast is not None:
+            before += cast_weights(graph, root, ambient.autocast)
         return cls(graph, root, len(x), before, neutral)
 
     def resized(self, batch: int) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -96,7 +110,7 @@ class Trace:
 _TRACES: weakref.WeakKeyDictionary[nn.Module, dict[Any, Trace | None]] = weakref.WeakKeyDictionary()
 
 
-def traces(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Iterator[Trace]:
+def traces(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any], ambient: Ambient) -> Iterator[Trace]:
     """Yield traces of the network that may do for the batch size of x, to be verified and tried in turn.
 
     The first serves all batch sizes: sizes that are multiples of the prime batch size that was traced with are taken
@@ -105,15 +119,15 @@ def traces(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Iterator[T
     Raises:
         HoistError: The network cannot be traced, or a call does more than compute its output.
     """
-    shared = _shared_trace(model, x, kwargs)
+    shared = _shared_trace(model, x, kwargs, ambient)
     if shared is not None:
         yield shared
-    yield Trace.of(model, *_resized(x, kwargs, len(x)))
+    yield Trace.of(model, *_resized(x, kwargs, len(x)), ambient)
 
 
-def _shared_trace(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Trace | None:
+def _shared_trace(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any], ambient: Ambient) -> Trace | None:
     """Return the trace that serves all batch sizes, made on first use; None where there is none."""
-    key = _key(model, x, kwargs)
+    key = _key(model, x, kwargs, ambient)
     if key is None:
         return None
     known = _TRACES.setdefault(model, {})
@@ -128,42 +142,142 @@ def _shared_trace(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tra
         prime = next((prime for prime in _PRIMES if not any(size % prime == 0 for size in sizes if size)), None)
         if prime is not None:
             with contextlib.suppress(ExportError, torch.OutOfMemoryError):
-                known[key] = Trace.of(model, *_resized(x, kwargs, prime))
+                known[key] = Trace.of(model, *_resized(x, kwargs, prime), ambient)
     return known[key]
 
 
-def trace(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> tuple[fx.Graph, nn.Module]:
-    """Return the network's graph and the module that the graph refers to.
+class _Output(nn.Module):
+    """A network that returns its output alone, by the rule of `engine.call.output_of`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        output: Tensor = output_among(self.model(x, t, **kwargs))
+        return output
+
+
+def trace(
+    model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], ambient: Ambient
+) -> tuple[fx.Graph, nn.Module]:
+    """Return the network's graph, and a module of the tensors and subgraphs that the graph refers to.
 
     The graph has placeholders for x, t and the leaves of kwargs. What is traced is a copy of the module with the same
-    parameters, so that other threads may go on calling the module.
+    parameters, so that other threads may go on calling the module. Writes into activations are functionalised.
 
     Raises:
         ExportError: The network cannot be traced.
         HoistError: A call does more than compute its output.
     """
     try:
-        with _LOCK, torch.enable_grad():
-            root = torch.export.export(_structure_of(model), (x, t), dict(kwargs), strict=False).module()
+        with _LOCK:
+            exported = _in_a_thread(lambda: _export(model, x, t, kwargs, ambient))
+    except HoistError:
+        raise
     except Exception as error:
-        raise ExportError(f"torch.export cannot trace it: {line_of(error)}") from error
-    graph = fx.Graph()
+        raise ExportError(f"torch.export cannot trace it: {line_of(error)}") from None
+    graph, root = fx.Graph(), nn.Module()
     copied: dict[fx.Node, fx.Node] = {}
-    for node in root.graph.nodes:
+    for node in exported.graph.nodes:
         if node.op == "call_module":
             if node.users:
                 raise HoistError(f"its trace calls a module, {node.target}")
             continue  # checks of the input's shape
         if node.target is aten._assert_tensor_metadata.default:
             continue
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            _refuse(node)
         copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node.op == "get_attr":
+            name = str(node.target).replace(".", "_")
+            while hasattr(root, name) and attribute_of(root, name) is not attribute_of(exported, node.target):
+                name += "_"
+            setattr(root, name, attribute_of(exported, node.target))
+            copied[node].target = name
     expected = len(pytree.tree_leaves(((x, t), dict(kwargs))))
     found = [node for node in graph.nodes if node.op == "placeholder"]
     if len(found) != expected:
         raise HoistError(f"its trace has {len(found)} inputs instead of {expected}")
     return graph, root
+
+
+def _export(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], ambient: Ambient) -> nn.Module:
+    """Return torch's trace of the network, or raise HoistError where a call does more than compute its output."""
+    memories = _memories()
+    before = {memory: memory.cache_info().currsize for memory in memories}
+    sources = _sources()
+    try:
+        with torch.enable_grad(), ambient.precision():
+            copied = _Output(_structure_of(model))
+            program = torch.export.export(copied, (x, t), dict(kwargs), strict=False)
+            _refuse_random(program.graph_module)
+            if any(operation._schema.is_mutable for _, operation in _operations(program.graph_module)):
+                program = program.run_decompositions({})
+            exported: nn.Module = program.module()
+        for node, operation in _operations(exported):  # writes into activations are functionalised by now
+            if operation._schema.is_mutable and not (operation is aten.copy_.default and _is_x(node.args[0])):
+                raise HoistError(f"it writes into a tensor ({operation})")
+        return exported
+    finally:
+        for memory in _memories():  # they may hold tensors of the trace
+            if memory.cache_info().currsize != before.get(memory, 0):
+                memory.cache_clear()
+        for table, names in zip(_source_tables(), sources, strict=True):
+            for name in table.keys() - names:
+                del table[name]
+
+
+def _in_a_thread(function: Callable[[], Any]) -> Any:
+    """Return what the function returns in a thread of its own.
+
+    A new thread has torch's modes as torch sets them: autocast, gradients, inference, default device, function modes.
+    Torch's tracer keeps frames alive, which would keep the caller's buffers.
+    """
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append((function(), None))
+        except BaseException as error:
+            result.append((None, error.with_traceback(None)))
+
+    thread = threading.Thread(target=run, name="ddpm_fast trace", daemon=True)
+    thread.start()
+    thread.join()
+    value, error = result.pop()
+    if error is not None:
+        raise error
+    return value
+
+
+def _memories() -> list[Any]:
+    """Return the functions under functools.lru_cache that are not torch's own or Python's."""
+    kind = type(functools.lru_cache(len))
+    found = [each for each in gc.get_objects() if type(each) is kind]
+    return [each for each in found if str(each.__module__).partition(".")[0] not in _LIBRARIES]
+
+
+def _source_tables() -> list[dict[str, Any]]:
+    """Return the tables in which torch.fx keeps the sources that it generates, for ever."""
+    loader = getattr(fx.graph_module, "_loader", None)
+    return [linecache.cache, getattr(loader, "eval_cache", {})]
+
+
+def _sources() -> list[set[str]]:
+    return [set(table) for table in _source_tables()]
+
+
+def _operations(module: Any) -> Iterator[tuple[fx.Node, Any]]:
+    """Yield the operations of a trace and of its subgraphs: of no_grad, autocast, cond."""
+    for each in module.modules():
+        for node in each.graph.nodes if isinstance(each, fx.GraphModule) else ():
+            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+                yield node, node.target
+
+
+def _is_x(node: Any) -> bool:
+    """Return whether the node is the network's first input: each call gets a fresh one, so that writes are harmless."""
+    first = next(each for each in node.graph.nodes if each.op == "placeholder")
+    return node is first
 
 
 def _structure_of(model: nn.Module) -> nn.Module:
@@ -177,7 +291,7 @@ def _tensors(kwargs: Mapping[str, Any]) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(kwargs) if isinstance(leaf, Tensor)]
 
 
-def _key(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+def _key(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any], ambient: Ambient) -> tuple[Any, ...] | None:
     """Return what a trace depends on besides the batch size, first the tensors; None where nobody can tell."""
     leaves, structure = pytree.tree_flatten(dict(kwargs))
     if not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
@@ -188,11 +302,9 @@ def _key(model: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> tuple[Any, .
         else (type(leaf), leaf)
         for leaf in leaves
     )  # fmt: skip
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     tensors = tuple((id(t), t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
     modules = tuple((type(module), _settings(module)) for module in model.modules())
-    return tensors, modules, x.shape[1:], x.dtype, x.device, signature, structure, autocast
+    return tensors, modules, x.shape[1:], x.dtype, x.device, signature, structure, ambient
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
@@ -206,11 +318,13 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _resized(x: Tensor, kwargs: Mapping[str, Any], batch: int) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
-    """Return arguments of another batch size. Their values do not matter."""
+    """Return arguments of another batch size. Their values do not matter; a trace may keep them alive."""
 
     def resized(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.shape[:1] != x.shape[:1] or batch == len(x):
+        if not isinstance(leaf, Tensor):
             return leaf
+        if leaf.shape[:1] != x.shape[:1]:
+            return leaf.clone()
         return leaf.new_zeros((batch, *leaf.shape[1:]))
 
     t = torch.zeros(batch, dtype=torch.int64, device=x.device)
@@ -255,24 +369,24 @@ def _size_arguments(node: fx.Node) -> set[int | str]:
     return found
 
 
-def _refuse(node: fx.Node) -> None:
-    """Raise HoistError for an operation that must run in every call."""
-    operation: Any = node.target
-    if operation._schema.is_mutable:
-        raise HoistError(f"it writes into a tensor ({operation})")
-    if torch.Tag.nondeterministic_seeded not in operation.tags or operation is aten.dropout.default:
-        quiet = operation is not aten.dropout.default or _is_neutral(node)
-    else:
+def _refuse_random(module: Any) -> None:
+    """Raise HoistError where a trace draws random numbers: that must happen in every call."""
+    for node, operation in _operations(module):
         found = {argument.name: argument.default_value for argument in operation._schema.arguments}
         named = dict(zip(found, node.args, strict=False)) | dict(node.kwargs)
-        quiet = named.get("dropout_p", found.get("dropout_p")) == 0
-    if not quiet:
-        raise HoistError(f"it draws random numbers ({operation})")
+        if operation in _DROPOUTS:
+            quiet = named["p"] == 0 or not named["train"]
+        elif torch.Tag.nondeterministic_seeded in operation.tags:
+            quiet = named.get("dropout_p", found.get("dropout_p")) == 0
+        else:
+            quiet = True
+        if not quiet:
+            raise HoistError(f"it draws random numbers ({operation})")
 
 
 def _is_neutral(node: fx.Node) -> bool:
     """Return whether the operation's result is its first argument."""
-    if node.target is aten.dropout.default:
+    if node.target in _DROPOUTS:
         return bool(node.args[1] == 0 or not node.args[2])
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
@@ -392,7 +506,11 @@ def function_of(
         if node in needed and node not in copied:
             copied[node] = made.node_copy(node, copied.__getitem__)
     made.output([copied[node] for node in outputs])
-    return fx.GraphModule(root, made).forward
+    # Not a GraphModule: torch.fx keeps the source of each of those for ever.
+    code = made.python_code("self")
+    space = dict(code.globals)
+    exec(compile(code.src, "<hoisted network>", "exec"), space)
+    return types.MethodType(space["forward"], root)
 
 
 def count_operations(nodes: Iterable[fx.Node]) -> int:

@@ -74,6 +74,9 @@ class SpeculativeLoop(SamplingLoop):
         self._widths: list[int] = sorted(set(windows.tolist()))
         self._networks: dict[int, Network] = {}
         self._graphs: dict[int, StepGraph] = {}
+        self._proven: set[int] = set()  # widths whose calls were compared in this run
+        self._rebuilt: set[int] = set()  # widths that were prepared anew since they agreed
+        self._per_sample: set[int] = {1}  # widths whose calls were compared with calls of one draft
         self._pool = GraphPool()
         self._draft, self._verify, self._decide, self._commit = implementation(self.backend)
 
@@ -186,6 +189,8 @@ class SpeculativeLoop(SamplingLoop):
         for network in self._networks.values():
             if network.refresh():
                 self._graphs.clear()
+                self._per_sample = {1}
+        self._proven.clear()
         assert noise.seeds is not None  # checked by check_run
         self._seeds.copy_(noise.seeds)
         self._log_u.copy_(log_uniforms(self._seeds, self._ids))
@@ -194,6 +199,8 @@ class SpeculativeLoop(SamplingLoop):
         self._guess.zero_()
         self._rejected.zero_()
         self._position.copy_(self._begin)
+        for network in self._networks.values():
+            network.start_run()
 
     def _make_row_noise(self) -> None:
         """Make the noise of all rows, on the PyTorch path and where it fits: a step may be drafted several times."""
@@ -212,19 +219,76 @@ class SpeculativeLoop(SamplingLoop):
         return next(width for width in self._widths if width >= needed)
 
     def _advance(self, width: int) -> None:
-        """Do one round: replay its graph, or run it eagerly."""
+        """Do one round, once calls of this width are proven to be the model's own."""
+        if width in self._proven:
+            self._launch(width)
+            return
+        kept = [buffer.clone() for buffer in self._state]
+        while not self._agrees(width, self._launch(width)):
+            for buffer, value in zip(self._state, kept, strict=True):
+                buffer.copy_(value)
+        self._proven.add(width)
+
+    def _launch(self, width: int) -> Tensor:
+        """Replay the graph of a round, or run the round eagerly; return the network's output."""
         if self._records() and width not in self._graphs:
             self._record(width)
-        if width in self._graphs:
-            self._graphs[width].replay()
-        else:
-            self._round(self.network(width), width)
+        if width not in self._graphs:
+            return self._round(self.network(width), width)
+        self._graphs[width].replay()
+        output: Tensor = self._graphs[width].output
+        return output
+
+    def _agrees(self, width: int, output: Tensor) -> bool:
+        """Return whether the output of the round that was just done is the model's; prepare the network anew if not.
+
+        Raises:
+            ValueError: A sample's output depends on what else is in its call.
+            RuntimeError: A graph is demanded, and the recorded call gives other numbers.
+        """
+        network = self.network(width)
+        recorded = width in self._graphs
+        if self.execution.verify and (recorded or network.prepared) and not network.agrees(output):
+            self._graphs.clear()
+            if width not in self._rebuilt:
+                self._rebuilt.add(width)
+                logger.info("the network gives other numbers than the model does now: it is prepared anew")
+                network.rebuild()
+                return False
+            reason = "the model's own calls give other numbers than the network that was hoisted, compiled or recorded"
+            if recorded and self.mode == "graph":
+                raise RuntimeError(reason)
+            logger.warning("%s; running as the model is", reason)
+            network.give_up()
+            self.mode = "eager"
+            return False
+        self._rebuilt.discard(width)
+        if self.execution.verify and width not in self._per_sample:
+            self._check_drafts(network, output, width)
+            self._per_sample.add(width)
+        return True
+
+    def _check_drafts(self, network: Network, output: Tensor, width: int) -> None:
+        """Raise ValueError unless the last draft of every sample gets the output of a call with one draft each."""
+        alone = self.network(1)
+
+        def last(tensor: Tensor) -> Tensor:
+            drafts: Tensor = tensor.reshape(-1, width, *tensor.shape[1:])
+            return drafts[:, -1]
+
+        alone.input.copy_(last(network.input))
+        alone.timestep.copy_(last(network.timestep))
+        if not alone.agrees(last(output)):
+            raise ValueError(
+                f"speculate needs outputs that depend on their own sample alone: with {width} drafts of every sample "
+                "in a call the model gives other numbers; call model.eval(), and name in shared_kwargs the keywords "
+                f"that belong to all samples together (a size of {self.call.batch} is taken for one entry a sample)"
+            )
 
     def _record(self, width: int) -> None:
         """Record a round; where that fails, rounds run eagerly from now on."""
         network = self.network(width)
-        state = self.x, self._guess, self._position, self._rejected
-        kept = [buffer.clone() for buffer in state]
+        kept = [buffer.clone() for buffer in self._state]
         try:
             network.watch()
             self._graphs[width] = StepGraph(lambda: self._round(network, width), self.device, self._pool)
@@ -234,11 +298,16 @@ class SpeculativeLoop(SamplingLoop):
                 raise RuntimeError(reason) from error
             logger.warning("%s; running eagerly", reason)
             self.mode = "eager"
-        for buffer, value in zip(state, kept, strict=True):  # the warm-up of a recording runs real rounds
+        for buffer, value in zip(self._state, kept, strict=True):  # the warm-up of a recording runs real rounds
             buffer.copy_(value)
 
-    def _round(self, network: Network, width: int) -> None:
-        """Draft, call the network, verify, decide and commit, on the fixed buffers."""
+    @property
+    def _state(self) -> tuple[Tensor, ...]:
+        """The buffers that a round changes and the next one reads."""
+        return self.x, self._guess, self._position, self._rejected
+
+    def _round(self, network: Network, width: int) -> Tensor:
+        """Draft, call the network, verify, decide and commit, on the fixed buffers; return the network's output."""
         drafted = self._drafts, self._noise, self._guess
         shared: dict[str, Any] = {}
         if self.backend == "torch":
@@ -263,6 +332,7 @@ class SpeculativeLoop(SamplingLoop):
             self.x, *drafted, output, self._position, self._factor, self._window_rows, self._coefficients, width,
             **limits, **shared,
         )  # fmt: skip
+        return output
 
     def _limits(self, network: Network, output: Tensor, width: int) -> dict[str, Any]:
         """Return the clipping and the guidance of every draft, and whether the output enters a step by itself."""

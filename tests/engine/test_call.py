@@ -49,7 +49,7 @@ def test_tensors_inside_containers_follow_their_samples():
     call = Call.of(model, SHAPE, model_kwargs={"added": both}, uncond_kwargs={"added": both}, guidance_scale=2.0)
     wide = call.repeated(2)
     assert wide.kwargs["added"]["text"].tolist() == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
-    assert wide.keywords()["added"] is wide.kwargs["added"]  # one object for both halves, as before
+    assert wide.keywords()["added"]["text"].tolist() == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0] * 2  # for both halves
     assert call.first().kwargs["added"] == {"text": torch.tensor([0.0]), "scale": 2}
 
 
@@ -114,4 +114,4 @@ def test_a_speculative_sampler_builds_no_network_that_it_never_calls(monkeypatch
     sampler = Sampler(model, SHAPE, num_inference_steps=20, speculate={0: 2, 500: 4}, device="cpu")
     assert built == []
     sampler(seeds=0, progress=False)
-    assert set(built) <= {2 * 3, 4 * 3}
+    assert set(built) <= {2 * 3, 4 * 3, 3}  # the last one for the comparison with calls of one draft

@@ -1,5 +1,6 @@
 """How a walk is executed changes no sample: hoisting when it pays, memory formats, torch.compile, TF32."""
 
+import itertools
 import logging
 import shutil
 
@@ -10,6 +11,7 @@ from torch import nn
 import ddpm_fast.engine.loop
 import ddpm_fast.engine.network
 from ddpm_fast.engine.execution import Execution
+from ddpm_fast.engine.network import Network
 from ddpm_fast.sample import Sampler
 
 SHAPE = (2, 3, 8, 8)
@@ -51,8 +53,10 @@ def plain():
 
 class TestAuto:
     def test_hoists_once_that_pays(self, monkeypatch):
-        """After as many steps as take longer than tracing; the samples stay the same, bit by bit."""
-        monkeypatch.setattr(ddpm_fast.engine.loop, "HOIST_AFTER", 25)
+        """After runs that took as long as hoisting will; the samples stay the same, bit by bit."""
+        clock = itertools.count()  # a run of ten steps takes one second
+        monkeypatch.setattr(ddpm_fast.engine.loop.time, "perf_counter", lambda: next(clock))
+        monkeypatch.setattr(Network, "seconds_to_hoist", 2.5)
         sampler = Sampler(Net(), SHAPE, **OPTIONS)
         images, hoisted = [], []
         for _ in range(5):
@@ -62,7 +66,7 @@ class TestAuto:
         assert all(torch.equal(image, images[0]) for image in images)
 
     def test_says_quietly_what_cannot_be_hoisted(self, monkeypatch, caplog):
-        monkeypatch.setattr(ddpm_fast.engine.loop, "HOIST_AFTER", 0)
+        monkeypatch.setattr(Network, "seconds_to_hoist", 0)
         with caplog.at_level(logging.INFO, "ddpm_fast"):
             sampler = Sampler(lambda x, t: torch.tanh(x), SHAPE, device="cpu", **OPTIONS)
             for _ in range(2):
@@ -72,7 +76,7 @@ class TestAuto:
         assert "it is no torch.nn.Module but a function" in said.message
 
     def test_none_never_does(self, monkeypatch):
-        monkeypatch.setattr(ddpm_fast.engine.loop, "HOIST_AFTER", 0)
+        monkeypatch.setattr(Network, "seconds_to_hoist", 0)
         assert drawn(Net(), optimize=None)[0].loop.network.hoisted is None
 
 
@@ -204,7 +208,10 @@ class TestReplacedParameters:
         class Recorded:
             def __init__(self, body, device, pool):
                 made.append(pool)
-                self.replay = body
+                self.body = body
+
+            def replay(self):
+                self.output = self.body()
 
         monkeypatch.setattr("ddpm_fast.engine.base.can_capture", lambda device: True)
         monkeypatch.setattr(ddpm_fast.engine.loop, "StepGraph", Recorded)
@@ -234,11 +241,14 @@ class Full:
         steps = []
         loop_step = ddpm_fast.engine.loop.Loop._step
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ddpm_fast.engine.loop.Loop, "_step", lambda *args: (steps.append(1), loop_step(*args)))
+            patch.setattr(ddpm_fast.engine.loop.Loop, "_step", lambda *args: (steps.append(1), loop_step(*args))[1])
             body()
         if len(steps) > Full.most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-        self.replay = body
+        self.body = body
+
+    def replay(self):
+        self.output = self.body()
 
 
 class TestOutOfMemory:
@@ -271,7 +281,7 @@ class TestOutOfMemory:
     "option",
     [
         {"execution": "fast"}, {"steps_per_replay": 0}, {"backend": "cuda"}, {"optimize": "most"}, {"compile": "max"},
-        {"memory_format": torch.channels_last}, {"tf32": "yes"},
+        {"memory_format": torch.channels_last}, {"tf32": "yes"}, {"verify": None},
     ],
     ids=str,
 )  # fmt: skip
