@@ -247,5 +247,5 @@ def schedule_report(config: SamplerConfig) -> dict[str, float]:
             1].
     """
     alpha_bar = float(config.alphas_cumprod()[-1])
-    one = torch.ones(1, 1)
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     return {"signal": math.sqrt(alpha_bar), "prior_bits": float(prior_bits(one, alpha_bar))}

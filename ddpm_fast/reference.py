@@ -30,7 +30,7 @@ class Diffusion:
         """Return the chain that visits `timesteps` alone. Its marginals q(x_t | x_0) are the long chain's."""
         kept = sorted(timesteps)
         alphas_bar = self.alphas_bar[kept]
-        before = torch.cat([torch.ones(1, dtype=alphas_bar.dtype), alphas_bar[:-1]])
+        before = torch.cat([torch.ones(1, dtype=alphas_bar.dtype, device="cpu"), alphas_bar[:-1]])
         return Diffusion(1 - alphas_bar / before, [self.timesteps[t] for t in kept])
 
     # The forward process
@@ -78,7 +78,7 @@ class Diffusion:
         temperature: float = 1.0,
     ) -> Tensor:
         """Draw x_{t-1} ~ p(x_{t-1} | x_t), one line of Algorithm 2."""
-        output = model(x_t, torch.full((len(x_t),), self.timesteps[t]))
+        output = model(x_t, torch.full((len(x_t),), self.timesteps[t], dtype=torch.int64, device="cpu"))
         channels = x_t.shape[1]
         x_0 = self.predict_x_0(x_t, t, output[:, :channels], prediction_type)
         if clip is not None:
@@ -135,7 +135,7 @@ class Diffusion:
         x = x_T
         states: list[Tensor] = []
         for t in reversed(range(len(self.betas))):
-            output = model(x, torch.full((len(x),), self.timesteps[t]))
+            output = model(x, torch.full((len(x),), self.timesteps[t], dtype=torch.int64, device="cpu"))
             signal, deviation = torch.sqrt(self.alphas_bar[t]), torch.sqrt(1 - self.alphas_bar[t])
             raw = self.predict_x_0(x, t, output, prediction_type)
             x_0 = raw if clip is None else raw.clamp(-clip, clip)

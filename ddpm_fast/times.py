@@ -33,7 +33,7 @@ class Retimed(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        times = torch.as_tensor(times, dtype=torch.float32)
+        times = torch.as_tensor(times, dtype=torch.float32, device="cpu")
         if times.dim() != 1 or len(times) == 0 or not torch.isfinite(times).all():
             raise ValueError(f"times must be finite numbers [T], one a timestep, got shape {tuple(times.shape)}")
         self.model = model

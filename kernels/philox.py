@@ -100,7 +100,7 @@ def normals(
         part = slice(start, start + rows)
         for left in range(0, used, _BLOCK):
             right = min(left + _BLOCK, used)
-            j = torch.arange(left, right, device=seeds.device)[None]
+            j = torch.arange(left, right, dtype=torch.int64, device=seeds.device)[None]
             visited = visits[part] if isinstance(visits, Tensor) else visits
             words = philox_4x32((j, ids[part], int(stream), visited), (key[0][part], key[1][part]))
             _box_muller(words, z[part, :, left:right])

@@ -87,7 +87,7 @@ class Rows:
 
     def noise(self, seeds: Tensor, ids: Tensor | list[list[int]], stream: int, x: Tensor) -> Tensor:
         """Return normals of `stream` at the samples' noise ids, in the shape and dtype of x."""
-        noise_ids = torch.as_tensor(ids, device=x.device)[:, 1][self.row].expand(len(x))
+        noise_ids = torch.as_tensor(ids, dtype=torch.int64, device=x.device)[:, 1][self.row].expand(len(x))
         return philox.normals(seeds, noise_ids, stream, x[0].numel(), dtype=x.dtype).view_as(x)
 
     def write(self, target: Tensor, values: Tensor) -> None:

@@ -60,7 +60,7 @@ class RoundRows:
         self, coefficients: Tensor, position: Tensor, windows: Tensor, width: int, dim: int, column: int = Position.ROW
     ) -> None:
         steps, start = len(coefficients), position[:, column].long()
-        offsets = torch.arange(width, device=start.device)
+        offsets = torch.arange(width, dtype=torch.int64, device=start.device)
         self.start = start
         self.count = torch.minimum(windows[start.clamp(max=steps - 1)].long().clamp(max=width), steps - start)
         self.rows = (start[:, None] + offsets).clamp(max=steps - 1)
@@ -126,9 +126,9 @@ def draft_torch(
     """
     batch, full = guess.shape[:2]
     rows = rows or RoundRows(coefficients, position, windows, width, x.dim())
-    every = torch.arange(batch, device=x.device)[:, None]
+    every = torch.arange(batch, dtype=torch.int64, device=x.device)[:, None]
     taken, evaluated = position[:, Position.TAKEN, None], position[:, Position.EVALUATED, None]
-    source = torch.minimum(taken + torch.arange(full, device=x.device), evaluated - 1)
+    source = torch.minimum(taken + torch.arange(full, dtype=torch.int64, device=x.device), evaluated - 1)
     guess.copy_(guess[every, source])
     row_ids = ids[rows.rows]
     if row_noise is None:
@@ -192,7 +192,7 @@ def decide_torch(
     Rejections are marked in `rejected`, uint8 [B, S]. `log_u`, [B, S], is the result of `log_uniforms`.
     """
     rows = rows or RoundRows(coefficients, position, windows, width, 1)
-    every = torch.arange(len(dots), device=dots.device)
+    every = torch.arange(len(dots), dtype=torch.int64, device=dots.device)
     along, square = dots[:, :width].sum(2).unbind(-1)
     plain = rows.plain.view(rows.rows.shape)
     accepted = ~plain & (log_u[every[:, None], rows.rows] <= along - square / 2)
@@ -234,7 +234,7 @@ def commit_torch(
     out = out.reshape(drafts.shape)
     raw, x0 = rows.predict_x0(drafts, out, clip, bound)
     evaluated, taken, outcome = position[:, Position.EVALUATED :].unbind(1)
-    at = torch.arange(batch, device=x.device), (taken.long() - 1).clamp(min=0)
+    at = torch.arange(batch, dtype=torch.int64, device=x.device), (taken.long() - 1).clamp(min=0)
     y, z, g, sigma = drafts[at], noise[at], guess[at], rows.sigma[at]
     drafted = rows.of_guess[at] * g + rows.of_state[at] * y + sigma * z
     mean = rows.c_x0[at] * x0[at] + rows.c_x[at] * y
@@ -246,7 +246,7 @@ def commit_torch(
         outcome == Outcome.ACCEPTED, drafted, mean + sigma * (z - factor.to(x.dtype).view(batch, *ones) * distance)
     )
     x.copy_(torch.where(outcome == Outcome.DONE, x, new))
-    kept = torch.arange(width, device=x.device) < evaluated[:, None]
+    kept = torch.arange(width, dtype=torch.int64, device=x.device) < evaluated[:, None]
     guess.copy_(torch.where(kept.view(batch, width, *ones), x0, guess))
 
 

@@ -73,7 +73,7 @@ def _rank(ratio: float, count: int, dtype: torch.dtype) -> tuple[int, float]:
 
     The rank is computed in the dtype of x, as in torch.quantile, so that the same two numbers are interpolated.
     """
-    rank = torch.tensor(ratio, dtype=dtype) * (count - 1)
+    rank = torch.tensor(ratio, dtype=dtype, device="cpu") * (count - 1)
     return int(rank), float(rank - int(rank))
 
 

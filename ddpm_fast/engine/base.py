@@ -55,7 +55,7 @@ class SamplingLoop(ABC):
             raise ValueError(f"execution='graph' needs a CUDA device, got {self.device}")
         self.mode = execution.execution
         self.backend = choose_backend(self.device, execution.backend)
-        self.x = torch.zeros(self.shape, device=self.device)
+        self.x = torch.zeros(self.shape, dtype=torch.float32, device=self.device)
         self.x0: Tensor | None = None
         self.speculation: Speculation | None = None
         self._no_gradients = torch.inference_mode if inference_mode else torch.no_grad

@@ -130,9 +130,9 @@ class Hoisted:
         self._leaves = pytree.tree_leaves(self._kwargs)
         self._conditions = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
         self._batch, self._memory = len(x), memory
-        self._timesteps = torch.as_tensor(timesteps, dtype=torch.int64).to(x.device)
+        self._timesteps = torch.as_tensor(timesteps, dtype=torch.int64, device=x.device)
         self._position = torch.zeros(int(self._timesteps.max()) + 1, dtype=torch.int64, device=x.device)
-        self._position[self._timesteps] = torch.arange(len(self._timesteps), device=x.device)
+        self._position[self._timesteps] = torch.arange(len(self._timesteps), dtype=torch.int64, device=x.device)
 
         reason: HoistError | None = None
         self._ambient = ambient or Ambient.now(x.device)
@@ -157,7 +157,9 @@ class Hoisted:
         classes = classify(graph, len(self._leaves))
         self._graph, self._root = graph, root
         self._firsts, self._which = self._distinct()
-        self._stride = torch.tensor(len(self._firsts), device=x.device)  # a recorded graph reads the tensor
+        self._stride = torch.tensor(
+            len(self._firsts), dtype=torch.int64, device=x.device
+        )  # a recorded graph reads the tensor
         self._banks: list[_Bank] = []
         self._tabulate(found, originals, classes)
         self._constants: list[Tensor] = []
@@ -286,7 +288,7 @@ class Hoisted:
 
     def _whole(self, index: Tensor) -> Tensor:
         """Return `index` with its last element repeated up to a whole batch."""
-        return index[torch.arange(self._batch, device=index.device).clamp(max=len(index) - 1)]
+        return index[torch.arange(self._batch, dtype=torch.int64, device=index.device).clamp(max=len(index) - 1)]
 
     def _batch_of(self, rows: Tensor) -> Tensor:
         """Return the timesteps of these rows, the last one repeated up to a whole batch."""
@@ -301,7 +303,7 @@ class Hoisted:
             key = tuple(leaf[sample].contiguous().view(torch.uint8).numpy().tobytes() for leaf in own)
             firsts.setdefault(key, sample)
             which.append(list(firsts).index(key))
-        return list(firsts.values()), torch.tensor(which, device=self._timesteps.device)
+        return list(firsts.values()), torch.tensor(which, dtype=torch.int64, device=self._timesteps.device)
 
     def _tabulate(
         self, found: Trace, originals: Mapping[fx.Node, fx.Node], classes: Mapping[fx.Node, frozenset[str]]
@@ -336,8 +338,8 @@ class Hoisted:
         if self._batch == 1 or not nodes:
             return nodes
         evaluate = function_of(root, graph, nodes)
-        rows = torch.arange(self._batch, device=self._timesteps.device) % len(self._timesteps)
-        samples = torch.arange(self._batch, device=self._timesteps.device)
+        rows = torch.arange(self._batch, dtype=torch.int64, device=self._timesteps.device) % len(self._timesteps)
+        samples = torch.arange(self._batch, dtype=torch.int64, device=self._timesteps.device)
         mixed = evaluate(None, self._batch_of(rows), *self._leaves)
         kept = [True] * len(nodes)
         for sample in (0, self._batch - 1):
@@ -357,10 +359,12 @@ class Hoisted:
 
     def _fill(self, bank: _Bank) -> None:
         """Fill a bank's table: evaluate its results for every row."""
-        firsts = torch.tensor(self._firsts if bank.conditional else [0], device=self._timesteps.device)
+        firsts = torch.tensor(
+            self._firsts if bank.conditional else [0], dtype=torch.int64, device=self._timesteps.device
+        )
         rows = len(self._timesteps) * len(firsts)
         for start in range(0, rows, self._batch):
-            index = torch.arange(start, min(start + self._batch, rows), device=firsts.device)
+            index = torch.arange(start, min(start + self._batch, rows), dtype=torch.int64, device=firsts.device)
             t = self._batch_of(index // len(firsts))
             leaves = self._leaves
             if bank.conditional:
@@ -385,7 +389,7 @@ class Hoisted:
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32).to(
             x
         )
-        samples, last = torch.arange(self._batch, device=x.device), len(self._timesteps) - 1
+        samples, last = torch.arange(self._batch, dtype=torch.int64, device=x.device), len(self._timesteps) - 1
         tried: list[tuple[Tensor, int | None]] = [(samples * last // max(self._batch - 1, 1), None)]
         # Two samples reach the first and the last row by themselves.
         tried += [(torch.full_like(samples, row), row) for row in (last // 2, last)[: 2 if self._batch == 1 else 1]]

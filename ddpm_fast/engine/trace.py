@@ -510,7 +510,7 @@ def function_of(
     code = made.python_code("self")
     space = dict(code.globals)
     exec(compile(code.src, "<hoisted network>", "exec"), space)
-    return types.MethodType(space["forward"], root)
+    return types.MethodType(space.pop("forward"), root)
 
 
 def count_operations(nodes: Iterable[fx.Node]) -> int:

@@ -35,7 +35,7 @@ class IdealDenoiser(nn.Module):
         self.prediction_type = prediction_type
         # float64, because only the differences of the exponents count, which are in the millions near t = 0.
         self.register_buffer("data", data.double())
-        self.register_buffer("alphas_cumprod", torch.as_tensor(alphas_cumprod, dtype=torch.float64))
+        self.register_buffer("alphas_cumprod", torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu"))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the prediction for x [B, C, ...] at timesteps t int64 [B], in the dtype of x."""

@@ -209,7 +209,7 @@ class UNet(nn.Module):
         embedding = self.embed(timestep_embedding(t, self.config.widths[0]).to(self.enter.weight.dtype))
         if self.config.num_classes is not None:
             if class_labels is None:
-                class_labels = torch.full((len(x),), self.config.num_classes, device=x.device)
+                class_labels = torch.full((len(x),), self.config.num_classes, dtype=torch.int64, device=x.device)
             embedding = embedding + self.embed_class(class_labels)
         elif class_labels is not None:
             raise ValueError("the network knows no classes, got class_labels")

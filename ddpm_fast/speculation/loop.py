@@ -81,14 +81,16 @@ class SpeculativeLoop(SamplingLoop):
         self._draft, self._verify, self._decide, self._commit = implementation(self.backend)
 
         (batch, *sizes), room, steps, device = self.shape, self._widths[-1], len(table), self.device
-        self._drafts, self._noise, self._guess = (torch.zeros(batch, room, *sizes, device=device) for _ in range(3))
+        self._drafts, self._noise, self._guess = (
+            torch.zeros(batch, room, *sizes, dtype=torch.float32, device=device) for _ in range(3)
+        )
         self._dots = torch.zeros(batch, room, self._parts(), 2, dtype=self._dtype_of_sums(), device=device)
         self._begin = torch.tensor([0, 0, 1, 0, Outcome.DONE], dtype=torch.int32, device=device)
         self._position = self._begin.repeat(batch, 1)
-        self._factor = torch.zeros(batch, device=device)
+        self._factor = torch.zeros(batch, dtype=torch.float32, device=device)
         self._rejected = torch.zeros(batch, steps, dtype=torch.uint8, device=device)
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._log_u = torch.zeros(batch, steps, device=device)
+        self._log_u = torch.zeros(batch, steps, dtype=torch.float32, device=device)
         self._row_noise: Tensor | None = None
         self._window_rows = torch.from_numpy(windows).to(device)
         self._use_output = bool(np.any(table.c_out != 0))
