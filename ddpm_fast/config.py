@@ -15,6 +15,7 @@ from ddpm_fast.validate import check_names, one_of, whole, within
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+MOST_TIMESTEPS = 10**6  # of a schedule: a table takes about 100 bytes for each
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 SAMPLERS = ("ddpm", "ddim")
@@ -136,6 +137,8 @@ class SamplerConfig:
         ):
             self._set(name, within(name, getattr(self, name), low, high, ends))
         self._set("num_train_timesteps", whole("num_train_timesteps", self.num_train_timesteps, 1))
+        if self.num_train_timesteps > MOST_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps must be at most {MOST_TIMESTEPS}, got {self.num_train_timesteps}")
         self._set("steps_offset", whole("steps_offset", self.steps_offset, 0))
         if self.sampler == "ddpm" and self.eta:
             raise ValueError(f"eta belongs to sampler='ddim', got eta={self.eta} with sampler='ddpm'")
@@ -176,7 +179,8 @@ class SamplerConfig:
                 f"num_inference_steps={self.num_inference_steps} is more than the schedule has: "
                 f"num_train_timesteps={self.num_train_timesteps}"
             )
-        self.inference_timesteps()
+        if self.num_inference_steps is not None:  # nobody asked for the run that no option describes
+            self.inference_timesteps()
 
     @classmethod
     def from_options(cls, options: Mapping[str, object], base: "SamplerConfig | None" = None) -> "SamplerConfig":

@@ -24,7 +24,7 @@ from ddpm_fast.options import ModelOptions
 from ddpm_fast.sample import Sampler
 from ddpm_fast.schedules import Array
 from ddpm_fast.seeding import Seeds, resolve_seeds, seed_tensor
-from ddpm_fast.table import StepTable, build_table
+from ddpm_fast.table import StepTable, build_table, previous_alpha_bars
 from ddpm_fast.timesteps import Timesteps
 from ddpm_fast.validate import checked_start, one_of, whole, within
 
@@ -267,7 +267,10 @@ def from_level(config: SamplerConfig, t: int) -> SamplerConfig:
     if not len(left):
         raise ValueError(f"t must be at least the last timestep of the run, {visited[-1]}, got {t}")
     if config.previous_timestep == "stride" and len(left) < len(visited):
-        raise ValueError("previous_timestep='stride' needs the whole run: take 'spacing'")
+        plain = replace(config, previous_timestep="spacing")
+        if np.any(previous_alpha_bars(config, visited) != previous_alpha_bars(plain, visited)):
+            raise ValueError("previous_timestep='stride' needs the whole run: take 'spacing'")
+        config = plain  # the same run
     return replace(config, timesteps=tuple(left.tolist()), num_inference_steps=None)
 
 
@@ -329,7 +332,7 @@ def _back_and_forth(steps: int, resamplings: int, jump_length: int) -> tuple[Tim
 
 
 def inverted(config: SamplerConfig) -> StepTable:
-    """Return the rows of DDIM from data to noise: from level s, with alpha_bar = 1 at first, to the noisier timestep t.
+    """Return the rows of DDIM from data to noise: each goes from the level s that the run's step reaches from t to t.
 
         x0  = (x_s - sqrt(1 - alpha_bar_s) epsilon) / sqrt(alpha_bar_s)
         x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) epsilon
@@ -339,9 +342,9 @@ def inverted(config: SamplerConfig) -> StepTable:
     Raises:
         ValueError: The network predicts x_0, whose epsilon has no value at the data.
     """
-    t = config.inference_timesteps()[::-1].copy()
+    falling = config.inference_timesteps()
+    t, alpha_bar_s = falling[::-1].copy(), previous_alpha_bars(config, falling)[::-1]
     alpha_bar_t = config.alphas_cumprod()[t]
-    alpha_bar_s = np.append(1.0, alpha_bar_t[:-1])
     signal, deviation = np.sqrt(alpha_bar_s), np.sqrt(1 - alpha_bar_s)
     new_signal, new_deviation = np.sqrt(alpha_bar_t), np.sqrt(1 - alpha_bar_t)
     columns: dict[str, Array]
@@ -400,7 +403,7 @@ def _weights(a: Tensor, b: Tensor, lam: float, mixing: str) -> tuple[Tensor, Ten
     """Return the weights of two noised images, [B, 1, ...] each."""
     shape = (-1, *(1,) * (a.dim() - 1))
     if mixing == "linear":
-        one = torch.ones(len(a), device=a.device).view(shape)
+        one = torch.ones(len(a), dtype=torch.float32, device=a.device).view(shape)
         return (1 - lam) * one, lam * one
     flat_a, flat_b = a.double().flatten(1), b.double().flatten(1)
     cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))

@@ -16,13 +16,14 @@ from ddpm_fast.config import SamplerConfig, listed
 from ddpm_fast.engine.call import Call
 from ddpm_fast.engine.device import Model
 from ddpm_fast.engine.execution import Execution
+from ddpm_fast.engine.locks import make_reentrant_lock
 from ddpm_fast.engine.noise import GeneratorNoise, Noise, PhiloxNoise
 from ddpm_fast.engine.progress import Show
 from ddpm_fast.engine.report import Speculation
 from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.options import RunOptions, SamplerOptions, split_options
 from ddpm_fast.seeding import Seeds, resolve_seeds
-from ddpm_fast.speculation.choose import Speculate, build_loop
+from ddpm_fast.speculation.choose import Speculate, build_loop, check_speculate
 from ddpm_fast.speculation.loop import check_run
 from ddpm_fast.table import Clipping, StepTable, build_table
 from ddpm_fast.validate import check_callable, checked_known, checked_shape, checked_start, kept_steps
@@ -156,20 +157,63 @@ class Sampler(Generic[S]):
         table: StepTable | None = None,
         **options: Unpack[RunOptions],
     ) -> None:
-        self.config, execution = split_options(options, config)
+        self._describe(
+            model, shape, model_kwargs=model_kwargs, guidance_scale=guidance_scale, uncond_kwargs=uncond_kwargs,
+            shared_kwargs=shared_kwargs, decode=decode, device=device, dtype=dtype, speculate=speculate, config=config,
+            table=table, **options,
+        )  # fmt: skip
+        self._build()
+
+    def _describe(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        *,
+        model_kwargs: Mapping[str, Any] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        shared_kwargs: Sequence[str] = (),
+        decode: Any = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        speculate: Speculate = False,
+        config: SamplerConfig | None = None,
+        table: StepTable | None = None,
+        **options: Unpack[RunOptions],
+    ) -> None:
+        """Check and keep what the sampler was asked for, without a call of the network."""
+        self.config, self._execution = split_options(options, config)
+        if table is not None and not isinstance(table, StepTable):
+            raise TypeError(f"table must be a StepTable, got {type(table).__name__}")
         self.table = build_table(self.config) if table is None else table
         self.shape = checked_shape(shape)
-        call = Call.of(
+        check_speculate(speculate)
+        self._speculate: Speculate = speculate
+        self._call = Call.of(
             model, self.shape, model_kwargs=model_kwargs, uncond_kwargs=uncond_kwargs, guidance_scale=guidance_scale,
             device=device, dtype=dtype, shared_kwargs=shared_kwargs,
         )  # fmt: skip
-        self.device = call.device
+        self.device = self._call.device
         check_callable("decode", decode)
         self.decode = decode
         self.last_seeds: list[int] | None = None
-        self._lock, self._running = threading.RLock(), False
+
+    def _build(self) -> None:
+        """Build the loop."""
+        self._lock, self._runs_in = make_reentrant_lock(), 0
         clipping = Clipping.of(self.config)
-        self.loop, self.windows = build_loop(speculate, call, self.table, clipping, execution=execution)
+        self.loop, self.windows = build_loop(
+            self._speculate, self._call, self.table, clipping, execution=self._execution
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made from: the copy builds a loop of its own, for the windows that were chosen."""
+        state = {name: value for name, value in vars(self).items() if name not in ("loop", "windows", "_lock")}
+        return {**state, "_call": self.loop.call, "_speculate": self.windows or self._speculate}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._build()
 
     @overload
     def __call__(self, *, output: Literal["sample"] = "sample", **options: Unpack[CallOptions]) -> S: ...
@@ -223,17 +267,10 @@ class Sampler(Generic[S]):
             FloatingPointError: The model returned NaN, or an infinity that no clipping bounds; says at which step.
             RuntimeError: `execution` is "graph" and the network cannot be captured.
         """
-        check_callable("callback", callback)
-        keep = kept_steps(output, output_steps, len(self.table))
+        keep, known_image = self._checked(seeds, generator, x_T, known, mask, output, output_steps, callback)
+        watched = bool(keep) or callback is not None
         with self._alone():
-            checked_start(x_T, self.shape)
-            known_image = checked_known(known, mask, self.shape)
-            watched = bool(keep) or callback is not None
-            if self.windows is not None:
-                check_run(from_seeds=generator is None, known=known_image is not None, watched=watched)
             noise = self._make_noise(seeds, generator)
-            if known_image is not None and generator is not None:
-                raise ValueError("a known image is noised from seeds: not with a generator")
             loop = self.loop
             if model_kwargs is not None or uncond_kwargs is not None:
                 loop.update_kwargs(model_kwargs or {}, uncond_kwargs)
@@ -260,6 +297,35 @@ class Sampler(Generic[S]):
                 sample, self.last_seeds, torch.stack(frames) if frames else None, timesteps, speculation
             )
 
+    def _checked(
+        self,
+        seeds: Seeds,
+        generator: Generators | None,
+        x_T: Tensor | None,
+        known: Tensor | None,
+        mask: Tensor | None,
+        output: str,
+        output_steps: Sequence[int] | None,
+        callback: Callback | None,
+    ) -> tuple[frozenset[int], tuple[Tensor, Tensor] | None]:
+        """Check the arguments of a call; return the steps after which a frame is kept, and the known image."""
+        check_callable("callback", callback)
+        keep = kept_steps(output, output_steps, len(self.table))
+        checked_start(x_T, self.shape)
+        known_image = checked_known(known, mask, self.shape)
+        if self._speculate is not False:
+            watched = bool(keep) or callback is not None
+            check_run(from_seeds=generator is None, known=known_image is not None, watched=watched)
+        if seeds is not None:
+            resolve_seeds(seeds, self.shape[0])
+        if generator is not None:
+            if seeds is not None:
+                raise ValueError("noise comes from seeds or from generators, not from both")
+            if known_image is not None:
+                raise ValueError("a known image is noised from seeds: not with a generator")
+            GeneratorNoise(generator, self.shape, self.table, self.device)
+        return keep, known_image
+
     def free(self) -> None:
         """Drop the recorded graphs and their memory; the next call records again."""
         with self._alone():
@@ -269,18 +335,16 @@ class Sampler(Generic[S]):
     def _alone(self) -> Iterator[None]:
         """Hold the sampler for one call, because there is one set of buffers; calls of other threads wait."""
         with self._lock:
-            if self._running:
+            if self._runs_in == threading.get_ident():
                 raise RuntimeError("a sampler cannot be called from its own callback: build another")
-            self._running = True
+            self._runs_in = threading.get_ident()
             try:
                 yield
             finally:
-                self._running = False
+                self._runs_in = 0
 
     def _make_noise(self, seeds: Seeds, generator: Generators | None) -> Noise:
         if generator is not None:
-            if seeds is not None:
-                raise ValueError("noise comes from seeds or from generators, not from both")
             self.last_seeds = None
             return GeneratorNoise(generator, self.shape, self.table, self.device)
         resolved = resolve_seeds(seeds, self.shape[0])
@@ -366,7 +430,10 @@ def sample(
         ValueError, TypeError: Something does not fit; one sentence says what, before the network is called.
         FloatingPointError: The model returned NaN, or an infinity that no clipping bounds; says at which step.
     """
-    sampler: Sampler[Any] = Sampler(model, shape, decode=decode, **options)
+    sampler: Sampler[Any] = Sampler.__new__(Sampler)
+    sampler._describe(model, shape, decode=decode, **options)
+    sampler._checked(seeds, generator, x_T, known, mask, output, output_steps, callback)  # before building takes long
+    sampler._build()
     return sampler(
         seeds=seeds, generator=generator, x_T=x_T, known=known, mask=mask, output=output, output_steps=output_steps,
         callback=callback, progress=progress,

@@ -67,8 +67,8 @@ def betas_from_list(betas: Sequence[float], steps: int) -> Array:
     """
     try:
         values = np.asarray(betas, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"trained_betas must be numbers, got {betas!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"trained_betas must be numbers, got {betas!r:.80}") from error
     if values.shape != (steps,):
         raise ValueError(
             f"trained_betas must be num_train_timesteps = {steps} numbers in one dimension, got shape {values.shape}"

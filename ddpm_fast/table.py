@@ -136,6 +136,7 @@ def build_table(config: SamplerConfig) -> StepTable:
     if config.noise_free == "t_zero":
         quiet = t == 0
     sigma = np.where(quiet, 0.0, config.temperature * sigma)
+    known_level = np.append(alpha_bar_s[:-1], 1.0)  # a run ends with the known image itself, wherever its table ends
     return StepTable(
         timestep=t,
         noise_id=t,
@@ -147,8 +148,8 @@ def build_table(config: SamplerConfig) -> StepTable:
         sigma=sigma,
         log_min=log_min,
         log_max=log_max,
-        known_scale=np.sqrt(alpha_bar_s),
-        known_sigma=np.sqrt(1 - alpha_bar_s),
+        known_scale=np.sqrt(known_level),
+        known_sigma=np.sqrt(1 - known_level),
         draws=sigma != 0,
         learned=learned,
         doubled=config.variance_type in ("learned", "learned_range"),

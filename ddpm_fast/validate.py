@@ -1,5 +1,6 @@
 """Checks of arguments: each error says in one sentence which values are allowed and which one came."""
 
+import contextlib
 import difflib
 import math
 import numbers
@@ -18,28 +19,31 @@ DEFAULT_FRAMES = 10
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     allowed = list(allowed)
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    if isinstance(value, (Tensor, np.ndarray)) or value not in allowed:  # arrays compare element by element
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r:.80}")
 
 
 def within(name: str, value: object, low: float, high: float, ends: str = "[]") -> float:
     """Return `value` as a float; raise ValueError unless it is a finite number in the interval with such `ends`."""
     number = math.nan
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(value)
+        with contextlib.suppress(OverflowError):
+            number = float(value)
     above = low <= number if ends[0] == "[" else low < number
     below = number <= high if ends[1] == "]" else number < high
     if not (math.isfinite(number) and above and below):
-        raise ValueError(f"{name} must be a finite number in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value!r}")
+        raise ValueError(f"{name} must be a finite number in {ends[0]}{low:g}, {high:g}{ends[1]}, got {value!r:.80}")
     return number
 
 
 def whole(name: str, value: object, low: int, high: int | None = None) -> int:
-    """Return `value` as an int; raise ValueError unless it is an integer >= low (and <= high)."""
+    """Return `value` as an int; raise ValueError unless it is an integer >= low and <= high (below 2^31 by default)."""
+    limit = 2**31 - 1 if high is None else high
     number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
-    if number is None or number < low or (high is not None and number > high):
+    if number is None or not low <= number <= limit:
         span = f">= {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be an integer {span}, got {value!r}")
+        bound = " and below 2^31" if high is None and number is not None and number > limit else ""
+        raise ValueError(f"{name} must be an integer {span}{bound}, got {value!r:.80}")
     return number
 
 
@@ -81,8 +85,8 @@ def per_sample(name: str, value: float | Sequence[float] | None, batch: int, dev
         return None
     try:
         tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be one finite number or one a sample ({batch}), got {value!r}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} must be one finite number or one a sample ({batch}), got {value!r:.80}") from error
     if tensor.dim() == 0:
         tensor = tensor.repeat(batch)
     if tensor.shape != (batch,) or not bool(torch.isfinite(tensor).all()):

@@ -13,13 +13,15 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
-    """Raise ValueError unless `tensor` has the shape, one of the dtypes and the device."""
+    """Raise ValueError unless `tensor` has the shape, one of the dtypes and the device, and its memory its values."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} must be one of {[str(dtype) for dtype in dtypes]}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if tensor.is_neg():  # as the imaginary part of a conjugate has: torch changes the sign when it reads
+        raise ValueError(f"{name} must hold its values themselves, not their negatives: pass {name}.resolve_neg()")
 
 
 def check_contiguous(name: str, tensor: Tensor) -> None:

@@ -86,6 +86,7 @@ def draft_kernel(
     wide = i_sample.to(tl.int64)
     o_sample = wide * n
     o_first = wide * room * n
+    o_input = wide * WIDTH * n
     twin = batch.to(tl.int64) * WIDTH * n  # to the other half of a guided input
 
     if tl.program_id(0) == 0:
@@ -101,6 +102,9 @@ def draft_kernel(
             j = start + tl.arange(0, BLOCK)
             begins, masks = lanes(j, n, q)
             y0, y1, y2, y3 = load4(x_ptr + o_sample, begins, j, masks)
+            # Sums of 64 bits: the drafts of one sample may take more than 2^31 elements.
+            o_k = o_first
+            o_in = o_input
             for k in range(WIDTH):
                 if k < count:
                     p_row = coefficients_ptr + (row + k) * COLUMNS
@@ -110,8 +114,6 @@ def draft_kernel(
                     guesses = load4(guess_ptr + o_first + source * n, begins, j, masks)
                     noise_id = tl.load(ids_ptr + (row + k) * 2 + 1)
                     radii, directions = polar4(seed, tie(j, y0), noise_id, STEP, 0, 1.0, PTX)
-                    o_k = (wide * room + k) * n  # in 64 bits: the drafts of one sample may take more than 2^31 elements
-                    o_in = (wide * WIDTH + k) * n
                     y0 = draft_lane(y0, radii[0], directions[0], guesses[0], masks[0], o_k + begins[0] + j,
                                     o_in + begins[0] + j, guess_ptr, drafts_ptr, noise_ptr,
                                     input_ptr, twin, g_scale, y_scale, sigma, GUIDED)  # fmt: skip
@@ -124,6 +126,8 @@ def draft_kernel(
                     y3 = draft_lane(y3, radii[3], directions[3], guesses[3], masks[3], o_k + begins[3] + j,
                                     o_in + begins[3] + j, guess_ptr, drafts_ptr, noise_ptr,
                                     input_ptr, twin, g_scale, y_scale, sigma, GUIDED)  # fmt: skip
+                    o_k += n
+                    o_in += n
 
 
 @triton.jit(do_not_specialize=["steps", "batch"])
@@ -249,6 +253,7 @@ def commit_kernel(
     accepted = tl.load(p_position + OUTCOME) == ACCEPTED
     factor = tl.load(factor_ptr + i_sample)
     wide = i_sample.to(tl.int64)
+    p_first = output_ptr + wide * WIDTH * output_batch
     to_unconditional = (batch * WIDTH).to(tl.int64) * output_batch
     for part in tl.static_range(PARTS):
         start = block_start(part, BLOCK)
@@ -267,7 +272,7 @@ def commit_kernel(
                     if GUIDED:
                         guidance = tl.load(guidance_ptr + i_sample * WIDTH + k)
                     o_room = (wide * room + k) * n
-                    p_output = output_ptr + (wide * WIDTH + k) * output_batch
+                    p_output = p_first + tl.cast(k, tl.int64) * output_batch
                     ys = load4(drafts_ptr + o_room, begins, j, masks)
                     guesses = load4(guess_ptr + o_room, begins, j, masks)
                     outs = load4(p_output, begins, j, masks)

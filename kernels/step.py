@@ -157,7 +157,7 @@ def step_torch(
 def _form(tensors: tuple[Any, ...], given: Any) -> tuple[Any, ...] | None:
     """Return all that `_check` looks at but the places in memory, or None for arguments that are no tensors."""
     try:
-        kinds = [t if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors]
+        kinds = [t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.is_neg()) for t in tensors]
     except (AttributeError, RuntimeError):
         return None
     return *kinds, given.clip, given.learned, given.use_output

@@ -59,7 +59,7 @@ def never(x, t, **kwargs):
             r"uncond_kwargs must have the names of model_kwargs, \['z'\], got \['y'\]",
         ),
         (
-            {"guidance_scale": 1.0, "uncond_kwargs": {"y": torch.zeros(1)}, "model_kwargs": {"y": torch.zeros(1)}},
+            {"guidance_scale": 1.0, "uncond_kwargs": {"y": torch.zeros(1)}, "model_kwargs": {"y": torch.ones(1)}},
             r"must have equal shapes \(2, ...\)",
         ),
         ({"guidance_scale": 1.0, "uncond_kwargs": {"y": 1}, "model_kwargs": {"y": 2}}, "must be two tensors or equal"),
@@ -100,14 +100,18 @@ def test_a_dtype_that_autocast_does_not_have():
         sample(Wavy(2, 2), SHAPE, dtype=torch.float64)
 
 
-def test_containers_in_the_conditioning_must_stay_the_same_objects():
-    held = {"a": torch.zeros(2)}
+def test_containers_in_the_conditioning_may_change_by_their_tensors_alone():
+    held = {"a": torch.zeros(2), "b": 3}
     sampler = Sampler(lambda x, t, added: x, SHAPE, num_inference_steps=2, model_kwargs={"added": held})
     sampler(seeds=0, model_kwargs={"added": held})
-    with pytest.raises(ValueError, match=r"model_kwargs\['added'\] was"):
+    sampler(seeds=0, model_kwargs={"added": {"a": torch.ones(2), "b": 3}})
+    with pytest.raises(ValueError, match=r"model_kwargs\['added'\]\['b'\] was 3"):
+        sampler(seeds=0, model_kwargs={"added": {"a": torch.zeros(2), "b": 4}})
+    with pytest.raises(ValueError, match=r"must keep the names .*\['b'\].*, got \['added'\]"):
         sampler(seeds=0, model_kwargs={"added": {"a": torch.zeros(2)}})
-    with pytest.raises(ValueError, match="must be two tensors or equal"):
-        Sampler(never, SHAPE, guidance_scale=2.0, model_kwargs={"added": held}, uncond_kwargs={"added": dict(held)})
+    other = {"added": {**held, "b": 4}}
+    with pytest.raises(ValueError, match=r"model_kwargs\['added'\]\['b'\] and .* must be two tensors or equal"):
+        Sampler(never, SHAPE, guidance_scale=2.0, model_kwargs={"added": held}, uncond_kwargs=other)
 
 
 def test_unconditional_values_without_guidance():

@@ -348,6 +348,7 @@ class TestInversion:
             x = noisier
 
 
+TRAILING = {"timestep_spacing": "trailing", "num_inference_steps": 7}
 X = torch.zeros(2, 2, 4, 4)
 
 
@@ -380,7 +381,7 @@ def test_options_reach_the_sampler(call):
         (lambda m: denoise(m, X / 0, 10), "x_0 must be finite"),
         (lambda m: denoise(m, "image", 10), "x_0 must be a float tensor .* got str"),
         (lambda m: denoise(m, X, 5, timesteps=[900, 100]), "at least the last timestep of the run, 100, got 5"),
-        (lambda m: denoise(m, X, 500, previous_timestep="stride", num_inference_steps=10), "take 'spacing'"),
+        (lambda m: denoise(m, X, 500, previous_timestep="stride", **TRAILING), "take 'spacing'"),
         (lambda m: interpolate(m, X, X[:1], 10), "x_a and x_b must have one shape"),
         (lambda m: interpolate(m, X, X, 10, 1.5), r"lam must be a finite number in \[0, 1\]"),
         (lambda m: interpolate(m, X, X, 10, mixing="cubic"), "mixing must be one of"),

@@ -1,6 +1,7 @@
 """diffusers: pipelines whose sampling loop is ours, and schedulers for every other pipeline."""
 
 import copy
+import functools
 from typing import Any
 
 from diffusers import (
@@ -52,13 +53,15 @@ def accelerate(obj: Any, options: Options) -> Any:
                 raise ValueError("a scheduler takes one step at a time: speculate is for pipelines")
             _refuse_override(obj, stock, fast, "step")
             check_config(obj)
-            return adopt(copy.deepcopy(obj), _over(fast, obj), _backend=options.execution.backend, _cached=None)
+            return adopt(
+                copy.deepcopy(obj), _over(fast, obj.__class__), _backend=options.execution.backend, _cached=None
+            )
     for stock, fast in _PIPELINES.items():
         if isinstance(obj, stock):
             _refuse_override(obj, stock, fast, "__call__")
             if is_supported(obj.scheduler):
                 check_config(obj.scheduler)
-            pipeline: Any = adopt(obj, _over(fast, obj), _runner=Runner(options))
+            pipeline: Any = adopt(obj, _over(fast, obj.__class__), _runner=Runner(options))
             pipeline.scheduler = copy.deepcopy(obj.scheduler)  # every call sets its timesteps
             return pipeline
     hint = "it is neither a pipeline nor a scheduler that is known"
@@ -73,9 +76,21 @@ def _refuse_override(obj: Any, stock: type, fast: type, method: str) -> None:
         raise TypeError(f"{type(obj).__name__} has a {method} of its own, which would be lost: not accelerated")
 
 
-def _over(fast: type, obj: Any) -> type:
+@functools.cache
+def _over(fast: Any, kind: Any) -> Any:
     """Return `fast`, or a class of `fast` in front of the user's subclass."""
-    kind = type(obj)
     if issubclass(kind, fast):
         return kind
-    return fast if kind in fast.__mro__ else type(f"Fast{kind.__name__}", (fast, kind), {"__module__": fast.__module__})
+    if kind in fast.__mro__:
+        return fast
+    return type(f"Fast{kind.__name__}", (fast, kind), {"__module__": fast.__module__, "__reduce_ex__": _reduce})
+
+
+def _reduce(obj: Any, protocol: Any) -> tuple[Any, ...]:
+    """Return what copies and pickles are made from: no module holds the class, which is made anew."""
+    return _blank, type(obj).__bases__, obj.__dict__
+
+
+def _blank(fast: Any, kind: Any) -> Any:
+    made = _over(fast, kind)
+    return made.__new__(made)

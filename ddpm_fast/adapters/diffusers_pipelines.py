@@ -4,6 +4,7 @@ Signatures, progress bar, files and images are diffusers'; `seeds=` is new. A pi
 DDPM nor DDIM (a DPMSolver, say) runs as in diffusers.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
@@ -52,6 +53,18 @@ class _FastPipeline(Accelerated):
         """Write the folder that the pipeline of diffusers writes; both load the folder."""
         adopt(self, self._stock).save_pretrained(save_directory, **kwargs)
 
+    def _left_to_diffusers(self, seeds: Seeds) -> bool:
+        """Return whether the pipeline runs as in diffusers; raise ValueError where the call has seeds then."""
+        scheduler = self.scheduler  # type: ignore[attr-defined]
+        if is_supported(scheduler):
+            return False
+        if seeds is not None:
+            raise ValueError(
+                f"seeds need a DDPMScheduler or DDIMScheduler, not {type(scheduler).__name__}: pass a generator instead"
+            )
+        self._runner.last_seeds = self._runner.last_loop = None
+        return True
+
     def _run(
         self,
         network: Any,
@@ -65,8 +78,8 @@ class _FastPipeline(Accelerated):
         x_T: Callable[[], Tensor] | None = None,
         doubled: bool = False,
         **conditioning: Any,
-    ) -> Tensor:
-        """Run from noise to x_0 and return x_0, float32.
+    ) -> tuple[Tensor, list[int] | None]:
+        """Run from noise to x_0; return x_0, float32, and the seeds if there are some.
 
         Args:
             network: A component of the pipeline.
@@ -83,7 +96,9 @@ class _FastPipeline(Accelerated):
         own, dtype = next(network.parameters()).device, network.dtype
         if not hooked and own != device:
             raise ValueError(f"the pipeline runs on {device}, but its network is on {own}: pipe.to(...)")
+        scheduler = copy.deepcopy(scheduler)  # its timesteps are this run's alone, whatever other threads do
         scheduler.set_timesteps(steps)
+        self.scheduler.set_timesteps(steps)  # type: ignore[attr-defined]  # as diffusers leaves it
         eta = eta if isinstance(scheduler, DDIMScheduler) else 0.0
         table = table_of(scheduler, eta=eta, use_clipped_model_output=use_clipped_model_output, doubled=doubled)
         _check_channels(network, shape[1], table.doubled, table.learned)
@@ -108,10 +123,10 @@ class _FastPipeline(Accelerated):
                 noise = runner.noise(generator, loop, seeds=seeds, dtype=dtype, copies=copies, z_from_global=True)
                 start = None if runner.last_seeds is not None else x_T()
             bar = self.progress_bar(total=len(table))  # type: ignore[attr-defined]
-            return loop.run(noise, start, progress=bar)
+            return loop.run(noise, start, progress=bar), runner.last_seeds
 
-    def _images(self, images: Tensor, output_type: str | None, return_dict: bool) -> Output:
-        """Return the images, given on [-1, 1], in the form that the caller wants."""
+    def _images(self, images: Tensor, output_type: str | None, return_dict: bool, seeds: list[int] | None) -> Output:
+        """Return the images, given on [-1, 1], in the form that the caller wants; with an attribute `seeds`."""
         images = (images / 2 + 0.5).clamp(0, 1)
         result: Any = images
         if output_type != "pt":
@@ -119,7 +134,11 @@ class _FastPipeline(Accelerated):
             if output_type == "pil":
                 result = self.numpy_to_pil(result)  # type: ignore[attr-defined]
         self.maybe_free_model_hooks()  # type: ignore[attr-defined]
-        return ImagePipelineOutput(images=result) if return_dict else (result,)
+        if not return_dict:
+            return (result,)
+        output = ImagePipelineOutput(images=result)
+        output.seeds = seeds
+        return output
 
 
 class FastDDPMPipeline(_FastPipeline, DDPMPipeline):
@@ -139,11 +158,11 @@ class FastDDPMPipeline(_FastPipeline, DDPMPipeline):
         seeds: Seeds = None,
     ) -> Output:
         """Draw images: the arguments of DDPMPipeline, and `seeds`, one for each image (an int s: s, s + 1, …)."""
-        if not is_supported(self.scheduler):
+        if self._left_to_diffusers(seeds):
             return super().__call__(batch_size, generator, num_inference_steps, output_type, return_dict)
         one_of("output_type", output_type, _OUTPUTS)
-        x = self._run(self.unet, _image_shape(self.unet, batch_size), num_inference_steps, generator, seeds)
-        return self._images(x.to(self.unet.dtype) if output_type == "pt" else x, output_type, return_dict)
+        x, drawn = self._run(self.unet, _image_shape(self.unet, batch_size), num_inference_steps, generator, seeds)
+        return self._images(x.to(self.unet.dtype) if output_type == "pt" else x, output_type, return_dict, drawn)
 
 
 class FastDDIMPipeline(_FastPipeline, DDIMPipeline):
@@ -165,16 +184,16 @@ class FastDDIMPipeline(_FastPipeline, DDIMPipeline):
         seeds: Seeds = None,
     ) -> Output:
         """Draw images: the arguments of DDIMPipeline, and `seeds`, one for each image (an int s: s, s + 1, …)."""
-        if not is_supported(self.scheduler):
+        if self._left_to_diffusers(seeds):
             return super().__call__(
                 batch_size, generator, eta, num_inference_steps, use_clipped_model_output, output_type, return_dict
             )
         one_of("output_type", output_type, _OUTPUTS)
-        x = self._run(
+        x, drawn = self._run(
             self.unet, _image_shape(self.unet, batch_size), num_inference_steps, generator, seeds,
             eta=eta, use_clipped_model_output=bool(use_clipped_model_output),
         )  # fmt: skip
-        return self._images(x.to(self.unet.dtype) if output_type == "pt" else x, output_type, return_dict)
+        return self._images(x.to(self.unet.dtype) if output_type == "pt" else x, output_type, return_dict, drawn)
 
 
 class FastLDMPipeline(_FastPipeline, LDMPipeline):
@@ -196,16 +215,16 @@ class FastLDMPipeline(_FastPipeline, LDMPipeline):
         **kwargs: Any,
     ) -> Output:
         """Draw images: the arguments of LDMPipeline, and `seeds`, one for each image (an int s: s, s + 1, …)."""
-        if not is_supported(self.scheduler):
+        if self._left_to_diffusers(seeds):
             return super().__call__(batch_size, generator, eta, num_inference_steps, output_type, return_dict, **kwargs)
         one_of("output_type", output_type, _OUTPUTS)
         shape = _image_shape(self.unet, batch_size)
-        x = self._run(
+        x, drawn = self._run(
             self.unet, shape, num_inference_steps, generator, seeds, eta=eta,
             x_T=lambda: randn_tensor(shape, generator=generator),  # diffusers, too, draws on the CPU in float32
         )  # fmt: skip
         images = self.vqvae.decode((x / self.vqvae.config.scaling_factor).to(self.vqvae.dtype)).sample
-        return self._images(images, output_type, return_dict)
+        return self._images(images, output_type, return_dict, drawn)
 
 
 class FastDiTPipeline(_FastPipeline, DiTPipeline):
@@ -226,7 +245,7 @@ class FastDiTPipeline(_FastPipeline, DiTPipeline):
         seeds: Seeds = None,
     ) -> Output:
         """Draw images: the arguments of DiTPipeline, and `seeds`, one for each image (an int s: s, s + 1, …)."""
-        if not is_supported(self.scheduler):
+        if self._left_to_diffusers(seeds):
             return super().__call__(
                 class_labels, guidance_scale, generator, num_inference_steps, output_type, return_dict
             )
@@ -234,19 +253,19 @@ class FastDiTPipeline(_FastPipeline, DiTPipeline):
         if getattr(self.scheduler, "variance_type", "").startswith("learned"):
             raise ValueError("variance_type: DiTPipeline drops the network's variance, so it cannot be learned")
         config, device = self.transformer.config, self._execution_device
-        labels = torch.tensor(class_labels, device=device).reshape(-1)
+        labels = torch.as_tensor(class_labels, dtype=torch.int64, device=device).reshape(-1)
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         conditioning: dict[str, Any] = {"model_kwargs": {"class_labels": labels}}
         if guidance_scale > 1:
             nothing = torch.full_like(labels, 1000)  # the class number that means no class
             conditioning |= {"uncond_kwargs": {"class_labels": nothing}, "guidance_scale": guidance_scale}
-        x = self._run(
+        x, drawn = self._run(
             self.transformer, shape, num_inference_steps, generator, seeds,
             x_T=lambda: randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype),
             doubled=config.out_channels == 2 * config.in_channels, **conditioning,
         )  # fmt: skip
         images = self.vae.decode((x / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
-        return self._images(images, output_type, return_dict)
+        return self._images(images, output_type, return_dict, drawn)
 
 
 def _image_shape(unet: Any, batch: int) -> tuple[int, ...]:

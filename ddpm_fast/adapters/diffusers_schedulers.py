@@ -29,14 +29,17 @@ class _Rows:
     """A scheduler's table on a device.
 
     Attributes:
+        exists: Whether the row's timestep is one of the schedule: the others are left to diffusers.
         positions: The row of every timestep.
         draws: Whether diffusers draws noise, by row.
     """
 
     def __init__(self, scheduler: Any, device: torch.device, **options: Any) -> None:
-        table = table_of(scheduler, **options)
+        table = table_of(scheduler, **options, only_valid=False)
+        exists = [t < len(scheduler.alphas_cumprod) for t in scheduler.timesteps.tolist()]
+        self.exists = exists
         self.coefficients, self.ids = table.coefficients(device), table.ids(device)
-        self.positions = {t: row for row, t in enumerate(table.timestep.tolist())}
+        self.positions = {t: row for row, t in enumerate(table.timestep.tolist()) if exists[row]}
         self.draws = table.draws.tolist()
         self.learned = table.learned
         self.use_output = bool((table.c_out != 0).any())
@@ -82,7 +85,8 @@ class _Fused:
         timesteps: Tensor = self.timesteps  # type: ignore[attr-defined]
         if isinstance(timestep, Tensor) and timestep.numel() == 1:
             if timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
-                return (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
+                row = (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
+                return row if rows.exists[row] else None
             timestep = timestep.item()
         return rows.positions.get(timestep) if isinstance(timestep, int) else None
 

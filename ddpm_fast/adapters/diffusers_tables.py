@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpm_fast.schedules import Array
 from ddpm_fast.table import MIN_VARIANCE, Clipping, StepTable
+from ddpm_fast.timesteps import check_range
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range")
@@ -25,6 +26,7 @@ def table_of(
     eta: float = 0.0,
     use_clipped_model_output: bool = False,
     doubled: bool = False,
+    only_valid: bool = True,
 ) -> StepTable:
     """Return the rows of `scheduler.timesteps`, in their order.
 
@@ -32,15 +34,20 @@ def table_of(
         scheduler: A scheduler after `set_timesteps`.
         eta, use_clipped_model_output: See DDIMScheduler.step.
         doubled: Whether the network's output has a variance half that the scheduler does not read.
+        only_valid: Whether a timestep outside of the schedule is an error; otherwise its row means nothing.
 
     Raises:
-        ValueError: A field of the scheduler's config is not supported; the message names the field.
+        ValueError: A field of the scheduler's config is not supported; the message names the field. Or a timestep does
+            not exist (steps_offset=1 with all timesteps).
     """
     check_config(scheduler)
     if not 0 <= eta < np.inf:
         raise ValueError(f"eta must be a number >= 0, got {eta!r}")
     t = scheduler.timesteps.to("cpu", torch.int64)
     alpha_bars = scheduler.alphas_cumprod.to("cpu", torch.float32)
+    if only_valid:
+        check_range(t.clamp(min=0).numpy(), len(alpha_bars))  # to diffusers, -1 is the last one
+    t = t.clamp(max=len(alpha_bars) - 1)
     if isinstance(scheduler, DDPMScheduler):
         return _ddpm_table(scheduler, t, alpha_bars, doubled)
     return _ddim_table(scheduler, t, alpha_bars, float(eta), use_clipped_model_output, doubled)

@@ -174,7 +174,8 @@ def _of_pipeline(pipeline: Any) -> Checkpoint:
     else:
         fields["beta_schedule"] = schedule
     if isinstance(scheduler, DDIMScheduler):
-        fields |= {"sampler": "ddim", "previous_timestep": "stride", "num_inference_steps": 50}
+        steps = 50 if scheduler.config.num_train_timesteps > 50 else None  # diffusers' default, where it is possible
+        fields |= {"sampler": "ddim", "previous_timestep": "stride", "num_inference_steps": steps}
     else:
         fields["noise_free"] = "t_zero"
     return _of_unet(pipeline.unet, SamplerConfig.from_options(fields))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.engine.base import SamplingLoop
-from ddpm_fast.engine.call import Call
+from ddpm_fast.engine.call import Call, named_leaves
 from ddpm_fast.engine.device import global_generator
 from ddpm_fast.engine.execution import DEFAULT, Execution
 from ddpm_fast.engine.graph import GraphPool
+from ddpm_fast.engine.locks import make_lock
 from ddpm_fast.engine.loop import Correction
 from ddpm_fast.engine.noise import GeneratorNoise, Noise, PhiloxNoise
 from ddpm_fast.engine.report import Speculation
@@ -75,23 +76,20 @@ class Runner:
     Attributes:
         options: The options of the loops.
         last_seeds: The seeds of the last run, one for each sample; None where the noise came from a generator.
+        last_loop: The loop of the last run, if it is kept.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.last_seeds: list[int] | None = None
+        self.last_loop: SamplingLoop | None = None
         self._loops: list[tuple[tuple[Any, ...], SamplingLoop]] = []  # the last used one first
         self._pool = GraphPool()
-        self._lock = threading.Lock()
+        self._lock = make_lock()
         self._runs_in: int | None = None  # a thread; 0 for the run of an iterator, which any thread may continue
 
     def __reduce__(self) -> tuple[type, tuple[Options]]:
         return Runner, (self.options,)  # a copy has the same options; buffers and graphs are not copied
-
-    @property
-    def last_loop(self) -> SamplingLoop | None:
-        """The loop of the last run, if it is kept."""
-        return self._loops[0][1] if self._loops else None
 
     @property
     def last_speculation(self) -> Speculation | None:
@@ -164,6 +162,7 @@ class Runner:
                     self._loops.insert(0, self._loops.pop(place))
                     if call.kwargs or call.uncond_kwargs:
                         other.update_kwargs(call.kwargs, call.uncond_kwargs)
+                    self.last_loop = other
                     return other
         options = self.options.execution
         options = replace(
@@ -173,6 +172,7 @@ class Runner:
             self.options.speculate, call, table, clipping, correction=correction, keep_x0=keep_x0,
             inference_mode=inference_mode, execution=options, pool=self._pool,
         )  # fmt: skip
+        self.last_loop = loop if kept else None
         if kept:  # loops of another network would keep that network alive
             alike = [(other_key, other) for other_key, other in self._loops if other_key[-1] == owner]
             self._loops = [(key, loop), *alike[: KEPT - 1]]
@@ -182,6 +182,7 @@ class Runner:
         """Drop the buffers and graphs of the loops."""
         with self._lock:
             self._loops.clear()
+            self.last_loop = None
 
     def noise(
         self,
@@ -220,7 +221,9 @@ class Runner:
                 return noise
             return GeneratorNoise(None, loop.shape, loop.table, loop.device, dtype=dtype, copies=copies)
         if seeds is None:
-            seeds = int(torch.randint(2**48, ()))  # follows torch.manual_seed, whatever the seed
+            seeds = int(
+                torch.randint(2**48, (), dtype=torch.int64, device="cpu")
+            )  # follows torch.manual_seed, whatever the seed
         self.last_seeds = resolve_seeds(seeds, loop.shape[0])
         return PhiloxNoise(self.last_seeds, loop.shape, loop.table, loop.device, loop.backend)
 
@@ -245,20 +248,21 @@ def _drawn_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, 
     """Draw a seed for each sample from the generators, or from torch's global generator."""
     if generator is None or isinstance(generator, torch.Generator):
         device = "cpu" if generator is None else generator.device
-        seeds: list[int] = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
+        seeds: list[int] = torch.randint(
+            2**62, (count,), generator=generator, dtype=torch.int64, device=device
+        ).tolist()
         return seeds
     return [_drawn_seeds(each, 1)[0] for each in generator]
 
 
 def _signature(call: Call) -> tuple[Any, ...]:
     """Return what must be equal in two calls for new values to fit into old buffers."""
-    kwargs: Mapping[str, Any] = {
-        **call.kwargs, **{f"uncond {name}": value for name, value in (call.uncond_kwargs or {}).items()}
-    }  # fmt: skip
-    return tuple(
-        (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, _ByValue(value))
-        for name, value in sorted(kwargs.items())
-    )
+    found = []
+    for kwargs in (call.kwargs, call.uncond_kwargs or {}):
+        names, values, structure = named_leaves(kwargs)
+        found += [structure, *names]
+        found += [(v.shape, v.dtype) if isinstance(v, Tensor) else _ByValue(v) for v in values]
+    return tuple(found)
 
 
 class _ByValue:

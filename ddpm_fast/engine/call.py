@@ -70,7 +70,7 @@ class Call:
             module: See the attributes. None takes the model itself.
 
         Raises:
-            TypeError: The model is not callable.
+            TypeError: The model is not callable, or keywords are no mapping.
             ValueError: The device, the dtype, the keywords or the guidance scale do not fit the model or the batch.
         """
         if not callable(model):
@@ -78,6 +78,9 @@ class Call:
         resolved = resolve_device(model, device)
         if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating point torch.dtype such as torch.bfloat16, got {dtype!r}")
+        for name, kwargs in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
+            if kwargs is not None and not isinstance(kwargs, Mapping):
+                raise TypeError(f"{name} must be a mapping of names to values, got {type(kwargs).__name__}")
         if (guidance_scale is None) != (uncond_kwargs is None):
             raise ValueError("guidance_scale and uncond_kwargs belong together: give both or neither")
         own = dtype_of(model)
@@ -118,12 +121,15 @@ class Call:
         """
         joined: dict[str, Any] = dict(self.kwargs)
         if self.uncond_kwargs is not None:
-            names, halves, structure = named_leaves(self.kwargs)
-            others, uncond, other_structure = named_leaves(self.uncond_kwargs)
+            places, halves, structure = named_leaves(self.kwargs)
+            _, uncond, other_structure = named_leaves(self.uncond_kwargs)
             if structure != other_structure:
-                raise ValueError(f"uncond_kwargs must have the names of model_kwargs, {names}, got {others}")
+                raise ValueError(
+                    f"uncond_kwargs must have the names of model_kwargs, {said(self.kwargs)}, "
+                    f"got {said(self.uncond_kwargs)}"
+                )
             joined = pytree.tree_unflatten(
-                [self._joined(*each) for each in zip(names, halves, uncond, strict=True)], structure
+                [self._joined(*each) for each in zip(places, halves, uncond, strict=True)], structure
             )
         return _mapped(lambda tensor: tensor.detach().to(self.device, copy=True), joined)
 
@@ -170,22 +176,23 @@ class Call:
             guidance=None if self.guidance is None else change(self.guidance),
         )  # fmt: skip
 
-    def _joined(self, name: str, cond: Any, uncond: Any) -> Any:
-        """Return what the keyword at the place `name` is for both halves in one batch."""
+    def _joined(self, place: str, cond: Any, uncond: Any) -> Any:
+        """Return what stands at this place of the keywords for both halves in one batch."""
         if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
-            shared = cond.shape[:1] != (self.batch,) or name.split("[")[0] in self.shared_kwargs
+            shared = cond.shape[:1] != (self.batch,) or place.split("'")[1] in self.shared_kwargs
             if shared and cond.dtype == uncond.dtype and torch.equal(cond.to(self.device), uncond.to(self.device)):
                 return cond
             if shared or cond.shape != uncond.shape:
                 raise ValueError(
-                    f"with guidance, {name} of model_kwargs and of uncond_kwargs must have equal shapes "
+                    f"with guidance, model_kwargs{place} and uncond_kwargs{place} must have equal shapes "
                     f"({self.batch}, ...), or be the same for all samples, "
                     f"got {tuple(cond.shape)} and {tuple(uncond.shape)}"
                 )
             return torch.cat([cond.to(self.device), uncond.to(self.device, cond.dtype)])
         if isinstance(cond, Tensor) or isinstance(uncond, Tensor) or not same_value(cond, uncond):
             raise ValueError(
-                f"{name} of model_kwargs and of uncond_kwargs must be two tensors or equal, got {cond!r} and {uncond!r}"
+                f"model_kwargs{place} and uncond_kwargs{place} must be two tensors or equal, "
+                f"got {cond!r} and {uncond!r}"
             )
         return cond
 
@@ -206,10 +213,15 @@ def same_value(a: Any, b: Any) -> bool:
 
 
 def named_leaves(kwargs: Mapping[str, Any]) -> tuple[list[str], list[Any], Any]:
-    """Return the places, the values and the structure of keywords: "added['text']" stands for a value in a dict."""
+    """Return the places, the values and the structure of keywords: "['added']['text']" is a place in a dict."""
     leaves, structure = pytree.tree_flatten_with_path(dict(kwargs))
-    names = [pytree.keystr(path)[2:].replace("']", "", 1) for path, _ in leaves]
-    return names, [value for _, value in leaves], structure
+    return [pytree.keystr(path) for path, _ in leaves], [value for _, value in leaves], structure
+
+
+def said(kwargs: Mapping[str, Any]) -> list[str]:
+    """Return what an error calls the keywords: their names, or the places of their values where there are several."""
+    places = named_leaves(kwargs)[0]
+    return sorted(kwargs) if len(places) == len(kwargs) else places
 
 
 def output_of(result: Any) -> Any:

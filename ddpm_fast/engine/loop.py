@@ -95,7 +95,9 @@ class Loop(SamplingLoop):
 
     def update_kwargs(self, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None) -> None:
         """Replace the values of the model's keywords; see `SamplingLoop`."""
-        self.network.update(self.call.with_kwargs(model_kwargs, uncond_kwargs))
+        call = self.call.with_kwargs(model_kwargs, uncond_kwargs)
+        self.network.update(call)
+        self.call = call
 
     def set_state(self, x: Tensor) -> None:
         """Replace the state between two steps; see `SamplingLoop`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpm_fast.engine import choices
 from ddpm_fast.engine.ambient import Ambient
-from ddpm_fast.engine.call import Call, named_leaves, output_of, same_value
+from ddpm_fast.engine.call import Call, named_leaves, output_of, said, same_value
 from ddpm_fast.engine.device import Model, device_of, dtype_of
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.hoist import Hoisted, same_up_to_rounding
@@ -95,7 +95,7 @@ class Network:
             raise ValueError(self._shape_error(tuple(output.shape)))
         if not output.is_floating_point():
             raise ValueError(f"the model must return floating point numbers, got {output.dtype}")
-        return output
+        return output.resolve_neg()  # kernels read memory, which holds the values of an imaginary part negated
 
     def plain(self) -> Tensor:
         """Return what the caller's model itself gives for the buffers as they are."""
@@ -236,19 +236,19 @@ class Network:
         Raises:
             ValueError: A name, a shape, a dtype, or a value that is no tensor, has changed.
         """
-        names, held_values, structure = named_leaves(self.kwargs)
-        fresh_names, values, fresh_structure = named_leaves(call.keywords())
+        places, held_values, structure = named_leaves(self.kwargs)
+        _, values, fresh_structure = named_leaves(call.keywords())
         if structure != fresh_structure:
-            raise ValueError(f"model_kwargs must keep the names {sorted(names)}, got {sorted(fresh_names)}")
-        for name, held, value in zip(names, held_values, values, strict=True):
+            raise ValueError(f"model_kwargs must keep the names {said(self.kwargs)}, got {said(call.kwargs)}")
+        for place, held, value in zip(places, held_values, values, strict=True):
             if isinstance(held, Tensor) and isinstance(value, Tensor):
                 if held.shape != value.shape or held.dtype != value.dtype:
                     raise ValueError(
-                        f"{name} of model_kwargs must keep shape {tuple(held.shape)} and {held.dtype}, "
+                        f"model_kwargs{place} must keep shape {tuple(held.shape)} and {held.dtype}, "
                         f"got {tuple(value.shape)} and {value.dtype}"
                     )
             elif isinstance(held, Tensor) or isinstance(value, Tensor) or not same_value(held, value):
-                raise ValueError(f"{name} of model_kwargs was {held!r} when the sampler was built, got {value!r}")
+                raise ValueError(f"model_kwargs{place} was {held!r} when the sampler was built, got {value!r}")
         for held, value in zip(held_values, values, strict=True):
             if isinstance(value, Tensor):
                 held.copy_(value)

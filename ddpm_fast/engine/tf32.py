@@ -12,11 +12,12 @@ write to the operation, is left alone as well; it cannot be read inside where th
 """
 
 import contextlib
-import threading
 import warnings
 from collections.abc import Iterator
 
 import torch
+
+from ddpm_fast.engine.locks import make_reentrant_lock
 
 Place = tuple[str, str]  # in the tree: a backend and its operation
 
@@ -24,7 +25,7 @@ _TORCH, _CUDA, _CPU = ("generic", "all"), ("cuda", "all"), ("mkldnn", "all")
 _MATMUL, _CUDNN = ("cuda", "matmul"), (("cuda", "conv"), ("cuda", "rnn"))
 _CPU_MATMUL = ("mkldnn", "matmul")  # written by `set_float32_matmul_precision`
 _TREE = hasattr(torch._C, "_get_fp32_precision_getter")  # torch 2.9 and newer
-_LOCK = threading.RLock()  # the setting is the process's: one thread at a time may need another one
+_LOCK = make_reentrant_lock()  # the setting is the process's: one thread at a time may need another one
 
 
 @contextlib.contextmanager

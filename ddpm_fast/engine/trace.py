@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ddpm_fast.engine.ambient import Ambient
 from ddpm_fast.engine.call import output_of as output_among
+from ddpm_fast.engine.locks import make_lock
 from ddpm_fast.validate import line_of
 
 X, T, CONDITION = frozenset("x"), frozenset("t"), frozenset("c")
@@ -45,7 +46,7 @@ _PRIMES = (61, 59, 53, 47, 43, 41, 37, 31)
 _LARGEST = 2**40  # integers from there on are no sizes; an open end of a slice is 2^63 - 1
 KEPT = 4  # traces of a network: a trace keeps its parameters alive
 _PLAIN = (bool, int, float, str, type(None))  # values that a trace contains as they were
-_LOCK = threading.Lock()  # torch.export is not made for threads
+_LOCK = make_lock()  # torch.export is not made for threads
 
 
 class HoistError(Exception):

@@ -95,8 +95,8 @@ def _plan(
     if plan is not None:
         return plan
 
-    # Preparing a network takes long: the measurements do without.
-    unprepared = replace(execution, optimize=None, memory_format=None, compile=False)
+    # Preparing a network takes long: the measurements do without, so that there is nothing to verify.
+    unprepared = replace(execution, optimize=None, memory_format=None, compile=False, verify=False)
     plans = _PLANS.setdefault(call.module, {}) if isinstance(call.module, nn.Module) else {}
     rows = table.coefficients().numpy().tobytes(), table.timestep.tobytes()
     key = (call.shape, rows, clipping, call.dtype, call.device, call.guided, execution, torch.get_num_threads())

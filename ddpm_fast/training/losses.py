@@ -1,6 +1,7 @@
 """The losses of training: squared errors of any prediction, the variational bound, or both together."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,10 +51,13 @@ class Loss:
             raise ValueError("min_snr_gamma weighs the squared error, of which loss='vlb' has none")
         self.diffusion, self.kind, self.learned = diffusion, kind, learned
         self.steps = diffusion.num_train_timesteps
-        chain = SamplerConfig.from_options({"num_inference_steps": None, "timesteps": None}, diffusion)
+        chain = replace(
+            diffusion, num_inference_steps=None, timesteps=None, steps_offset=0, timestep_spacing="leading",
+            previous_timestep="spacing", set_alpha_to_one=True,
+        )  # fmt: skip
         table = build_table(chain)
         alpha_bar = torch.from_numpy(chain.alphas_cumprod())
-        before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        before = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alpha_bar[:-1]])
         beta_tilde = torch.from_numpy(posterior_variance(alpha_bar.numpy(), before.numpy()))
         beta_tilde[0] = beta_tilde[min(1, self.steps - 1)]  # the decoder's beta_tilde would be zero
         beta = 1 - alpha_bar / before

@@ -51,7 +51,8 @@ def test_what_belongs_to_one_call_is_not_kept(runner):
     kept = loop_of(runner)
     assert loop_of(runner, correction=lambda step, x, output: x) is not kept
     runner.loop(Call.of(MODEL, (2, 2, 4), device=CPU), TABLE, Clipping(1.0), owner=None)
-    assert runner.last_loop is kept
+    assert runner.last_loop is None
+    assert [loop for _, loop in runner._loops] == [kept]
 
 
 def walk(runner, seed, generator=False):
