@@ -253,7 +253,6 @@ def commit_kernel(
     accepted = tl.load(p_position + OUTCOME) == ACCEPTED
     factor = tl.load(factor_ptr + i_sample)
     wide = i_sample.to(tl.int64)
-    p_first = output_ptr + wide * WIDTH * output_batch
     to_unconditional = (batch * WIDTH).to(tl.int64) * output_batch
     for part in tl.static_range(PARTS):
         start = block_start(part, BLOCK)
@@ -272,7 +271,7 @@ def commit_kernel(
                     if GUIDED:
                         guidance = tl.load(guidance_ptr + i_sample * WIDTH + k)
                     o_room = (wide * room + k) * n
-                    p_output = p_first + tl.cast(k, tl.int64) * output_batch
+                    p_output = output_ptr + (wide * WIDTH + k) * output_batch
                     ys = load4(drafts_ptr + o_room, begins, j, masks)
                     guesses = load4(guess_ptr + o_room, begins, j, masks)
                     outs = load4(p_output, begins, j, masks)
