@@ -336,7 +336,7 @@ class Loop(SamplingLoop):
             outputs: list[Tensor] = []
             for offset in range(stride):
                 output = self._step(0, self._base, offset, self._z if form.noise == "tensor" else None, form)
-                outputs = outputs or [self.network.kept(output)]
+                outputs = outputs or [output]
             self._base.add_(stride)
             return outputs[0]
 

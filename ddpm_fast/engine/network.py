@@ -95,6 +95,8 @@ class Network:
             raise ValueError(self._shape_error(tuple(output.shape)))
         if not output.is_floating_point():
             raise ValueError(f"the model must return floating point numbers, got {output.dtype}")
+        if output.untyped_storage().data_ptr() == self.input.untyped_storage().data_ptr():
+            return output.clone()  # the step writes the next input
         return output.resolve_neg()  # kernels read memory, which holds the values of an imaginary part negated
 
     def plain(self) -> Tensor:
@@ -113,11 +115,6 @@ class Network:
         """The seconds that hoisting takes, about: from one second for a small network to ten for a large one."""
         module = self.call.module
         return 1.0 + 0.02 * sum(1 for _ in module.modules()) if isinstance(module, nn.Module) else 1.0
-
-    def kept(self, output: Tensor) -> Tensor:
-        """Return the output in memory that later launches leave alone: a model may return a view of its input."""
-        memory = output.untyped_storage().data_ptr()
-        return output.clone() if memory == self.input.untyped_storage().data_ptr() else output
 
     def agrees(self, output: Tensor) -> bool:
         """Return whether the output for the buffers as they are is that of the caller's model, up to rounding."""
