@@ -199,24 +199,24 @@ def read_arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
 
 def _checked_pixels(path: Path, pixels: NDArray[Any]) -> NDArray[Any]:
     """Return the images of a file; raise ValueError unless shape, dtype and range fit."""
-    got = f"{pixels.dtype} {pixels.shape}"
+    wanted, got = "must hold uint8 [N, H, W, C] or float [N, C, H, W]", f"{pixels.dtype} {pixels.shape}"
     if not pixels.size:
         raise ValueError(f"{path} holds no image, got {got}")
     if pixels.dtype == np.uint8 and pixels.ndim in (3, 4):
         pixels = pixels[..., None] if pixels.ndim == 3 else pixels
         if pixels.shape[1] in MODES and pixels.shape[3] not in MODES:
-            raise ValueError(f"{path} must hold uint8 [N, H, W, C], got {got}: move the channels to the end")
+            raise ValueError(f"{path} {wanted}, got {got}: move the channels to the end")
         return np.ascontiguousarray(pixels)
     if np.issubdtype(pixels.dtype, np.floating) and pixels.ndim == 4:
         low, high = float(pixels.min()), float(pixels.max())
         if not -1 - 1e-6 <= low <= high <= 1 + 1e-6:
             raise ValueError(f"{path} must lie on [-1, 1], got values from {low:g} to {high:g}")
         if pixels.shape[3] in MODES and pixels.shape[1] not in MODES:
-            raise ValueError(f"{path} must hold float [N, C, H, W], got {got}: move the channels to axis 1")
+            raise ValueError(f"{path} {wanted}, got {got}: move the channels to axis 1")
         if low >= 0 and high > low:
             logger.warning("%s lies on [%g, %g]: black is -1 here, so [0, 1] must be scaled before", path, low, high)
         return np.ascontiguousarray(pixels, np.float32)
-    raise ValueError(f"{path} must hold uint8 [N, H, W, C] or float [N, C, H, W], got {got}")
+    raise ValueError(f"{path} {wanted}, got {got}")
 
 
 def _checked_labels(path: Path, labels: NDArray[Any], count: int) -> NDArray[Any]:
@@ -277,10 +277,10 @@ def _read_picture(path: Path) -> Bytes:
             mode, transparent = picture.mode, picture.has_transparency_data
             deep = sixteen_bits or mode.startswith("I;16") or mode in ("I", "F")
             if not deep:
-                grey = mode in ("1", "L")
-                pixels = np.asarray(picture.convert("RGBA" if transparent else "L" if grey else "RGB"))
-            else:
-                pixels = np.asarray(picture)
+                picture = picture.convert("RGBA" if transparent else "L" if mode in ("1", "L") else "RGB")
+            pixels = np.asarray(picture)
+            if transparent and "A" not in mode.upper() and not deep and pixels[..., 3].min() == 255:
+                pixels = pixels[..., :3]  # a palette with a transparent colour that no pixel has
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large for a picture, make it smaller: {error}") from error
     except Exception as error:  # a damaged file can fail in any way
