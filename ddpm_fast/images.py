@@ -129,32 +129,39 @@ def read(
     if shape is not None and shape[0] not in MODES and any(_array_suffix(path) is None for path in paths):
         raise ValueError(f"a picture has {sorted(MODES)} channels, the model takes {shape[0]}: give an .npz")
     files = [file for path in map(Path, paths) for file in (_all_pictures_in(path) if path.is_dir() else [path])]
-    pictures = [_read_file(file) for file in files]
-    if square:
-        cut = sum(pixels.shape[1] != pixels.shape[2] for pixels in pictures)
-        if cut:
-            logger.warning("%d of %d pictures are not square: the middle of each is taken", cut, len(files))
-        pictures = [centre_square(pixels) for pixels in pictures]
-    wanted = "the model takes"
-    if shape is None:
-        channels = _common_channels([pixels.shape[3] for pixels in pictures])
-        shape, wanted = (channels, *pictures[0].shape[1:3]), f"{files[0]} is"
+    pictures: list[Bytes] = []
+    cut, moving, colourful = [], [], []
+    for file in files:
+        pixels, frames = _read_file(file)
+        if square and pixels.shape[1] != pixels.shape[2]:
+            cut.append(file)
+            pixels = centre_square(pixels)
+        if frames > 1:
+            moving.append(file)
+        expected = (shape[1], shape[2], shape[0]) if shape is not None else (pictures or [pixels])[0].shape[1:]
+        array = _array_suffix(file) is not None
+        if pixels.shape[1:3] != expected[:2] or (array and pixels.shape[1:] != expected):
+            got, wanted = (" x ".join(map(str, size)) for size in (pixels.shape[1:], expected))
+            raise ValueError(f"{file} is {got}, {'the model takes' if shape else f'{files[0]} is'} {wanted}")
+        pictures.append(pixels)
+    channels = shape[0] if shape is not None else _common_channels([pixels.shape[3] for pixels in pictures])
     names: list[str] = []
-    colourful: list[Path] = []
     for number, (file, pixels) in enumerate(zip(files, pictures, strict=True)):
-        channels, height, width = shape
-        if pixels.shape[1:3] == (height, width) and _array_suffix(file) is None:
-            if channels == 1 and (pixels != pixels[..., :1])[..., :3].any():
+        if _array_suffix(file) is None:
+            if channels == 1 and (pixels[..., :3] != pixels[..., :1]).any():
                 colourful.append(file)
-            pixels = _with_channels(file, pixels[0], channels)[None]
-        if pixels.shape[1:] != (height, width, channels):
-            got = " x ".join(map(str, pixels.shape[1:]))
-            raise ValueError(f"{file} is {got}, {wanted} {height} x {width} x {channels}")
-        pictures[number] = pixels
+            pictures[number] = _with_channels(file, pixels[0], channels)[None]
         names += [file.name] if len(pixels) == 1 else [f"{file.name}[{row}]" for row in range(len(pixels))]
-    if colourful:
-        logger.warning("%d pictures lose their colours, such as %s: the model is grey", len(colourful), colourful[0])
+    _warn(cut, "not square: the middle of each is taken")
+    _warn(moving, "moving: the first frame of each is read")
+    _warn(colourful, "in colour and the model is grey: their colours are lost")
     return np.concatenate(pictures), names
+
+
+def _warn(files: Sequence[Path], fault: str) -> None:
+    """Log what is wrong with some pictures, if any."""
+    if files:
+        logger.warning("%d pictures, such as %s, are %s", len(files), files[0], fault)
 
 
 def centre_square(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -252,18 +259,19 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(inner for inner in names if inner.is_dir())
 
 
-def _read_file(path: Path) -> Bytes:
-    """Read a picture with the channels that it has, or an array: uint8 [N, H, W, C]."""
+def _read_file(path: Path) -> tuple[Bytes, int]:
+    """Read a picture with the channels that it has, or an array: uint8 [N, H, W, C], and the number of frames."""
     if _array_suffix(path) is None:
-        return _read_picture(path)[None]
+        picture, frames = _read_picture(path)
+        return picture[None], frames
     pixels, _ = read_arrays(path)
     if pixels.dtype != np.uint8:
         raise ValueError(f"{path} must hold uint8 [N, H, W, C], got {pixels.dtype} {pixels.shape}")
-    return pixels
+    return pixels, 1
 
 
-def _read_picture(path: Path) -> Bytes:
-    """Read a picture upright, with the channels that it has: uint8 [H, W, 1, 3 or 4]."""
+def _read_picture(path: Path) -> tuple[Bytes, int]:
+    """Read a picture upright, with the channels that it has: uint8 [H, W, 1, 3 or 4], and the number of frames."""
     if not path.is_file():
         raise ValueError(f"{path} is not there, or is no file")
     try:
@@ -285,15 +293,13 @@ def _read_picture(path: Path) -> Bytes:
         raise ValueError(f"{path} is too large for a picture, make it smaller: {error}") from error
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    if frames > 1:
-        logger.warning("%s has %d frames, the first is read", path, frames)
     if deep:
         if transparent:
             raise ValueError(f"{path} is transparent, with more than 8 bits: save it with 8 bits")
         bits = 16 if mode == "I" else tags.get(BITS_PER_SAMPLE, (16,))[0]
         pixels = _scaled(path, pixels, None if mode == "I" and not sixteen_bits else bits)
         pixels = 255 - pixels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else pixels
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+    return pixels[..., None] if pixels.ndim == 2 else pixels, frames
 
 
 def _scaled(path: Path, pixels: NDArray[Any], bits: int | None) -> Bytes:

@@ -138,8 +138,17 @@ def test_lost_colours_are_logged(tmp_path, caplog):
     assert not caplog.records  # grey in three equal channels
     Image.fromarray(COLOUR).save(tmp_path / "b.png")
     images.read([tmp_path], (1, 8, 8))
-    assert "1 pictures lose their colours, such as" in caplog.text
+    assert "in colour and the model is grey: their colours are lost" in caplog.text
+    assert "1 pictures, such as" in caplog.text
     assert "b.png" in caplog.text
+
+
+def test_the_size_is_checked_while_reading(tmp_path):
+    """Check that a folder of other sizes is refused at the second picture, not when all are in memory."""
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    Image.fromarray(GREY[:6]).save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes(b"never read")
+    refused(tmp_path / "b.png", r"is 6 x 8 x 1, .* 8 x 8 x 1")
 
 
 def test_hidden_files_are_no_data(tmp_path):
@@ -166,7 +175,7 @@ def test_frames_that_are_not_read_are_logged(tmp_path, caplog):
     frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(trained_on(tmp_path), GREY[..., None])
-    assert "a.tif has 2 frames, the first is read" in caplog.text
+    assert "a.tif, are moving: the first frame of each is read" in caplog.text
 
 
 @pytest.fixture
@@ -213,7 +222,7 @@ def test_training_takes_the_middle_of_pictures_that_are_not_square(tmp_path, cap
     drawn = Pictures.read(folder, square=True)(2, 0, 0)
     assert {bool(torch.equal(x, middle)) for x in drawn} == {True, False}
     assert any(torch.equal(x, middle.transpose(1, 2)) for x in drawn)
-    assert "2 of 2 pictures are not square: the middle of each is taken" in caplog.text
+    assert "are not square: the middle of each is taken" in caplog.text
     run = tmp_path / "run"
     command = ["train", "--data", str(folder), "--out", str(run), "--steps", "1", "--batch", "2", "--quiet"]
     assert cli.main(command) == 0
