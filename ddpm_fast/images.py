@@ -130,14 +130,16 @@ def read(
         raise ValueError(f"a picture has {sorted(MODES)} channels, the model takes {shape[0]}: give an .npz")
     files = [file for path in map(Path, paths) for file in (_all_pictures_in(path) if path.is_dir() else [path])]
     pictures: list[Bytes] = []
-    cut, moving, colourful = [], [], []
+    losses: dict[str, list[Path]] = {}
     for file in files:
-        pixels, frames = _read_file(file)
+        pixels, lost = _read_file(file)
         if square and pixels.shape[1] != pixels.shape[2]:
-            cut.append(file)
+            lost.append("not square: the middle of each is taken")
             pixels = centre_square(pixels)
-        if frames > 1:
-            moving.append(file)
+        if shape is not None and shape[0] == 1 and (pixels[..., :3] != pixels[..., :1]).any():
+            lost.append("in colour and the model is grey: their colours are lost")
+        for loss in lost:
+            losses.setdefault(loss, []).append(file)
         expected = (shape[1], shape[2], shape[0]) if shape is not None else (pictures or [pixels])[0].shape[1:]
         array = _array_suffix(file) is not None
         if pixels.shape[1:3] != expected[:2] or (array and pixels.shape[1:] != expected):
@@ -148,20 +150,11 @@ def read(
     names: list[str] = []
     for number, (file, pixels) in enumerate(zip(files, pictures, strict=True)):
         if _array_suffix(file) is None:
-            if channels == 1 and (pixels[..., :3] != pixels[..., :1]).any():
-                colourful.append(file)
             pictures[number] = _with_channels(file, pixels[0], channels)[None]
         names += [file.name] if len(pixels) == 1 else [f"{file.name}[{row}]" for row in range(len(pixels))]
-    _warn(cut, "not square: the middle of each is taken")
-    _warn(moving, "moving: the first frame of each is read")
-    _warn(colourful, "in colour and the model is grey: their colours are lost")
+    for loss, losers in losses.items():
+        logger.warning("%d pictures, such as %s, are %s", len(losers), losers[0], loss)
     return np.concatenate(pictures), names
-
-
-def _warn(files: Sequence[Path], fault: str) -> None:
-    """Log what is wrong with some pictures, if any."""
-    if files:
-        logger.warning("%d pictures, such as %s, are %s", len(files), files[0], fault)
 
 
 def centre_square(pixels: NDArray[Any]) -> NDArray[Any]:
@@ -259,19 +252,19 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(inner for inner in names if inner.is_dir())
 
 
-def _read_file(path: Path) -> tuple[Bytes, int]:
-    """Read a picture with the channels that it has, or an array: uint8 [N, H, W, C], and the number of frames."""
+def _read_file(path: Path) -> tuple[Bytes, list[str]]:
+    """Read a picture with the channels that it has, or an array: uint8 [N, H, W, C], and what is lost, in words."""
     if _array_suffix(path) is None:
-        picture, frames = _read_picture(path)
-        return picture[None], frames
+        picture, lost = _read_picture(path)
+        return picture[None], lost
     pixels, _ = read_arrays(path)
     if pixels.dtype != np.uint8:
         raise ValueError(f"{path} must hold uint8 [N, H, W, C], got {pixels.dtype} {pixels.shape}")
-    return pixels, 1
+    return pixels, []
 
 
-def _read_picture(path: Path) -> tuple[Bytes, int]:
-    """Read a picture upright, with the channels that it has: uint8 [H, W, 1, 3 or 4], and the number of frames."""
+def _read_picture(path: Path) -> tuple[Bytes, list[str]]:
+    """Read a picture upright, with the channels that it has: uint8 [H, W, 1, 3 or 4], and what is lost, in words."""
     if not path.is_file():
         raise ValueError(f"{path} is not there, or is no file")
     try:
@@ -293,13 +286,16 @@ def _read_picture(path: Path) -> tuple[Bytes, int]:
         raise ValueError(f"{path} is too large for a picture, make it smaller: {error}") from error
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    lost = ["moving: the first frame of each is read"] if frames > 1 else []
     if deep:
         if transparent:
             raise ValueError(f"{path} is transparent, with more than 8 bits: save it with 8 bits")
         bits = 16 if mode == "I" else tags.get(BITS_PER_SAMPLE, (16,))[0]
+        if pixels.dtype != np.float32 and 0 < pixels.max() < 2 ** (bits - 4):
+            lost.append("nearly black, with less than 1/16 of the range of their bits: spread them over the range")
         pixels = _scaled(path, pixels, None if mode == "I" and not sixteen_bits else bits)
         pixels = 255 - pixels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else pixels
-    return pixels[..., None] if pixels.ndim == 2 else pixels, frames
+    return pixels[..., None] if pixels.ndim == 2 else pixels, lost
 
 
 def _scaled(path: Path, pixels: NDArray[Any], bits: int | None) -> Bytes:

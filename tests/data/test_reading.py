@@ -54,6 +54,12 @@ def test_deep_pictures_are_scaled(tmp_path, pixels, name, expected):
     both(tmp_path / name, expected.astype(np.uint8)[..., None])
 
 
+def test_twelve_bits_in_sixteen_are_logged(tmp_path, caplog):
+    Image.fromarray((RAMP * 65).astype(np.uint16)).save(tmp_path / "a.png")
+    both(tmp_path / "a.png", np.rint(RAMP * 65 / 257).astype(np.uint8)[..., None])
+    assert "a.png, are nearly black, with less than 1/16 of the range" in caplog.text
+
+
 def test_tiff_says_that_zero_is_white(tmp_path):
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     tags[262] = 0
