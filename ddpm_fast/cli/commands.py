@@ -166,13 +166,11 @@ def _data(arguments: argparse.Namespace, learned_variance: bool) -> tuple[Data, 
             raise ValueError("--flip is for pictures: a mirrored digit is none")
         data = digits.training()
     else:
-        data = Pictures.read(name, arguments.flip)
-    channels, height, width = data.shape
-    if height != width:
-        raise ValueError(f"{name}: pictures must be square, got {height} x {width}")
+        data = Pictures.read(name, arguments.flip, square=True)
+    channels, side, _ = data.shape
     classes = None if data.classes is None else len(data.classes)
     network = UNetConfig.for_images(
-        channels, height, arguments.widths, learned_variance=learned_variance, num_classes=classes
+        channels, side, arguments.widths, learned_variance=learned_variance, num_classes=classes
     )
     return data, network
 

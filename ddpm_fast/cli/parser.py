@@ -58,7 +58,7 @@ Train a small U-Net from nothing, or resume where an interrupted training stoppe
 
   ddpm-fast train --out runs/moons                      moons: about an hour on two CPU cores
   ddpm-fast train --data digits --out runs/digits       scikit-learn's digits, with classes
-  ddpm-fast train --data folder --flip --out runs/mine  pictures of one size; subfolders are classes
+  ddpm-fast train --data folder --flip --out runs/mine  pictures of one size, cut square; subfolders are classes
   ddpm-fast sample --model runs/moons --out moons.png   at any time: the folder always holds a whole checkpoint
 
   torchrun --nproc-per-node 2 -m ddpm_fast train …      two processes share every batch
@@ -115,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling(fuse)
 
     bits = _command(commands, "likelihood", "bits per dimension of pictures", LIKELIHOOD_HELP, run.likelihood)
-    bits.add_argument("pictures", nargs="+", metavar="PICTURES", help="files, folders, or .npz with uint8 [N, H, W, C]")
+    bits.add_argument(
+        "pictures", nargs="+", metavar="PICTURES", help="files, folders, or .npy, .npz with uint8 [N, H, W, C]"
+    )
     bits.add_argument("--out", metavar="FILE", help=".json: every term of every picture")
     _add_model(bits)
 

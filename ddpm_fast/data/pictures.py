@@ -1,17 +1,18 @@
 """Images as training data: a folder of pictures or of folders, an .npy or an .npz, with classes or without."""
 
+import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_fast import images
 from ddpm_fast.seeding import keyed_generator
+
+logger = logging.getLogger("ddpm_fast")
 
 ORDER_STREAM, FLIP_STREAM = 3, 4
 
@@ -28,6 +29,9 @@ class Pictures:
         labels: int64 [N], 0 … len(classes) - 1. Batches are then pairs of images and labels.
         classes: Names of the classes.
 
+    Raises:
+        ValueError: Pixels have another dtype or shape, or labels do not fit pixels and classes.
+
     Attributes:
         shape: Shape of one image, (C, H, W).
         classes: Names of the classes, or None without labels.
@@ -42,6 +46,15 @@ class Pictures:
         labels: Tensor | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
+        if pixels.dtype not in (torch.uint8, torch.float32) or pixels.ndim != 4 or not pixels.numel():
+            raise ValueError(f"pixels must be uint8 or float32 [N, C, H, W], got {pixels.dtype} {list(pixels.shape)}")
+        if (labels is None) != (classes is None):
+            raise ValueError("labels and classes go together, only one of them is given")
+        if labels is not None and classes is not None:
+            if labels.dtype != torch.int64 or labels.shape != (len(pixels),):
+                raise ValueError(f"labels must be int64 [{len(pixels)}], got {labels.dtype} {list(labels.shape)}")
+            if not 0 <= labels.min() <= labels.max() < len(classes):
+                raise ValueError(f"labels must lie in 0 … {len(classes) - 1}, got {labels.min()} … {labels.max()}")
         self._pixels, self._labels, self.flip = pixels, labels, flip
         self.shape = tuple(pixels.shape[1:])
         self.classes = None if classes is None else list(classes)
@@ -54,30 +67,39 @@ class Pictures:
         self._orders: dict[tuple[int, int], Tensor] = {}
 
     @classmethod
-    def read(cls, path: str | Path, flip: bool = False) -> "Pictures":
+    def read(cls, path: str | Path, flip: bool = False, square: bool = False) -> "Pictures":
         """Read images from disk.
 
         Args:
-            path: A folder of pictures of one size (the first decides size and channels); a folder of such folders, each
-                a class; or an .npy or .npz with uint8 [N, H, W, C] or [N, H, W], or float [N, C, H, W] on [-1, 1]. An
-                .npz may hold labels, integers [N], in the array "labels", or in arr_1 as guided-diffusion writes them.
+            path: A folder of pictures of one size, grey, in colour or transparent as the richest of them; a folder of
+                such folders, each a class; or an .npy or .npz with uint8 [N, H, W, C] or [N, H, W], or float
+                [N, C, H, W] on [-1, 1]. An .npz holds them as arr_0, and may hold labels, integers [N] below 65536, in
+                the array "labels", or in arr_1 as guided-diffusion writes them.
             flip: True mirrors images at random, as in `Pictures`.
+            square: True cuts the largest square out of the middle of each picture.
 
         Raises:
-            ValueError: A file is missing, unreadable, of another size, or holds values outside the range; the message
-                names the file.
+            ValueError: A file is missing, unreadable, of another size, holds values outside the range, or pictures lie
+                beside class folders; the message names the file.
         """
         path = Path(path)
         if path.suffix.lower() in (".npy", ".npz"):
-            pixels, labels = _arrays(path)
-            classes = None if labels is None else [str(number) for number in range(int(labels.max()) + 1)]
+            arrays, numbers = images.read_arrays(path)
+            if arrays.dtype != np.uint8:
+                arrays = np.moveaxis(arrays, 1, -1)
+            if square and arrays.shape[1] != arrays.shape[2]:
+                logger.warning("the images of %s are not square: the middle of each is taken", path)
+                arrays = images.centre_square(arrays)
+            pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(arrays, -1, 1)))
+            classes = None if numbers is None else [str(number) for number in range(int(numbers.max()) + 1)]
+            labels = None if numbers is None else torch.from_numpy(numbers)
             return cls(pixels, path.name, flip, labels, classes)
         folders = _class_folders(path)
         if not folders:
-            return cls(_folder([path], path), path.name, flip)
+            return cls(_folder([path], square), path.name, flip)
         counts = [len(images.pictures_in(folder)) for folder in folders]
         labels = torch.arange(len(folders)).repeat_interleave(torch.tensor(counts))
-        return cls(_folder(folders, folders[0]), path.name, flip, labels, [folder.name for folder in folders])
+        return cls(_folder(folders, square), path.name, flip, labels, [folder.name for folder in folders])
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -105,50 +127,20 @@ class Pictures:
 
 
 def _class_folders(path: Path) -> list[Path]:
-    """Return the class folders of a folder that holds no pictures itself, in alphabetical order."""
-    if not path.is_dir() or images.pictures_in(path):
+    """Return the class folders of a folder, in alphabetical order; raise ValueError if pictures lie beside them."""
+    if not path.is_dir():
         return []
-    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    folders, beside = images.subfolders(path), images.pictures_in(path)
+    inside = sum(len(images.pictures_in(folder)) for folder in folders)
+    if beside and inside:
+        raise ValueError(
+            f"{path} holds pictures ({len(beside)}, such as {beside[0].name}) beside folders of pictures ({inside} in "
+            f"{len(folders)}), which are classes: move one or the other away"
+        )
+    return [] if beside else folders
 
 
-def _folder(paths: Sequence[Path], first: Path) -> Tensor:
-    """Read the pictures of folders: uint8 [N, C, H, W], all of the size of the first."""
-    pixels, _ = images.read(paths, images.shape_of(first))
+def _folder(paths: Sequence[Path], square: bool) -> Tensor:
+    """Read the pictures of folders: uint8 [N, C, H, W], all of one size."""
+    pixels, _ = images.read(paths, square=square)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Read images, uint8 or float32 [N, C, H, W], and labels, int64 [N], or None without labels."""
-    try:
-        arrays = np.load(path, allow_pickle=False)
-        names = set(arrays.files) if path.suffix.lower() == ".npz" else set()
-        pixels = arrays["arr_0"] if names else arrays
-        labels = next((arrays[name] for name in ("labels", "arr_1") if name in names), None)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not there") from None
-    except Exception as error:  # a file of another kind can fail in any way
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    return _checked_pixels(path, pixels), None if labels is None else _checked_labels(path, labels, len(pixels))
-
-
-def _checked_pixels(path: Path, pixels: NDArray[Any]) -> Tensor:
-    """Return the pixels of a file as [N, C, H, W]; raise ValueError unless shape, dtype and range fit."""
-    got = f"{pixels.dtype} {pixels.shape}"
-    if not pixels.size:
-        raise ValueError(f"{path} holds no image, got {got}")
-    if pixels.dtype == np.uint8 and pixels.ndim in (3, 4):
-        pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 1)))
-    if np.issubdtype(pixels.dtype, np.floating) and pixels.ndim == 4:
-        low, high = float(pixels.min()), float(pixels.max())
-        if not -1 - 1e-6 <= low <= high <= 1 + 1e-6:
-            raise ValueError(f"{path} must lie on [-1, 1], got values from {low:g} to {high:g}")
-        return torch.from_numpy(pixels.astype(np.float32))
-    raise ValueError(f"{path} must hold uint8 [N, H, W, C] or float [N, C, H, W], got {got}")
-
-
-def _checked_labels(path: Path, labels: NDArray[Any], count: int) -> Tensor:
-    """Return the labels of a file as int64 [count]; raise ValueError unless they are integers from 0 on."""
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise ValueError(f"{path}: labels must be integers [{count}] from 0 on, got {labels.dtype} {labels.shape}")
-    return torch.from_numpy(labels.astype(np.int64))

@@ -275,7 +275,12 @@ class Trainer:
         if (labels is None) != (count is None):
             have, takes = "none" if labels is None else "labels", "none" if count is None else f"{count} classes"
             raise ValueError(f"data and network do not fit: the data have {have}, the network takes {takes}")
-        if labels is not None and count is not None and not 0 <= labels.min() <= labels.max() < count:
+        if labels is None or count is None:
+            return x_0.to(self.device), None
+        if labels.shape != (len(x_0),) or labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"labels must be integers [{len(x_0)}], got {labels.dtype} {list(labels.shape)}")
+        labels = labels.long()  # in fewer bits the label "no class" could wrap to a class
+        if not 0 <= labels.min() <= labels.max() < count:
             raise ValueError(f"labels must lie in 0 … {count - 1}, got {labels.min()} … {labels.max()}")
         return x_0.to(self.device), labels
 
