@@ -89,7 +89,7 @@ PATHS = {
         model_kwargs={"scale": 1.0},
         uncond_kwargs={"scale": 1.0},
         device="cpu",
-    ),  # fmt: skip
+    ),
     "generator": lambda model: sample(
         model, (2, 1, 32, 32), generator=torch.Generator().manual_seed(1), num_inference_steps=6
     ),

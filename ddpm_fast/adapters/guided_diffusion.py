@@ -283,7 +283,7 @@ class _Guidance:
             self.variance, _ = _fixed_variance(diffusion)
 
     def __call__(self, step: int, x: Tensor, output: Tensor) -> Tensor:
-        t = torch.full((len(x),), int(self.table.timestep[step]), device=x.device)
+        t = torch.full((len(x),), int(self.table.timestep[step]), device=x.device, dtype=torch.int64)
         gradient: Tensor = self.cond_fn(x.clone(), t, **self.given.model_kwargs).float()
         if self.given.eta is not None:
             self.shift = shift = float(self.to_x0[step]) * gradient

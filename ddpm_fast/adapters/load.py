@@ -265,8 +265,8 @@ class SelfConditioned(nn.Module):
         self.model = model
         for name, column in zip("ab", x0_coefficients(config.prediction_type, config.alphas_cumprod()), strict=True):
             self.register_buffer(name, torch.from_numpy(column).float(), persistent=False)
-        self.register_buffer("last", torch.zeros(0), persistent=False)
-        self.register_buffer("t", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("last", torch.zeros(0, dtype=torch.float32, device="cpu"), persistent=False)
+        self.register_buffer("t", torch.zeros(0, dtype=torch.int64, device="cpu"), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the network's output. The state stays on the device, so that a CUDA graph can hold it."""

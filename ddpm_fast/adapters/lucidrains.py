@@ -75,7 +75,9 @@ def _blank(fast: Any, kind: Any) -> Any:
 
 def ddim_times(diffusion: Any) -> Timesteps:
     """Return the timesteps of ddim_sample, descending, followed by -1."""
-    times = torch.linspace(-1, diffusion.num_timesteps - 1, diffusion.sampling_timesteps + 1)
+    times = torch.linspace(
+        -1, diffusion.num_timesteps - 1, diffusion.sampling_timesteps + 1, dtype=torch.float32, device="cpu"
+    )
     return times.int().numpy()[::-1].astype(np.int64)
 
 
@@ -244,7 +246,7 @@ class _FastDiffusion(Accelerated):
         t = self.num_timesteps - 1 if t is None else whole("t", t, 0, self.num_timesteps - 1)
         if x1.shape != x2.shape:
             raise ValueError(f"x1 and x2 must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
-        level = torch.full((len(x1),), t, device=x1.device)
+        level = torch.full((len(x1),), t, device=x1.device, dtype=torch.int64)
         noised1, noised2 = self.q_sample(x1, t=level), self.q_sample(x2, t=level)
         mixed = (1 - lam) * noised1 + lam * noised2
         return self._run(x1.shape, self._ddpm_table(t), x_T=mixed)[-1] if t > 0 else mixed

@@ -276,14 +276,16 @@ def _conditioning(checkpoint: Checkpoint, label: str | None, seeds: Sequence[int
     if label in (None, NO_CLASS):
         if classes.none is None:
             raise ValueError(f"the model was not taught without classes, got --label {label}")
-        return {classes.keyword: torch.full((len(seeds),), classes.none)}
+        return {classes.keyword: torch.full((len(seeds),), classes.none, dtype=torch.int64, device="cpu")}
     try:
         labels = parse_seeds(label)
     except ValueError:
         raise ValueError(f"--label is a class, several such as 0-9 or 1,4,7, or {NO_CLASS}, got {label!r}") from None
     for number in labels:
         whole("--label", number, 0, classes.count - 1)
-    return {classes.keyword: torch.tensor([labels[seed % len(labels)] for seed in seeds])}
+    return {
+        classes.keyword: torch.tensor([labels[seed % len(labels)] for seed in seeds], dtype=torch.int64, device="cpu")
+    }
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, object]:

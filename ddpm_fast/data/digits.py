@@ -39,7 +39,7 @@ def halves() -> tuple[Digits, Digits]:
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / (INK / 2) - 1
     labels = torch.from_numpy(digits.target).long()
-    order = torch.randperm(len(labels), generator=keyed_generator(SPLIT_STREAM, 0))
+    order = torch.randperm(len(labels), generator=keyed_generator(SPLIT_STREAM, 0), dtype=torch.int64, device="cpu")
     order = order[labels[order].argsort(stable=True)]  # shuffled within every class
     first, second = order[0::2].sort().values, order[1::2].sort().values
     return Digits(images[first], labels[first]), Digits(images[second], labels[second])

@@ -42,7 +42,7 @@ class Moons:
 
 def draw_parameters(count: int, generator: torch.Generator | None = None) -> Moons:
     """Draw `count` moons: lit ~ U[0, 1], side fair, radius ~ U(RADIUS_RANGE), centre uniform inside the sky."""
-    u = torch.rand(5, count, generator=generator)
+    u = torch.rand(5, count, generator=generator, dtype=torch.float32, device="cpu")
     low, high = RADIUS_RANGE
     radius = low + (high - low) * u[2]
     reach = SIZE - 2 * (radius + MARGIN)
@@ -57,7 +57,7 @@ def draw_parameters(count: int, generator: torch.Generator | None = None) -> Moo
 
 def render(moons: Moons) -> Tensor:
     """Draw anti-aliased images of the given moons: float32 [N, 1, SIZE, SIZE] in [-1, 1]."""
-    line = (torch.arange(SIZE * SUB_ROWS) + 0.5) / SUB_ROWS
+    line = (torch.arange(SIZE * SUB_ROWS, dtype=torch.float32, device="cpu") + 0.5) / SUB_ROWS
     v = line - moons.y[:, None]  # [N, lines]
     half = (moons.radius[:, None].square() - v.square()).clamp(min=0).sqrt()
     terminator = (1 - 2 * moons.lit)[:, None] * half
@@ -75,7 +75,7 @@ def _coverage(start: Tensor, end: Tensor) -> Tensor:
 
     The shapes are [N, lines] -> [N, SIZE, SIZE].
     """
-    left = torch.arange(SIZE, dtype=start.dtype)
+    left = torch.arange(SIZE, dtype=start.dtype, device="cpu")
     overlap = torch.minimum(end[..., None], left + 1) - torch.maximum(start[..., None], left)
     return overlap.clamp(0, 1).view(len(start), SIZE, SUB_ROWS, SIZE).mean(2)
 
@@ -89,9 +89,10 @@ def batch(count: int, seed: int, index: int = 0) -> Tensor:
 
 
 FIT_STEPS = 12
-PROBES = torch.diag(torch.tensor([0.05, 0.05, 0.05, 0.01]))  # step sizes of the finite differences in x, y, radius, lit
-LOWEST = torch.tensor([0.0, 0.0, RADIUS_RANGE[0] / 2, 0.0])
-HIGHEST = torch.tensor([SIZE, SIZE, SIZE / 2, 1.0])
+# Step sizes of the finite differences in x, y, radius, lit.
+PROBES = torch.diag(torch.tensor([0.05, 0.05, 0.05, 0.01], dtype=torch.float32, device="cpu"))
+LOWEST = torch.tensor([0.0, 0.0, RADIUS_RANGE[0] / 2, 0.0], dtype=torch.float32, device="cpu")
+HIGHEST = torch.tensor([SIZE, SIZE, SIZE / 2, 1.0], dtype=torch.float32, device="cpu")
 
 
 def measure(images: Tensor) -> tuple[Moons, Tensor]:
@@ -106,7 +107,7 @@ def measure(images: Tensor) -> tuple[Moons, Tensor]:
         The moons, and the remaining root mean square pixel difference [N], the distance of the image from any moon.
     """
     images = images.float().clamp(-1, 1)
-    side = torch.ones(len(images))
+    side = torch.ones(len(images), dtype=torch.float32, device="cpu")
     right, right_error = _fit(images, side)
     left, left_error = _fit(images, -side)
     is_right = right_error <= left_error
@@ -152,7 +153,7 @@ def _moments(images: Tensor) -> Tensor:
     disc = (images[:, 0] > (EARTHSHINE - 1) / 2).float()
     glow = ((images[:, 0] - EARTHSHINE) / (1 - EARTHSHINE)).clamp(0, 1)
     area = disc.sum((1, 2)).clamp(min=1)
-    axis = torch.arange(SIZE) + 0.5
+    axis = torch.arange(SIZE, dtype=torch.float32, device="cpu") + 0.5
     x = (disc.sum(1) * axis).sum(1) / area
     y = (disc.sum(2) * axis).sum(1) / area
     return torch.stack([x, y, (area / torch.pi).sqrt(), (glow.sum((1, 2)) / area).clamp(0.02, 0.98)])

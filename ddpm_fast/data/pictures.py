@@ -98,7 +98,9 @@ class Pictures:
         if not folders:
             return cls(_folder([path], square), path.name, flip)
         counts = [len(images.pictures_in(folder)) for folder in folders]
-        labels = torch.arange(len(folders)).repeat_interleave(torch.tensor(counts))
+        labels = torch.arange(len(folders), dtype=torch.int64, device="cpu").repeat_interleave(
+            torch.tensor(counts, dtype=torch.int64, device="cpu")
+        )
         return cls(_folder(folders, square), path.name, flip, labels, [folder.name for folder in folders])
 
     def __len__(self) -> int:
@@ -114,7 +116,10 @@ class Pictures:
         batch = self._pixels[rows]
         batch = batch.float() / 127.5 - 1 if batch.dtype == torch.uint8 else batch.clone()
         if self.flip:
-            mirrored = torch.rand(count, generator=keyed_generator(FLIP_STREAM, seed, step)) < 0.5
+            mirrored = (
+                torch.rand(count, generator=keyed_generator(FLIP_STREAM, seed, step), dtype=torch.float32, device="cpu")
+                < 0.5
+            )
             batch[mirrored] = batch[mirrored].flip(3)
         return batch if self._labels is None else (batch, self._labels[rows])
 
@@ -122,7 +127,9 @@ class Pictures:
         """Return the order of the images in an epoch. The orders of this epoch and the one before are kept."""
         if (seed, epoch) not in self._orders:
             self._orders = {key: order for key, order in self._orders.items() if key == (seed, epoch - 1)}
-            self._orders[seed, epoch] = torch.randperm(len(self), generator=keyed_generator(ORDER_STREAM, seed, epoch))
+            self._orders[seed, epoch] = torch.randperm(
+                len(self), generator=keyed_generator(ORDER_STREAM, seed, epoch), dtype=torch.int64, device="cpu"
+            )
         return self._orders[seed, epoch]
 
 

@@ -223,7 +223,11 @@ class Trainer:
         seeds, steps = range(self.samples), min(50, self.diffusion.num_train_timesteps)
         shape = (len(seeds), self.network.channels, self.network.image_size, self.network.image_size)
         classes = self.network.num_classes
-        labels = None if classes is None else {"class_labels": torch.arange(self.samples) % classes}
+        labels = (
+            None
+            if classes is None
+            else {"class_labels": torch.arange(self.samples, dtype=torch.int64, device="cpu") % classes}
+        )
         x = sample(
             self.ema, shape, seeds=seeds, model_kwargs=labels, config=self.diffusion, sampler="ddim",
             num_inference_steps=steps, device=self.device, progress=False,
@@ -239,11 +243,15 @@ class Trainer:
             group["lr"] = config.learning_rate_at(self.step)
         x_0, labels = self._batch()
         generator = keyed_generator(NOISE_STREAM, config.seed, self.step)
-        t = torch.randint(len(self.alpha_bar), (len(x_0),), generator=generator).to(self.device)
-        noise = torch.randn(x_0.shape, generator=generator).to(self.device)
+        t = torch.randint(len(self.alpha_bar), (len(x_0),), generator=generator, dtype=torch.int64, device="cpu").to(
+            self.device
+        )
+        noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float32, device="cpu").to(self.device)
         conditioning, count = [], self.network.num_classes
         if labels is not None and count is not None:
-            dropped = torch.rand(len(x_0), generator=generator) < config.label_dropout
+            dropped = (
+                torch.rand(len(x_0), generator=generator, dtype=torch.float32, device="cpu") < config.label_dropout
+            )
             conditioning = [labels.masked_fill(dropped, count).to(self.device)]
         x_0, t, noise, *conditioning = (tensor[self.rank :: self.world] for tensor in (x_0, t, noise, *conditioning))
         alpha_bar = self.alpha_bar[t].view(-1, 1, 1, 1)
