@@ -3,37 +3,80 @@
 import contextlib
 import json
 import os
+import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 StrPath: TypeAlias = str | os.PathLike[str]
 
-PART_PREFIX = ".ddpm_fast."
+PART_PREFIX, LOCK_FILE = ".ddpm_fast.", ".ddpm_fast.lock"
 
 
 @contextlib.contextmanager
 def whole_file(path: StrPath) -> Iterator[Path]:
     """Yield a temporary path beside `path`; the file moves to `path` when the block ends without an error.
 
-    After an interruption, a full disk or an exception, `path` keeps its former contents.
+    After an interruption, a full disk or an exception, `path` keeps its former contents. A file that is replaced keeps
+    its permissions; a new one gets those that the process gives to new files.
+
+    Raises:
+        OSError: `path` is no regular file, its folder is gone, or the disk is full; the message names `path`.
     """
     target = Path(os.path.realpath(path))  # a symbolic link stays, and its target is replaced
-    handle, name = tempfile.mkstemp(prefix=PART_PREFIX, suffix=".part", dir=target.parent)
-    os.close(handle)
-    part = Path(name)
+    part = target.parent / f"{PART_PREFIX}{secrets.token_hex(8)}.part"
     try:
+        mode = _mode_of(target)
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the process's umask
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)  # mkstemp lets only the owner read the file
+        if mode is not None:
+            part.chmod(mode)
         os.replace(part, target)
         _sync_folder(target.parent)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(part)):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            part.unlink()
+
+
+def _mode_of(target: Path) -> int | None:
+    """Return the permissions of a file; None where there is none yet. Raise OSError for what is no regular file."""
+    try:
+        found = target.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{target} is not a regular file, and is not replaced by one")
+    return stat.S_IMODE(found.st_mode)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder for one process; raise OSError where another one holds the folder.
+
+    The lock is a file that stays; a process that ends, however, lets go of the lock.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(folder / LOCK_FILE, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"another process is writing into {folder}") from None
+        yield
 
 
 def _sync_folder(folder: Path) -> None:
@@ -63,6 +106,8 @@ def check_writable(path: StrPath, folder: bool = False) -> None:
     parent = target if folder else target.parent
     if target.is_dir() and not folder:
         raise IsADirectoryError(f"{target} is a folder, not a file")
+    if not folder:
+        _mode_of(target)
     if parent.exists() and not parent.is_dir():
         raise NotADirectoryError(f"{parent} is a file, not a folder")
     if not folder and not parent.exists():

@@ -18,7 +18,7 @@ from ddpm_fast.engine.device import Model
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.locks import make_reentrant_lock
 from ddpm_fast.engine.noise import GeneratorNoise, Noise, PhiloxNoise
-from ddpm_fast.engine.progress import Show
+from ddpm_fast.engine.progress import Show, check_progress
 from ddpm_fast.engine.report import Speculation
 from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.options import RunOptions, SamplerOptions, split_options
@@ -267,6 +267,7 @@ class Sampler(Generic[S]):
             FloatingPointError: The model returned NaN, or an infinity that no clipping bounds; says at which step.
             RuntimeError: `execution` is "graph" and the network cannot be captured.
         """
+        check_progress(progress)
         keep, known_image = self._checked(seeds, generator, x_T, known, mask, output, output_steps, callback)
         watched = bool(keep) or callback is not None
         with self._alone():
@@ -432,6 +433,7 @@ def sample(
     """
     sampler: Sampler[Any] = Sampler.__new__(Sampler)
     sampler._describe(model, shape, decode=decode, **options)
+    check_progress(progress)
     sampler._checked(seeds, generator, x_T, known, mask, output, output_steps, callback)  # before building takes long
     sampler._build()
     return sampler(

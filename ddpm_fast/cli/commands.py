@@ -233,6 +233,8 @@ def _write(
             about["speculate"] = speculation.windows
             calls += speculation.calls
         if kind == "folder":
+            if not Path(arguments.out).is_dir():
+                raise FileNotFoundError(f"the folder {arguments.out} is gone")
             images.save(arguments.out, pictures, batch, about)  # an interruption keeps the finished files
         else:
             finished.append(pictures)

@@ -1,8 +1,12 @@
 """The command line: `ddpm-fast sample | interpolate | likelihood | train | info`, also as `python -m ddpm_fast`."""
 
 import argparse
+import io
 import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import ddpm_fast
@@ -69,12 +73,19 @@ Repeat the same command to resume. The result is the same as without the interru
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted.
 
+    SIGTERM and SIGHUP end in SystemExit with 128 and the number of the signal, after the same clean-up.
+
     What argparse refuses, and --help and --version, end in SystemExit with such a code.
     """
+    _open_streams()
+    _catch_signals()
     logging.basicConfig(format="ddpm-fast: %(message)s", level=logging.WARNING)
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads what is printed: the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return _fail("interrupted; no half-written file was left", INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
@@ -82,6 +93,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, FloatingPointError, MemoryError) as error:
         return _fail(error, FAILED)
     return 0
+
+
+def _open_streams() -> None:
+    """Let the process have all three standard streams, and its output every letter that its encoding has not."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file that is opened would take its place
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _catch_signals() -> None:
+    """Let a request to end clean up as Ctrl-C does; what the caller ignores (nohup) stays ignored."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, end)
 
 
 def _fail(error: object, code: int) -> int:

@@ -1,13 +1,28 @@
 """A progress bar that never makes the host wait for the device."""
 
+import io
+import sys
 from collections import deque
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm as std_tqdm
 from tqdm.auto import tqdm
 
 Show: TypeAlias = bool | str | std_tqdm | None  # values that `progress` may have
+
+
+def make_bar(**options: Any) -> std_tqdm:
+    """Return a tqdm bar on stderr; in a process without stderr (a daemon) a bar that shows nothing."""
+    if sys.stderr is None:
+        options |= {"file": io.StringIO(), "disable": True}
+    return tqdm(**options)
+
+
+def check_progress(show: Any) -> None:
+    """Raise TypeError unless `show` is a value that `progress` may have."""
+    if not (show is None or isinstance(show, (bool, str, std_tqdm))):
+        raise TypeError(f"progress must be True, False, None, a label or a tqdm bar, got {type(show).__name__}")
 
 
 class ProgressBar:
@@ -24,11 +39,12 @@ class ProgressBar:
     """
 
     def __init__(self, total: int, device: torch.device, show: Show, every: int = 10) -> None:
+        check_progress(show)
         if isinstance(show, std_tqdm):
             self._bar = show
         else:
             label = show if isinstance(show, str) else None
-            self._bar = tqdm(total=total, unit="step", desc=label, disable=None if show is None else not show)
+            self._bar = make_bar(total=total, unit="step", desc=label, disable=None if show is None else not show)
         self._events: deque[torch.cuda.Event] | None = None
         if device.type == "cuda" and not self._bar.disable:
             self._events = deque()

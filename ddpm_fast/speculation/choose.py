@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm as std_tqdm
-from tqdm.auto import tqdm
 
 from ddpm_fast.engine import choices
 from ddpm_fast.engine.base import SamplingLoop
@@ -21,6 +20,7 @@ from ddpm_fast.engine.execution import DEFAULT, Execution
 from ddpm_fast.engine.graph import GraphPool
 from ddpm_fast.engine.loop import Correction, Loop
 from ddpm_fast.engine.noise import PhiloxNoise
+from ddpm_fast.engine.progress import make_bar
 from ddpm_fast.speculation.loop import SpeculativeLoop, check_table
 from ddpm_fast.speculation.windows import MIN_SPEEDUP, WIDTHS, GuessErrors, WindowPlan, choose_windows
 from ddpm_fast.table import Clipping, StepTable
@@ -124,7 +124,7 @@ def _measured_plan(seconds_of: Callable[[int], float], pilot: SpeculativeLoop, b
     Both measurements together take about two plain runs at the most.
     """
     began, steps = time.perf_counter(), len(pilot.table)
-    with tqdm(total=steps, unit="step", desc="choosing windows", disable=None, leave=False) as bar:
+    with make_bar(total=steps, unit="step", desc="choosing windows", disable=None, leave=False) as bar:
         costs = _round_costs(seconds_of, batch, steps, bar)
         deadline = began + LONGEST * steps * costs[1]
         if all(costs[width] * MIN_SPEEDUP > width * costs[1] for width in costs if width > 1):

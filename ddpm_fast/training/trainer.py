@@ -1,5 +1,6 @@
 """Training for any prediction and loss: Ho et al. 2020, algorithm 1, with an average of the weights (EMA)."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -15,12 +16,12 @@ from safetensors import safe_open
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 from ddpm_fast import images
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
-from ddpm_fast.files import StrPath, check_writable, remove_parts, whole_file
+from ddpm_fast.engine.progress import make_bar
+from ddpm_fast.files import StrPath, alone_in, check_writable, remove_parts, whole_file
 from ddpm_fast.kernels import to_uint8
 from ddpm_fast.likelihood import schedule_report
 from ddpm_fast.models.checkpoint import (
@@ -178,17 +179,25 @@ class Trainer:
         self._network = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.step = 0
         if (self.folder / STATE_FILE).exists():
-            if self.rank == 0:
-                remove_parts(self.folder)
             self._resume()
         elif (self.folder / CONFIG_FILE).exists():
             self._refuse_another_run(read_config(self.folder), self.folder / CONFIG_FILE)
 
     def run(self, progress: bool = True) -> None:
-        """Train to the configured number of steps. An interruption loses only the steps since the last save."""
-        if self.rank == 0:
-            self._drop_metrics_after(self.step)
-        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not progress or self.rank > 0)
+        """Train to the configured number of steps. An interruption loses only the steps since the last save.
+
+        Raises:
+            OSError: Another process trains in the folder, or the folder is gone.
+        """
+        with contextlib.ExitStack() as held:
+            if self.rank == 0:
+                held.enter_context(alone_in(self.folder))
+                remove_parts(self.folder)
+                self._drop_metrics_after(self.step)
+            self._run(progress)
+
+    def _run(self, progress: bool) -> None:
+        bar = make_bar(total=self.config.steps, initial=self.step, unit="step", disable=not progress or self.rank > 0)
         losses: list[float] = []
         start = time.perf_counter()
         try:
@@ -205,7 +214,13 @@ class Trainer:
             bar.close()
 
     def save(self) -> None:
-        """Write the checkpoint of the averaged weights and the state for resuming."""
+        """Write the checkpoint of the averaged weights and the state for resuming.
+
+        Raises:
+            FileNotFoundError: The folder is gone.
+        """
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"the folder {self.folder} is gone, with the run in it")
         save_checkpoint(self.folder, self.ema, self.diffusion, about=self._about)
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
