@@ -8,7 +8,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 try:
     import fcntl
@@ -98,6 +98,14 @@ def write_json(path: StrPath, value: object) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with whole_file(path) as part:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text stands for; raise ValueError for a text that is none, or is nested without end."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def check_writable(path: StrPath, folder: bool = False) -> None:

@@ -5,10 +5,10 @@ caller's own code.
 """
 
 import importlib
-import json
 import re
 import shlex
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,20 @@ from torch import Tensor, nn
 
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.engine.device import checked_device
+from ddpm_fast.files import parse_json
 from ddpm_fast.models.checkpoint import (
+    EMBEDDED,
     Checkpoint,
     CheckpointError,
     Classes,
+    check_weight,
     load_checkpoint,
     load_weights,
     read_weights_only,
 )
 from ddpm_fast.table import x0_coefficients
 from ddpm_fast.times import Retimed, scaled_times
-from ddpm_fast.validate import check_names
+from ddpm_fast.validate import check_names, line_of
 
 Arguments = Mapping[str, Any]
 
@@ -68,6 +71,8 @@ def load_model(
         return _to_device(_from_weights(path, arguments), device)
     kind = _diffusers_class(path)
     if kind is None:
+        if arguments and not path.exists() and text not in EMBEDDED:
+            raise CheckpointError(f"{path} does not exist: no folder, no file of weights, no embedded model")
         if arguments:
             raise ValueError(f"a checkpoint folder says itself what it holds: no arguments, got {min(arguments)}")
         return load_checkpoint(path, device)
@@ -93,7 +98,7 @@ def parse_arguments(text: str) -> dict[str, object]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the model's arguments are JSON, flags or a file: cannot read {source}") from error
     try:
-        arguments = json.loads(text)
+        arguments = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{source}: not valid JSON: {error}") from error
     if not isinstance(arguments, dict):
@@ -134,7 +139,7 @@ def _diffusers_class(folder: Path) -> str | None:
     """Return the class that a diffusers folder names, or None for another folder."""
     for name in ("model_index.json", "config.json"):
         try:
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            config = parse_json((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(config, dict) and isinstance(config.get("_class_name"), str):
@@ -150,20 +155,58 @@ def _from_diffusers(folder: Path, kind: str, arguments: Arguments) -> Checkpoint
             "others ddpm_fast.accelerate takes DiTPipeline, LDMPipeline and the schedulers"
         )
     diffusers = _library("diffusers", "diffusers")
-    try:
-        loaded = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded as a {kind}: {str(error).splitlines()[0]}") from error
-    checkpoint = _of_unet(loaded, SamplerConfig()) if kind == "UNet2DModel" else _of_pipeline(loaded)
+    if kind == "UNet2DModel":
+        checkpoint = _of_unet(_read_unet(diffusers, folder), SamplerConfig())
+    else:
+        index = parse_json((folder / "model_index.json").read_text(encoding="utf-8"))
+        for part, allowed in (("unet", ["UNet2DModel"]), ("scheduler", ["DDPMScheduler", "DDIMScheduler"])):
+            named = index.get(part)
+            # The index may name any class, of the folder's own code too: none is imported by its name.
+            if not isinstance(named, list) or named[:1] != ["diffusers"] or named[1:] not in [[one] for one in allowed]:
+                raise CheckpointError(f"{folder}: its {part} must be diffusers' {' or '.join(allowed)}, got {named}")
+        scheduler = getattr(diffusers, index["scheduler"][1])
+        made = _tried(folder / "scheduler", lambda: scheduler.from_pretrained(str(folder / "scheduler")))
+        checkpoint = _of_parts(_read_unet(diffusers, folder / "unet"), made)
     config = SamplerConfig.from_options(arguments, checkpoint.diffusion)
     return Checkpoint(checkpoint.model, config, checkpoint.shape, checkpoint.about, checkpoint.classes)
 
 
+def _tried(folder: Path, read: Callable[[], Any]) -> Any:
+    """Return what diffusers reads from a folder; raise CheckpointError, in one line, where that fails."""
+    try:
+        return read()
+    except Exception as error:  # a damaged file fails in any way
+        raise CheckpointError(f"{folder} cannot be loaded: {line_of(error)}") from error
+
+
+def _read_unet(diffusers: Any, folder: Path) -> Any:
+    """Read a UNet2DModel with weights for all of its parameters, of the only variant that there is."""
+    stem = "diffusion_pytorch_model"
+    plain = [folder / f"{stem}{suffix}" for suffix in (".safetensors", ".bin", ".safetensors.index.json")]
+    variants = {file.name.split(".")[1] for file in folder.glob(f"{stem}.*.*") if file.suffix != ".json"}
+    options: dict[str, Any] = {}
+    if not any(file.exists() for file in plain) and variants:
+        if len(variants) > 1:
+            raise CheckpointError(f"{folder} holds weights of several variants, {sorted(variants)}: keep one")
+        options["variant"] = variants.pop()
+    read = diffusers.UNet2DModel.from_pretrained
+    unet, about = _tried(folder, lambda: read(str(folder), local_files_only=True, output_loading_info=True, **options))
+    if about["missing_keys"]:
+        raise CheckpointError(f"{folder}: its weights lack {', '.join(sorted(about['missing_keys'])[:3])}")
+    for name, value in unet.state_dict().items():
+        check_weight(f"{folder}: {name}", value, value)
+    return unet
+
+
 def _of_pipeline(pipeline: Any) -> Checkpoint:
     """Return the checkpoint of a DDPMPipeline or a DDIMPipeline."""
+    return _of_parts(pipeline.unet, pipeline.scheduler)
+
+
+def _of_parts(unet: Any, scheduler: Any) -> Checkpoint:
+    """Return the checkpoint of a UNet2DModel and its scheduler."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
-    scheduler = pipeline.scheduler
     if not isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
         raise ValueError(f"the pipeline's {type(scheduler).__name__} is not supported: DDPMScheduler or DDIMScheduler")
     fields = {name: scheduler.config[name] for name in _FROM_SCHEDULERS if scheduler.config.get(name) is not None}
@@ -178,7 +221,7 @@ def _of_pipeline(pipeline: Any) -> Checkpoint:
         fields |= {"sampler": "ddim", "previous_timestep": "stride", "num_inference_steps": steps}
     else:
         fields["noise_free"] = "t_zero"
-    return _of_unet(pipeline.unet, SamplerConfig.from_options(fields))
+    return _of_unet(unet, SamplerConfig.from_options(fields))
 
 
 def _of_unet(unet: Any, config: SamplerConfig) -> Checkpoint:
@@ -186,7 +229,9 @@ def _of_unet(unet: Any, config: SamplerConfig) -> Checkpoint:
     size = unet.config.sample_size
     if size is None:
         raise ValueError("the UNet2DModel does not say how large its images are: sample_size is missing in its config")
-    sizes = (size, size) if isinstance(size, int) else tuple(size)
+    sizes = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
+    if len(sizes) != 2 or not all(isinstance(each, int) and each > 0 for each in sizes):
+        raise ValueError(f"sample_size of the UNet2DModel must be one or two whole numbers, got {size!r}")
     count = getattr(unet.config, "num_class_embeds", None)
     classes = Classes("class_labels", int(count)) if count else None
     return Checkpoint(unet, config, (unet.config.in_channels, *sizes), {}, classes)
@@ -213,10 +258,17 @@ def _from_trainer(path: Path, arguments: Arguments) -> Checkpoint:
     from ddpm_fast.adapters.lucidrains import load_trainer_checkpoint
 
     check_names("section", arguments, ("unet", "diffusion"))
-    unet = library.Unet(**arguments.get("unet", {}))
-    learned = bool(arguments.get("unet", {}).get("learned_variance"))
-    kind = library.LearnedGaussianDiffusion if learned else library.GaussianDiffusion
-    return _of_lucidrains(load_trainer_checkpoint(path, kind(unet, **arguments.get("diffusion", {}))))
+    given = {name: arguments.get(name, {}) for name in ("unet", "diffusion")}
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"the model's arguments: {name} must be an object of names and values, got {value!r:.80}")
+    kind = library.LearnedGaussianDiffusion if given["unet"].get("learned_variance") else library.GaussianDiffusion
+    try:
+        diffusion = kind(library.Unet(**given["unet"]), **given["diffusion"])
+    except Exception as error:  # the library asserts and computes before it checks
+        said = f"{type(error).__name__}: {line_of(error)}"
+        raise ValueError(f"denoising-diffusion-pytorch makes no model of these arguments ({said})") from error
+    return _of_lucidrains(load_trainer_checkpoint(path, diffusion))
 
 
 def _of_lucidrains(diffusion: Any) -> Checkpoint:
@@ -351,7 +403,12 @@ def _from_factory(text: str, arguments: Arguments) -> Checkpoint:
         raise ValueError(f"{text}: {error}") from error
     if not callable(factory):
         raise TypeError(f"{text} must be a function that returns a model, it is a {type(factory).__name__}")
-    model = factory(**arguments)
+    try:
+        model = factory(**arguments)
+    except Exception as error:  # the caller's own: no word of ours may stand in its place
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.filename}, line {place.lineno}"
+        raise RuntimeError(f"{text} raised {type(error).__name__}: {line_of(error)} ({where})") from error
     if isinstance(model, Checkpoint):
         return model
     if isinstance(model, tuple) and len(model) in (2, 3) and callable(model[0]):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddpm_fast.adapters import unsupported
 from ddpm_fast.adapters.runner import Accelerated, Options, Runner, adopt
 from ddpm_fast.engine.call import Call
-from ddpm_fast.models.checkpoint import read_weights_only
+from ddpm_fast.models.checkpoint import load_weights, plain_names, read_weights_only
 from ddpm_fast.schedules import Array
 from ddpm_fast.table import Clipping, StepTable
 from ddpm_fast.timesteps import Timesteps
@@ -95,19 +95,17 @@ def load_trainer_checkpoint(path: str | Path, diffusion: Any, ema: bool = True) 
     """
     state = read_weights_only(path, "checkpoint of a Trainer", diffusion.device)
     weights = state.get("ema" if ema else "model") if isinstance(state, dict) else None
-    if not isinstance(weights, dict):
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise ValueError(f"{path} is no checkpoint of a Trainer: it has no {'ema' if ema else 'model'!r}")
     if ema:
         weights = {key.removeprefix("ema_model."): w for key, w in weights.items() if key.startswith("ema_model.")}
-    own = diffusion.state_dict()
-    missing, extra = own.keys() - weights.keys(), weights.keys() - own.keys()
-    other = {key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape}
-    for problem, keys in (("lacks", missing), ("has besides", extra), ("has in another shape", other)):
-        if keys:
-            raise ValueError(
-                f"{path} is of another diffusion: it {problem} {', '.join(sorted(keys)[:3])} ({len(keys)})"
-            )
-    diffusion.load_state_dict(weights)
+    message = f"{path} is of another diffusion"
+    weights = plain_names(weights, message)
+    # The weights of the loss follow from the arguments alone, are read by the loss alone, and had another name once.
+    weights = {key: value for key, value in weights.items() if key not in ("loss_weight", "p2_loss_weight")}
+    if "loss_weight" in (own := diffusion.state_dict()):
+        weights["loss_weight"] = own["loss_weight"]
+    load_weights(diffusion, weights, message)
     return diffusion
 
 

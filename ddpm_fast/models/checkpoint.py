@@ -1,6 +1,5 @@
 """A model on disk: a folder with `config.json` and `model.safetensors`."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,14 @@ from torch import nn
 
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.engine.device import Model
-from ddpm_fast.files import StrPath, whole_file, write_json
+from ddpm_fast.files import StrPath, parse_json, whole_file, write_json
 from ddpm_fast.models.unet import UNet, UNetConfig
-from ddpm_fast.validate import check_names
+from ddpm_fast.validate import check_names, line_of
 
 FORMAT = "ddpm_fast.checkpoint.v1"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+WRAPPERS = ("module", "_orig_mod")  # what DistributedDataParallel and torch.compile put into names
 EMBEDDED = {
     "moons": Path(__file__).parent.parent / "weights" / "moons32",
     "digits": Path(__file__).parent.parent / "weights" / "digits8",
@@ -71,13 +71,21 @@ def save_checkpoint(
     about: Mapping[str, object] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write `model` to `folder`, its weights rounded to `dtype`. Each file is written whole or not at all."""
+    """Write `model` to `folder`, its weights rounded to `dtype`. Each file is written whole or not at all.
+
+    A tensor with values that `dtype` cannot hold keeps its own.
+    """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in model.state_dict().items()}
+    weights = {name: _rounded(value.detach().cpu(), dtype).contiguous() for name, value in model.state_dict().items()}
     write_safetensors(path / WEIGHTS_FILE, weights, {"format": "pt"})
     config = {"format": FORMAT, "network": model.config.to_dict(), "diffusion": diffusion.to_dict(), **(about or {})}
     write_json(path / CONFIG_FILE, config)
+
+
+def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    rounded = tensor.to(dtype)
+    return rounded if torch.equal(rounded.isfinite(), tensor.isfinite()) else tensor
 
 
 def load_checkpoint(folder: StrPath = "moons", device: str | torch.device = "cpu") -> Checkpoint:
@@ -92,7 +100,7 @@ def load_checkpoint(folder: StrPath = "moons", device: str | torch.device = "cpu
     if path.is_file():
         raise CheckpointError(f"{path} is a file: a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not path.is_dir():
-        raise CheckpointError(f"no checkpoint folder at {path}")
+        raise CheckpointError(f"{path} does not exist: no checkpoint folder, no file, no embedded model")
     config = read_config(path)
     network, diffusion = config.pop("network"), config.pop("diffusion")
     try:
@@ -102,8 +110,12 @@ def load_checkpoint(folder: StrPath = "moons", device: str | torch.device = "cpu
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path / CONFIG_FILE}: {error}") from error
     weights = read_safetensors(path / WEIGHTS_FILE)
-    model = UNet(unet_config)
-    weights = {name: value.float() for name, value in weights.items()}
+    try:
+        with torch.device("meta"):
+            UNet(unet_config)
+        model = UNet(unet_config)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise CheckpointError(f"{path / CONFIG_FILE}: there is no room for such a network: {line_of(error)}") from error
     load_weights(model, weights, f"{path / WEIGHTS_FILE} does not fit its config.json")
     shape = (unet_config.channels, unet_config.image_size, unet_config.image_size)
     count = unet_config.num_classes
@@ -155,16 +167,44 @@ def read_weights_only(path: StrPath, kind: str, device: str | torch.device = "cp
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], message: str) -> None:
-    """Load `weights` into `model`.
+    """Load `weights` into `model`. Prefixes that torch.compile and DistributedDataParallel add to names do not count.
 
     Raises:
-        CheckpointError: The weights do not fit. The error says `message` and the reason.
+        CheckpointError: The weights do not fit, or are no finite numbers. The error says `message` and the reason;
+            nothing is loaded then.
     """
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-        raise CheckpointError(f"{message}: {reason}") from error
+    own = model.state_dict()
+    if own.keys() != weights.keys():
+        weights = plain_names(weights, message)
+    for problem, names in (("it lacks", own.keys() - weights.keys()), ("it has besides", weights.keys() - own.keys())):
+        if names:
+            raise CheckpointError(f"{message}: {problem} {', '.join(sorted(names)[:3])} ({len(names)})")
+    for name, value in weights.items():
+        check_weight(f"{message}: {name}", value, own[name])
+    model.load_state_dict(weights)
+
+
+def plain_names(weights: Any, message: str) -> dict[str, torch.Tensor]:
+    """Return weights by their names without the prefixes of wrappers; raise CheckpointError unless all are tensors."""
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise CheckpointError(f"{message}: weights must be tensors by name")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{message}: {name} must be a tensor, got {type(value).__name__}")
+    plain = {".".join(part for part in name.split(".") if part not in WRAPPERS): v for name, v in weights.items()}
+    return plain if len(plain) == len(weights) else weights
+
+
+def check_weight(name: str, value: torch.Tensor, own: torch.Tensor) -> None:
+    """Raise CheckpointError unless a tensor can stand for the model's own: shape, kind of number, finite, in memory."""
+    if value.shape != own.shape:
+        raise CheckpointError(f"{name} must have shape {tuple(own.shape)}, got {tuple(value.shape)}")
+    if value.is_meta or value.layout != torch.strided or value.is_quantized:
+        raise CheckpointError(f"{name} must be a dense tensor with values, got {value.layout} on {value.device}")
+    if value.is_floating_point() != own.is_floating_point() or value.is_complex() != own.is_complex():
+        raise CheckpointError(f"{name} must be {own.dtype} or the like, got {value.dtype}")
+    if not torch.isfinite(value).all():
+        raise CheckpointError(f"{name} must be finite, got NaN or infinity")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -177,7 +217,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: not a checkpoint folder")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.pop("format", None) != FORMAT:

@@ -28,6 +28,9 @@ class OtherSizes(TypedDict, total=False):
     num_classes: int | None
 
 
+LARGEST = 2**14  # of any size of a network: what is more is a damaged file
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """The sizes of a `UNet`.
@@ -60,12 +63,12 @@ class UNetConfig:
                 raise ValueError(f"{name} must have one entry a level, got {getattr(self, name)!r}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("channels", "image_size", "embedding", "heads", "groups"):
-            whole(name, getattr(self, name), 1)
+            whole(name, getattr(self, name), 1, LARGEST)
         for width in self.widths:
-            whole("widths", width, 1)
+            whole("widths", width, 1, LARGEST)
         one_of("learned_variance", self.learned_variance, (True, False))
         if self.num_classes is not None:
-            whole("num_classes", self.num_classes, 1)
+            whole("num_classes", self.num_classes, 1, 10**7)
         for attend in self.attention:
             one_of("attention", attend, (True, False))
         if not self.widths or self.widths[0] % 2:

@@ -21,12 +21,14 @@ from ddpm_fast import images
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.data import moons
 from ddpm_fast.engine.progress import make_bar
-from ddpm_fast.files import StrPath, alone_in, check_writable, remove_parts, whole_file
+from ddpm_fast.files import StrPath, alone_in, check_writable, parse_json, remove_parts, whole_file
 from ddpm_fast.kernels import to_uint8
 from ddpm_fast.likelihood import schedule_report
 from ddpm_fast.models.checkpoint import (
     CONFIG_FILE,
     CheckpointError,
+    check_weight,
+    load_weights,
     read_config,
     read_safetensors,
     save_checkpoint,
@@ -36,7 +38,7 @@ from ddpm_fast.models.unet import UNet, UNetConfig
 from ddpm_fast.sample import sample
 from ddpm_fast.seeding import keyed_generator
 from ddpm_fast.training.losses import LOSSES, Loss
-from ddpm_fast.validate import one_of, whole, within
+from ddpm_fast.validate import line_of, one_of, whole, within
 
 logger = logging.getLogger("ddpm_fast")
 
@@ -344,8 +346,8 @@ class Trainer:
         """Remove rows of `metrics.jsonl` that a killed run wrote after its last save."""
         path = self.folder / METRICS_FILE
         if path.exists():
-            rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
             try:
+                rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{path} has a row that is no record of a step: {error}") from error
@@ -366,19 +368,43 @@ class Trainer:
             metadata = file.metadata() or {}
         if not metadata.keys() >= {"run", "step", "scaler"}:
             raise CheckpointError(f"{path} is not the state of a training run")
-        self._refuse_another_run(json.loads(metadata["run"]), path)
+        try:
+            run, scaler, step = (parse_json(metadata[name]) for name in ("run", "scaler", "step"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {line_of(error)}") from error
+        if not isinstance(run, dict) or not isinstance(scaler, dict):
+            raise CheckpointError(f"{path} is damaged: it does not say which run it belongs to")
+        self._refuse_another_run(run, path)
+        if not isinstance(step, int) or not 0 < step <= self.config.steps:
+            raise CheckpointError(f"{path} is damaged: its step must lie in 1 … {self.config.steps}, got {step!r:.40}")
+        parts = self._checked_parts(path, tensors)
         for prefix, module in (("model.", self.model), ("ema.", self.ema)):
-            own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            module.load_state_dict(own)
+            load_weights(module, parts[prefix], f"{path} is damaged")
         state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, moment = name.split(".")
-                state.setdefault(int(index), {})[moment] = value
+        for name, value in parts["optimizer."].items():
+            index, moment = name.split(".")
+            state.setdefault(int(index), {})[moment] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(json.loads(metadata["scaler"]))
-        self.step = int(metadata["step"])
+            self.scaler.load_state_dict(scaler)
+        self.step = step
+
+    def _checked_parts(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of a state by their prefix; raise CheckpointError unless all are there, and no other."""
+        own = self.model.state_dict()
+        expected = {f"{prefix}{name}": value for prefix in ("model.", "ema.") for name, value in own.items()}
+        for index, parameter in enumerate(self.model.parameters()):
+            expected |= {f"optimizer.{index}.{name}": parameter for name in ("exp_avg", "exp_avg_sq")}
+            expected[f"optimizer.{index}.step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        for problem, names in (("lacks", expected.keys() - tensors.keys()), ("has", tensors.keys() - expected.keys())):
+            if names:
+                raise CheckpointError(f"{path} is damaged: it {problem} {', '.join(sorted(names)[:3])} ({len(names)})")
+        parts: dict[str, dict[str, Tensor]] = {"model.": {}, "ema.": {}, "optimizer.": {}}
+        for name, value in tensors.items():
+            check_weight(f"{path} is damaged: {name}", value, expected[name])
+            prefix, _, rest = name.partition(".")
+            parts[f"{prefix}."][rest] = value
+        return parts
 
 
 def _first_difference(saved: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> str:
