@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
-.PHONY: sample peers test test-slow research check sass bench gpu bench-gpu bench-step figures examples diffusers-suite clean
+.PHONY: sample peers test test-slow fuzz research check sass bench gpu bench-gpu bench-step figures examples diffusers-suite clean
 
 sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 	$(BIN)/ddpm-fast sample --seeds 0-15 --out samples.png
@@ -23,6 +23,9 @@ research: $(READY)  ## ideas that lost: their tests, and their tables in docs/ke
 	$(BIN)/python -m research.sass_variants
 	$(BIN)/python -m research.speculation_ideas
 	$(BIN)/python -m benchmarks.tables
+
+fuzz: $(READY)  ## 20,000 random configurations and 3,000 damaged files: two minutes
+	DDPM_FAST_FUZZ_CONFIGURATIONS=20000 DDPM_FAST_FUZZ_FILES=3000 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .

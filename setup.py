@@ -46,7 +46,7 @@ setup(
         "test": TEST,
         "bench": BENCH,
         "dev": [*TEST, *BENCH, "ruff==0.17.6", "mypy==2.4.1"],
-        "diffusers": ["diffusers>=0.35"],
+        "diffusers": ["diffusers>=0.42"],
         "lucidrains": ["denoising-diffusion-pytorch>=2.3.4"],
     },
     entry_points={"console_scripts": ["ddpm-fast = ddpm_fast.cli:main"]},

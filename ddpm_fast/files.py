@@ -17,7 +17,7 @@ except ImportError:  # Windows
 
 StrPath: TypeAlias = str | os.PathLike[str]
 
-PART_PREFIX, LOCK_FILE = ".ddpm_fast.", ".ddpm_fast.lock"
+PART_PREFIX = ".ddpm_fast."
 
 
 @contextlib.contextmanager
@@ -64,19 +64,19 @@ def _mode_of(target: Path) -> int | None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder for one process; raise OSError where another one holds the folder.
-
-    The lock is a file that stays; a process that ends, however, lets go of the lock.
-    """
+    """Hold a folder for one process; raise OSError where another one holds the folder. A process that ends lets go."""
     if fcntl is None:
         yield
         return
-    with open(folder / LOCK_FILE, "a") as file:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"another process is writing into {folder}") from None
         yield
+    finally:
+        os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """Measure the loop's own time on a CPU, as a share of the network's time.
 
-    python -m benchmarks.network.overhead      prints a table and writes benchmarks/results/cpu__overhead.json
+    python -m benchmarks.network.overhead      prints tables, writes cpu__overhead.json, cpu__check.json
+
+The second table is of the call that a run of a hoisted network is compared with: runs with and without it take turns.
 
 The network and the loop are timed in the same run, call by call, so a machine that slows down slows both.
 """
@@ -19,6 +21,7 @@ from ddpm_fast.sample import Sampler
 
 LIMITS = {1: 0.05, 16: 0.03}  # largest share allowed, by batch size
 RUNS = 5
+CHECK_LIMITS = {1000: 0.01, 50: 0.12}  # largest share of the comparison with the model, by steps
 
 
 class Timed:
@@ -68,6 +71,34 @@ def measure(checkpoint: Checkpoint, batch: int, steps: int, runs: int = RUNS) ->
     }
 
 
+def measure_check(checkpoint: Checkpoint, steps: int, runs: int) -> Row:
+    """Return the median share that the comparison with the model adds to runs of a hoisted network, at batch 1."""
+    samplers = [
+        Sampler(
+            checkpoint.model, (1, *checkpoint.shape), config=checkpoint.diffusion, num_inference_steps=steps,
+            device="cpu", optimize="hoist", verify=verify,
+        )
+        for verify in (True, False)
+    ]  # fmt: skip
+    shares = []
+    for run in range(runs + 1):
+        seconds = []
+        for sampler in samplers:
+            began = time.perf_counter()
+            sampler(seeds=run, progress=False)
+            seconds.append(time.perf_counter() - began)
+        shares.append(seconds[0] / seconds[1] - 1)
+    shares = shares[1:]  # the first runs allocate
+    return {
+        "steps": steps,
+        "walks": runs,
+        "share": statistics.median(shares),
+        "share_lowest": min(shares),
+        "share_highest": max(shares),
+        "limit": CHECK_LIMITS[steps],
+    }
+
+
 def main() -> None:
     make_parser(__doc__).parse_args()
     checkpoint = load_checkpoint()
@@ -78,6 +109,10 @@ def main() -> None:
             "share {share:.1%} (limit {limit:.0%})".format(**row)
         )
     write_result("cpu__overhead", rows)
+    rows = [measure_check(checkpoint, steps, runs) for steps, runs in ((1000, 5), (50, 41))]
+    for row in rows:
+        print("{steps} steps: the comparison adds {share:.2%} (limit {limit:.0%})".format(**row))
+    write_result("cpu__check", rows)
 
 
 if __name__ == "__main__":

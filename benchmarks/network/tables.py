@@ -14,6 +14,16 @@ def overhead() -> str:
     return markdown_table("| batch size | network, µs a step | loop, µs a step | loop / network | limit |", lines)
 
 
+def check() -> str:
+    """Return what the comparison of a run with the model costs."""
+    lines = [
+        f"| {row['steps']} | {row['share']:.2%} ({row['share_lowest']:.2%} to {row['share_highest']:.2%}) "
+        f"| {row['limit']:.0%} |"
+        for row in read_result("cpu__check")["rows"]
+    ]
+    return markdown_table("| steps | the comparison / the rest of the run (lowest to highest) | limit |", lines)
+
+
 def hoisting() -> str:
     """Return the operations that leave the loop of each network, and the time that this saves."""
     lines = [
@@ -59,4 +69,4 @@ def precision() -> str:
     return markdown_table(header, lines)
 
 
-TABLES = {"hoisting": hoisting, "building": building, "precision": precision}
+TABLES = {"check": check, "hoisting": hoisting, "building": building, "precision": precision}

@@ -100,7 +100,7 @@ def load_checkpoint(folder: StrPath = "moons", device: str | torch.device = "cpu
     if path.is_file():
         raise CheckpointError(f"{path} is a file: a checkpoint is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist: no checkpoint folder, no file, no embedded model")
+        raise CheckpointError(f"no checkpoint folder at {path}")
     config = read_config(path)
     network, diffusion = config.pop("network"), config.pop("diffusion")
     try:

@@ -68,7 +68,7 @@ class UNetConfig:
             whole("widths", width, 1, LARGEST)
         one_of("learned_variance", self.learned_variance, (True, False))
         if self.num_classes is not None:
-            whole("num_classes", self.num_classes, 1, 10**7)
+            whole("num_classes", self.num_classes, 1)
         for attend in self.attention:
             one_of("attention", attend, (True, False))
         if not self.widths or self.widths[0] % 2:

@@ -113,7 +113,9 @@ class Bomb:
 
 def test_other_folders_of_diffusers(tmp_path):
     quiet(DDPMPipeline(diffusers_models.unet(), PNDMScheduler())).save_pretrained(tmp_path / "pndm")
-    with pytest.raises(ValueError, match="PNDMScheduler is not supported"):
+    with pytest.raises(
+        ValueError, match="its scheduler must be diffusers' DDPMScheduler or DDIMScheduler, got .*PNDMScheduler"
+    ):
         load_model(tmp_path / "pndm")
     dit = DiTPipeline(diffusers_models.transformer(), diffusers_models.vae(), DDIMScheduler())
     dit.save_pretrained(tmp_path / "dit")
@@ -123,7 +125,7 @@ def test_other_folders_of_diffusers(tmp_path):
     with pytest.raises(TypeError, match="unknown option 'beta_shedule'; did you mean 'beta_schedule'"):
         load_model(tmp_path / "unet", {"beta_shedule": "linear"})
     next((tmp_path / "unet").glob("*.safetensors")).write_bytes(b"short")
-    with pytest.raises(ValueError, match="cannot be loaded as a UNet2DModel"):
+    with pytest.raises(ValueError, match="cannot be loaded: "):
         load_model(tmp_path / "unet")
 
 
@@ -200,7 +202,7 @@ def test_a_trainers_file_wants_its_arguments(tmp_path):
         load_model(path, {"unets": {}, "diffusion": {}})
     with pytest.raises(ValueError, match="is of another diffusion"):
         load_model(path, {"unet": {"dim": 16}, "diffusion": {"image_size": 8}})
-    with pytest.raises(TypeError, match="dims"):
+    with pytest.raises(ValueError, match="makes no model of these arguments .*'dims'"):
         load_model(path, {"unet": {"dims": 16}, "diffusion": {"image_size": 8}})
 
 

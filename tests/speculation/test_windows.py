@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tqdm import tqdm
 
 from ddpm_fast.config import SamplerConfig
 from ddpm_fast.engine import choices, timer
@@ -237,7 +238,7 @@ def test_the_pilot_replays_graphs_and_is_watched_after_every_round(monkeypatch):
     for execution in ("eager", "auto"):
         cuda = recorded(monkeypatch) if execution == "auto" else None
         pilot = SpeculativeLoop(call, table, Clipping(1.0), plan, execution=Execution(execution, backend="torch"))
-        squares.append(measure._guess_errors(pilot, 8, float("inf"), measure.tqdm(total=30, disable=True)))
+        squares.append(measure._guess_errors(pilot, 8, float("inf"), measure.make_bar(total=30, disable=True)))
     np.testing.assert_allclose(*squares, rtol=1e-5)
     assert cuda.made == 1
     assert cuda.replays >= 30 / 4
@@ -259,7 +260,7 @@ def test_every_width_is_recorded_once(monkeypatch, exports):
 def test_choosing_closes_its_bar_where_the_network_fails(monkeypatch):
     closed = []
 
-    class Bar(measure.tqdm):
+    class Bar(tqdm):
         def close(self):
             closed.append(True)
             super().close()
@@ -268,7 +269,7 @@ def test_choosing_closes_its_bar_where_the_network_fails(monkeypatch):
         def forward(self, x, t):
             raise KeyError("of the network")
 
-    monkeypatch.setattr(measure, "tqdm", Bar)
+    monkeypatch.setattr(measure, "make_bar", Bar)
     with pytest.raises(KeyError, match="of the network") as raised:  # the error keeps the bar alive
         Sampler(Failing(False), (1, 1, 4, 4), num_train_timesteps=120, speculate=True)
     assert closed
