@@ -18,7 +18,7 @@ def check() -> str:
     """Return what the comparison of a run with the model costs."""
     lines = [
         f"| {row['steps']} | {row['share']:.2%} ({row['share_lowest']:.2%} to {row['share_highest']:.2%}) "
-        f"| {row['limit']:.0%} |"
+        f"| {row['limit']:.1%} |"
         for row in read_result("cpu__check")["rows"]
     ]
     return markdown_table("| steps | the comparison / the rest of the run (lowest to highest) | limit |", lines)
