@@ -1,6 +1,7 @@
 """Where the kernels run in the tests: on the GPU if there is one, else in Triton's interpreter on CPU tensors."""
 
 import itertools
+import math
 import os
 
 import numpy as np
@@ -44,6 +45,12 @@ def plain_callables_run_on_the_cpu(request, monkeypatch):
     """Where there is a GPU, a model without parameters would go there; only what asks for it does."""
     if not request.node.get_closest_marker("gpu") and "kernel_device" not in request.fixturenames:
         monkeypatch.setattr("ddpm_fast.engine.device.default_device", lambda: torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def a_slow_machine_hoists_nothing_by_itself(monkeypatch):
+    """The default hoists after so many seconds; which run of a test that is must not depend on the machine."""
+    monkeypatch.setattr("ddpm_fast.engine.network.Network.seconds_to_hoist", math.inf)
 
 
 @pytest.fixture
