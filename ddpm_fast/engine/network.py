@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ddpm_fast.engine import choices
 from ddpm_fast.engine.ambient import Ambient
 from ddpm_fast.engine.call import Call, named_leaves, output_of, said, same_value
+from ddpm_fast.engine.casts import Casts
 from ddpm_fast.engine.device import Model, device_of, dtype_of, global_generator
 from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.hoist import Hoisted, same_up_to_rounding
@@ -61,6 +62,7 @@ class Network:
         self._own = own_dtype, device_of(call.model)
         self._lowered = call.dtype if own_dtype not in (None, call.dtype) else None
         self.ambient = Ambient.now(self.device, self._lowered)
+        self._casts: Casts | None = None
         self._addresses = _addresses(call.module)
         self._volatile: frozenset[tuple[str, str]] = frozenset()  # attributes that calls change
         self._structure: Structure = {}
@@ -86,7 +88,8 @@ class Network:
             if self.hoisted is not None:
                 output: Any = self.hoisted(self.input, self.timestep, row)
             else:
-                output = output_of(self._called(self.input, self.timestep, **self.kwargs))
+                with self._weights_cast():
+                    output = output_of(self._called(self.input, self.timestep, **self.kwargs))
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"model must return a tensor or an object with a tensor .sample, got {type(output).__name__}"
@@ -104,6 +107,14 @@ class Network:
         with self.ambient.precision():
             output: Tensor = output_of(self.call.model(self.input.contiguous(), self.timestep, **self.kwargs))
         return output
+
+    def _weights_cast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a call of a model that is not hoisted: under autocast its weights are cast once."""
+        if self.ambient.autocast is None:
+            return contextlib.nullcontext()
+        if self._casts is None:
+            self._casts = Casts(self.ambient.autocast)
+        return self._casts
 
     @property
     def prepared(self) -> bool:
@@ -191,6 +202,8 @@ class Network:
             self._addresses, self.ambient = addresses, ambient
             self.rebuild()
             return True
+        if self._casts is not None:
+            self._casts.refresh()
         if self.hoisted is None:
             return False
         try:
@@ -214,7 +227,7 @@ class Network:
 
     def forget(self) -> None:
         """Call the caller's model from now on, until it is prepared again."""
-        self.hoisted, self._called, self._structure = None, self.call.model, {}
+        self.hoisted, self._called, self._casts, self._structure = None, self.call.model, None, {}
         if self.memory_format != "contiguous":
             self._set_format("contiguous")
 
