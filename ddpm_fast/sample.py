@@ -19,7 +19,7 @@ from ddpm_fast.engine.execution import Execution
 from ddpm_fast.engine.locks import make_reentrant_lock
 from ddpm_fast.engine.noise import GeneratorNoise, Noise, PhiloxNoise
 from ddpm_fast.engine.progress import Show, check_progress
-from ddpm_fast.engine.report import Speculation
+from ddpm_fast.engine.report import OfThread, Speculation
 from ddpm_fast.kernels.dispatch import on_device
 from ddpm_fast.options import RunOptions, SamplerOptions, split_options
 from ddpm_fast.seeding import Seeds, resolve_seeds
@@ -116,7 +116,8 @@ class Sampler(Generic[S]):
     Attributes:
         config: The resolved `SamplerConfig`.
         table: The `StepTable` of the run.
-        last_seeds: The seeds of the last call; None before a call, and after a call with generators.
+        last_seeds: The seeds of the last call that this thread made, or else of the last call of any thread; None before
+            a call, and after a call with generators.
         windows: The `WindowPlan`: how many steps are drafted at once, by timestep. None without speculation.
         loop: The sampling loop.
 
@@ -196,11 +197,11 @@ class Sampler(Generic[S]):
         self.device = self._call.device
         check_callable("decode", decode)
         self.decode = decode
-        self.last_seeds: list[int] | None = None
 
     def _build(self) -> None:
         """Build the loop."""
         self._lock, self._runs_in = make_reentrant_lock(), 0
+        self._seeds: OfThread[list[int] | None] = OfThread(None)
         clipping = Clipping.of(self.config)
         self.loop, self.windows = build_loop(
             self._speculate, self._call, self.table, clipping, execution=self._execution
@@ -208,7 +209,9 @@ class Sampler(Generic[S]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy is made from: the copy builds a loop of its own, for the windows that were chosen."""
-        state = {name: value for name, value in vars(self).items() if name not in ("loop", "windows", "_lock")}
+        state = {
+            name: value for name, value in vars(self).items() if name not in ("loop", "windows", "_lock", "_seeds")
+        }
         return {**state, "_call": self.loop.call, "_speculate": self.windows or self._speculate}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -327,6 +330,11 @@ class Sampler(Generic[S]):
             GeneratorNoise(generator, self.shape, self.table, self.device)
         return keep, known_image
 
+    @property
+    def last_seeds(self) -> list[int] | None:
+        """The seeds of the last call."""
+        return self._seeds.get()
+
     def free(self) -> None:
         """Drop the recorded graphs and their memory; the next call records again."""
         with self._alone():
@@ -346,12 +354,12 @@ class Sampler(Generic[S]):
 
     def _make_noise(self, seeds: Seeds, generator: Generators | None) -> Noise:
         if generator is not None:
-            self.last_seeds = None
+            self._seeds.set(None)
             return GeneratorNoise(generator, self.shape, self.table, self.device)
         resolved = resolve_seeds(seeds, self.shape[0])
         if seeds is None:
             logger.info("drew seeds %d … %d", resolved[0], resolved[-1])
-        self.last_seeds = resolved
+        self._seeds.set(resolved)
         return PhiloxNoise(resolved, self.shape, self.table, self.device, self.loop.backend)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ddpm_fast.engine.locks import make_lock, make_reentrant_lock
 from ddpm_fast.sample import Sampler, sample
+from tests.support.threads import check_seeds_of_threads
 
 SHAPE = (2, 1, 4, 4)
 STEPS = {"num_inference_steps": 8}
@@ -106,3 +107,8 @@ def test_arguments_of_a_call_are_refused_before_the_network_is_called(how, wrong
 
     with pytest.raises((ValueError, TypeError)):
         sample(Never().eval(), SHAPE, **STEPS, **how, **wrong)
+
+
+def test_every_thread_reads_the_seeds_of_its_own_last_call():
+    sampler = Sampler(Net().eval(), SHAPE, **STEPS)
+    check_seeds_of_threads(sampler, lambda: sampler())

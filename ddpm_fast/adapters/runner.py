@@ -19,7 +19,7 @@ from ddpm_fast.engine.graph import GraphPool
 from ddpm_fast.engine.locks import make_lock
 from ddpm_fast.engine.loop import Correction
 from ddpm_fast.engine.noise import GeneratorNoise, Noise, PhiloxNoise
-from ddpm_fast.engine.report import Speculation
+from ddpm_fast.engine.report import OfThread, Speculation
 from ddpm_fast.seeding import Seeds, resolve_seeds
 from ddpm_fast.speculation.choose import Speculate, build_loop, check_speculate
 from ddpm_fast.speculation.loop import check_run
@@ -75,13 +75,13 @@ class Runner:
 
     Attributes:
         options: The options of the loops.
-        last_seeds: The seeds of the last run, one for each sample; None where the noise came from a generator.
         last_loop: The loop of the last run, if it is kept.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.last_seeds: list[int] | None = None
+        self._seeds: OfThread[list[int] | None] = OfThread(None)
+        self._speculation: OfThread[Speculation | None] = OfThread(None)
         self.last_loop: SamplingLoop | None = None
         self._loops: list[tuple[tuple[Any, ...], SamplingLoop]] = []  # the last used one first
         self._pool = GraphPool()
@@ -92,9 +92,18 @@ class Runner:
         return Runner, (self.options,)  # a copy has the same options; buffers and graphs are not copied
 
     @property
+    def last_seeds(self) -> list[int] | None:
+        """The seeds of this thread's last run, one for each sample; None where a generator made the noise."""
+        return self._seeds.get()
+
+    @last_seeds.setter
+    def last_seeds(self, seeds: list[int] | None) -> None:
+        self._seeds.set(seeds)
+
+    @property
     def last_speculation(self) -> Speculation | None:
-        """The report of the last run, if it speculated."""
-        return None if self.last_loop is None else self.last_loop.speculation
+        """The report of this thread's last run, if it speculated."""
+        return self._speculation.get()
 
     @contextlib.contextmanager
     def alone(self, iterator: bool = False) -> Iterator[Runner]:
@@ -113,11 +122,13 @@ class Runner:
                 yield another
             finally:
                 self.last_seeds = another.last_seeds
+                self._speculation.set(_report(another.last_loop))
             return
         self._runs_in = own
         try:
             yield self
         finally:
+            self._speculation.set(_report(self.last_loop))
             self._runs_in = None
             self._lock.release()
 
@@ -235,13 +246,20 @@ class Accelerated:
 
     @property
     def last_seeds(self) -> list[int] | None:
-        """The seeds of the last call, one for each sample; None where a generator or a global seed made the noise."""
+        """The seeds of this thread's last call, one for each sample; None where a generator or a global seed made the noise.
+
+        A thread that has made no call reads the seeds of the last call of any thread.
+        """
         return self._runner.last_seeds
 
     @property
     def last_speculation(self) -> Speculation | None:
-        """The report of the last call, if it speculated."""
+        """The report of the last call that this thread made, if the call speculated."""
         return self._runner.last_speculation
+
+
+def _report(loop: SamplingLoop | None) -> Speculation | None:
+    return None if loop is None else loop.speculation
 
 
 def _drawn_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int]:

@@ -1,11 +1,30 @@
-"""The report of a speculative run."""
+"""What a call reports besides its samples."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T")
+
+
+class OfThread(Generic[T]):
+    """A value that every thread sets for itself; a thread that has set none reads the last one that any thread set."""
+
+    def __init__(self, value: T) -> None:
+        self._last, self._own = value, threading.local()
+
+    def set(self, value: T) -> None:
+        """Set the value of this thread."""
+        self._last = self._own.value = value
+
+    def get(self) -> T:
+        """Return the value of this thread."""
+        return cast("T", getattr(self._own, "value", self._last))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tests.adapters.guided_standin import (
     ModelVarType,
     network,
 )
+from tests.support.threads import check_seeds_of_threads
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "guided_diffusion.npz")
 CONTENT = json.loads(str(GOLDEN["content"]))
@@ -214,6 +215,11 @@ def test_philox_depends_on_the_sample_alone():
     seeded = accelerate(made())
     seeded.p_sample_loop(plain_network, SHAPE, device="cpu")
     assert seeded.last_seeds is None
+
+
+def test_every_thread_reads_the_seeds_of_its_own_last_call():
+    fast = accelerate(made(), noise="philox")
+    check_seeds_of_threads(fast, lambda: fast.p_sample_loop(plain_network, SHAPE, device="cpu"))
 
 
 def test_several_steps_a_replay_draw_what_the_library_draws():

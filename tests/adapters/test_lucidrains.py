@@ -36,6 +36,7 @@ from tests.adapters.lucidrains_models import (
     unet,
     unet_1d,
 )
+from tests.support.threads import check_seeds_of_threads
 
 ETAS = [None, 0.0, 0.5, 1.0]  # None: DDPM
 TIGHT = 1e-5
@@ -297,6 +298,11 @@ def test_philox_depends_on_the_sample_alone():
     assert len(seeds) == 4
     assert fast.last_seeds == seeds[:2]
     assert (four[:2] - two).abs().max() < TIGHT
+
+
+def test_every_thread_reads_the_seeds_of_its_own_last_call():
+    fast = accelerate(calm(), noise="philox")
+    check_seeds_of_threads(fast, lambda: fast.sample(2))
 
 
 def test_without_a_seed_noise_is_philox():
