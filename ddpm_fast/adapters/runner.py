@@ -246,7 +246,7 @@ class Accelerated:
 
     @property
     def last_seeds(self) -> list[int] | None:
-        """The seeds of this thread's last call, one for each sample; None where a generator or a global seed made the noise.
+        """The seeds of this thread's last call, one for each sample; None where a generator made the noise.
 
         A thread that has made no call reads the seeds of the last call of any thread.
         """
