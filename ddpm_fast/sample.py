@@ -116,8 +116,8 @@ class Sampler(Generic[S]):
     Attributes:
         config: The resolved `SamplerConfig`.
         table: The `StepTable` of the run.
-        last_seeds: The seeds of this thread's last call, or of the last call of any thread if this thread has made none;
-            None before a call, and after a call with generators.
+        last_seeds: The seeds of this thread's last call, or of the last call of any thread where this thread has made
+            none; None before a call, and after a call with generators.
         windows: The `WindowPlan`: how many steps are drafted at once, by timestep. None without speculation.
         loop: The sampling loop.
 

@@ -60,6 +60,34 @@ def test_a_signal_leaves_no_part(number, tmp_path):
     assert list(folder.glob(".ddpm_fast*")) == []
 
 
+@pytest.mark.parametrize(
+    "module", ["torch.version", "torch.nn.functional", "ddpm_fast.table", "ddpm_fast.edit"]
+)
+def test_an_interrupt_during_the_imports_shows_no_traceback(module, tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "ddpm_fast", "sample", "--seeds", "0-999"]
+    command += ["--out", str(tmp_path / "a.png")]
+    said = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            said.append(line)
+            if line.endswith(f" {module}\n"):
+                break
+        process.send_signal(signal.SIGINT)
+        said += process.stderr
+    assert process.returncode == -signal.SIGINT
+    assert not any("Traceback" in line for line in said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_is_imported_before_torch_is():
+    code = (
+        "import sys, ddpm_fast, ddpm_fast.cli; assert 'torch' not in sys.modules; "
+        "ddpm_fast.sample.sample, ddpm_fast.edit.inpaint, ddpm_fast.Sampler; from ddpm_fast import *; accelerate; "
+        "assert not hasattr(ddpm_fast, 'nothing'); assert 'Sampler' in dir(ddpm_fast)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_umask_is_never_set(tmp_path):
     before = os.umask(0o077)
     try:

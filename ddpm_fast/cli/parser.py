@@ -77,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     What argparse refuses, and --help and --version, end in SystemExit with such a code.
     """
-    _open_streams()
-    _catch_signals()
-    logging.basicConfig(format="ddpm-fast: %(message)s", level=logging.WARNING)
-    arguments = _parser().parse_args(argv)
     try:
+        _open_streams()
+        _catch_signals()
+        logging.basicConfig(format="ddpm-fast: %(message)s", level=logging.WARNING)
+        arguments = _parser().parse_args(argv)
         arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads what is printed: the work is done
