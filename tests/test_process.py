@@ -60,9 +60,7 @@ def test_a_signal_leaves_no_part(number, tmp_path):
     assert list(folder.glob(".ddpm_fast*")) == []
 
 
-@pytest.mark.parametrize(
-    "module", ["torch.version", "torch.nn.functional", "ddpm_fast.table", "ddpm_fast.edit"]
-)
+@pytest.mark.parametrize("module", ["torch.version", "torch.nn.functional", "ddpm_fast.table", "ddpm_fast.edit"])
 def test_an_interrupt_during_the_imports_shows_no_traceback(module, tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "ddpm_fast", "sample", "--seeds", "0-999"]
     command += ["--out", str(tmp_path / "a.png")]

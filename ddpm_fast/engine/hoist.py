@@ -7,6 +7,7 @@ condition. Where such a result enters an operation on x, the rest of the network
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from ddpm_fast.engine.trace import (
     attribute_of,
     classify,
     count_operations,
+    dismantle,
     frontier_of,
     function_of,
     lay_out_weights,
@@ -156,6 +158,7 @@ class Hoisted:
         output = output_of(graph)
         classes = classify(graph, len(self._leaves))
         self._graph, self._root = graph, root
+        weakref.finalize(self, dismantle, graph).atexit = False
         self._firsts, self._which = self._distinct()
         self._stride = torch.tensor(
             len(self._firsts), dtype=torch.int64, device=x.device

@@ -509,9 +509,17 @@ def function_of(
     made.output([copied[node] for node in outputs])
     # Not a GraphModule: torch.fx keeps the source of each of those for ever.
     code = made.python_code("self")
+    dismantle(made)
     space = dict(code.globals)
     exec(compile(code.src, "<hoisted network>", "exec"), space)
     return types.MethodType(space.pop("forward"), root)
+
+
+def dismantle(graph: fx.Graph) -> None:
+    """Take apart a graph that nobody needs: it is full of cycles, which would wait for Python's garbage collector."""
+    for node in reversed(list(graph.nodes)):
+        graph.erase_node(node)
+    vars(graph).clear()
 
 
 def count_operations(nodes: Iterable[fx.Node]) -> int:

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ddpm_fast.engine.hoist import Hoisted, _fingerprint, same_up_to_rounding
 from ddpm_fast.engine.network import Network
@@ -344,6 +344,11 @@ def frequencies(count):
     return torch.exp(-torch.arange(count) / count)
 
 
+def _whole_graphs():
+    """Count the graphs that have nodes."""
+    return sum(type(each) is fx.Graph and bool(vars(each)) for each in gc.get_objects())
+
+
 class TestTracing:
     def test_memories_hold_no_tensor_of_a_trace(self):
         class Memo(Net):
@@ -408,6 +413,7 @@ class TestTracing:
         Sampler(model, SHAPE, optimize="hoist", **STEPS)
         before = set(linecache.cache)
         gc.collect()
+        graphs = _whole_graphs()
         gc.disable()
         try:
             sampler = Sampler(model, (5, *SHAPE[1:]), optimize="hoist", **STEPS)
@@ -415,6 +421,7 @@ class TestTracing:
             alive = [weakref.ref(sampler), weakref.ref(sampler.loop), weakref.ref(sampler.loop.network.hoisted)]
             del sampler
             assert [ref() for ref in alive] == [None] * 3
+            assert _whole_graphs() == graphs
         finally:
             gc.enable()
         assert {name for name in set(linecache.cache) - before if "eval_with_key" in name} == set()
