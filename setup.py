@@ -39,7 +39,7 @@ setup(
         "numpy>=1.26",
         "einops>=0.8",
         "pillow>=10",
-        "safetensors>=0.4.3",
+        "safetensors>=0.8",
         "tqdm>=4.65",
     ],
     extras_require={

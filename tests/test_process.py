@@ -165,6 +165,11 @@ def test_a_second_trainer_is_refused_and_a_vanished_folder_is_an_error(tmp_path)
     with alone_in(tmp_path / "run"), pytest.raises(OSError, match="another process is writing into"):
         trainer.run(progress=False)
     trainer.run(progress=False)
+    trainer.run(progress=False)  # nothing is left to do
+    late = tiny(tmp_path / "run", steps=2)
+    trainer.save()
+    with pytest.raises(OSError, match="another process has trained in .*run just now"):
+        late.run(progress=False)
     for file in (tmp_path / "run").iterdir():
         file.unlink()
     (tmp_path / "run").rmdir()

@@ -180,6 +180,7 @@ class Trainer:
         self.alpha_bar = torch.from_numpy(self.diffusion.alphas_cumprod()).to(self.device)
         self._network = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.step = 0
+        self._seen = self._written()
         if (self.folder / STATE_FILE).exists():
             self._resume()
         elif (self.folder / CONFIG_FILE).exists():
@@ -189,11 +190,14 @@ class Trainer:
         """Train to the configured number of steps. An interruption loses only the steps since the last save.
 
         Raises:
-            OSError: Another process trains in the folder, or the folder is gone.
+            OSError: Another process trains in the folder or has trained there since this trainer was made, or the
+                folder is gone.
         """
         with contextlib.ExitStack() as held:
             if self.rank == 0:
                 held.enter_context(alone_in(self.folder))
+                if self._written() not in (None, self._seen):
+                    raise OSError(f"another process has trained in {self.folder} just now: start again to resume there")
                 remove_parts(self.folder)
                 self._drop_metrics_after(self.step)
             self._run(progress)
@@ -232,8 +236,17 @@ class Trainer:
         metadata = {"step": str(self.step), "run": json.dumps(self._identity()), "scaler": scale}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         write_safetensors(self.folder / STATE_FILE, tensors, metadata)
+        self._seen = self._written()
         if self.samples:
             self._draw()
+
+    def _written(self) -> tuple[int, int] | None:
+        """Return what tells one state file from a later one; None where there is none."""
+        try:
+            found = (self.folder / STATE_FILE).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     def _draw(self) -> None:
         """Draw samples with the averaged weights, of all classes in turn, and write `samples.png`."""
