@@ -4,7 +4,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
-.PHONY: sample peers test test-slow fuzz research check sass bench gpu bench-gpu bench-step figures examples diffusers-suite clean
+VERSIONS ?= oldest newest
+
+.PHONY: sample peers test test-slow matrix fuzz research check sass bench gpu bench-gpu bench-step figures examples diffusers-suite clean
 
 sample: $(READY)  ## draw sixteen moons through all 1000 steps: samples.png
 	$(BIN)/ddpm-fast sample --seeds 0-15 --out samples.png
@@ -23,6 +25,9 @@ research: $(READY)  ## ideas that lost: their tests, and their tables in docs/ke
 	$(BIN)/python -m research.sass_variants
 	$(BIN)/python -m research.speculation_ideas
 	$(BIN)/python -m benchmarks.tables
+
+matrix: $(VERSIONS:%=.venv-%/.ready)  ## every test with the oldest and the newest releases that setup.py allows: tests/versions
+	for name in $(VERSIONS); do .venv-$$name/bin/python -m pytest -n auto --dist loadfile || exit 1; done
 
 fuzz: $(READY)  ## 20,000 random configurations and 3,000 damaged files: two minutes
 	DDPM_FAST_FUZZ_CONFIGURATIONS=20000 DDPM_FAST_FUZZ_FILES=3000 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
@@ -83,6 +88,13 @@ $(READY): setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
+# As $(READY) and $(PEERS).
+.venv-%/.ready: tests/versions/%.txt setup.py
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c $< -e '.[test,bench]' diffusers accelerate ema-pytorch
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c $< --no-deps denoising-diffusion-pytorch pytorch-fid
+	touch $@
+
 # denoising-diffusion-pytorch names packages that sampling does not need and that would replace torch.
 $(PEERS): $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt diffusers accelerate ema-pytorch
@@ -90,5 +102,5 @@ $(PEERS): $(READY)
 	touch $(PEERS)
 
 clean:  ## remove what was built
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,15 @@ ROOT = Path(__file__).parent
 VERSION = next(
     line.split('"')[1] for line in (ROOT / "ddpm_fast/__init__.py").read_text().splitlines() if "__version__ =" in line
 )
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=4", "hypothesis>=6", "scipy>=1.11", "scikit-learn>=1.4"]
+TEST = [
+    "setuptools>=77",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "pytest-benchmark>=4",
+    "hypothesis>=6",
+    "scipy>=1.11",
+    "scikit-learn>=1.4",
+]
 BENCH = ["matplotlib>=3.8"]
 
 setup(
@@ -38,7 +46,7 @@ setup(
         'triton>=3.4; platform_system == "Linux"',
         "numpy>=1.26",
         "einops>=0.8",
-        "pillow>=10",
+        "pillow>=10.1",
         "safetensors>=0.8",
         "tqdm>=4.65",
     ],

@@ -21,7 +21,7 @@ class Casts(TorchFunctionMode):
     """A mode in which functions that autocast lowers read casts of the weights that are kept from call to call.
 
     The mode does what autocast's own cache does, but the casts outlive the context, so that a recorded graph may read
-    them; they follow the weights. Compiled functions, and calls that record gradients, make casts of their own.
+    them; they follow the weights. Calls that record gradients make casts of their own.
 
     Args:
         dtype: Dtype of the surrounding autocast.

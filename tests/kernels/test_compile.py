@@ -27,6 +27,10 @@ OTHERS = [
 ROOT = Path(specialisations.__file__).parents[2]  # of the package that these tests import, so that a program does too
 
 
+VERSION = tuple(int(part) for part in version("triton").split(".")[:2])
+BUDGETS_HOLD, COMPILER_LINKS_AMD = VERSION >= (3, 6), VERSION >= (3, 5)
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
@@ -43,9 +47,18 @@ def report(tmp_path_factory):
     )
     if run.returncode != 0:
         pytest.fail(run.stderr[-2000:], pytrace=False)
-    return json.loads(run.stdout.splitlines()[-1])
+    found = json.loads(run.stdout.splitlines()[-1])
+    if not COMPILER_LINKS_AMD:
+        found["gfx942"] = _Skipped()
+    return found
 
 
+class _Skipped(dict):
+    def __missing__(self, key):
+        pytest.skip("this Triton needs ROCm's linker to compile for AMD")
+
+
+@pytest.mark.skipif(not BUDGETS_HOLD, reason="the budgets are those of newer compilers")
 @pytest.mark.parametrize("name", NAMES)
 def test_within_its_budget_on_sm_90(report, name):
     row = report["sm_90"][name]
