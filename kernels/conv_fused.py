@@ -42,7 +42,7 @@ class GroupNorm:
         groups: Number of groups; divides C.
         eps: Added to the variance.
         gamma, beta: Weight and bias, [C]; None for 1 and 0.
-        gain, shift: Modulation per sample, [B or 1, C]: the result is norm(x) · (1 + gain) + shift. None for 0.
+        gain, shift: Modulation per sample, [B or 1, C]: the result is norm(x) · gain + shift. None for 1 and 0.
     """
 
     groups: int
@@ -217,8 +217,7 @@ def norm_affine(stats: Sequence[Tensor], pixels: int, norm: GroupNorm, *, backen
     if norm.beta is not None:
         d = d + norm.beta.float()
     if norm.gain is not None:
-        gain = 1 + norm.gain.float()
-        a, d = a * gain, d * gain
+        a, d = a * norm.gain.float(), d * norm.gain.float()
     if norm.shift is not None:
         d = d + norm.shift.float()
     return Affine(a, d)

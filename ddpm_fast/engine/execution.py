@@ -6,7 +6,7 @@ from typing import TypedDict
 from ddpm_fast.validate import one_of, whole
 
 EXECUTIONS = ("auto", "graph", "eager")
-OPTIMIZATIONS = ("auto", "hoist", None)
+OPTIMIZATIONS = ("auto", "hoist", "fuse", None)
 MEMORY_FORMATS = (None, "contiguous", "channels_last", "auto")
 
 
@@ -33,8 +33,9 @@ class Execution:
         steps_per_replay: Number of steps in one graph.
         backend: "triton" or "torch" kernels; None chooses by device.
         optimize: "hoist" takes out of the loop what in the network does not depend on x (`ddpm_fast.engine.hoist`),
-            which takes seconds. "auto" hoists once the runs have taken about as long as hoisting will. None never
-            hoists.
+            which takes seconds. "fuse" also makes one operation of every convolution or linear layer and what stands
+            around it (`ddpm_fast.engine.fuse`). "auto" hoists once the runs have taken about as long as hoisting will.
+            None never hoists.
         memory_format: Memory format of the network's input and, where the network is hoisted, of its convolutions'
             weights. "contiguous" or "channels_last"; "auto" takes the faster one after a short trial, whose result is
             remembered on disk (`ddpm_fast.engine.choices`). None leaves the input contiguous and the weights as they
@@ -74,7 +75,7 @@ class Execution:
     @property
     def at_once(self) -> bool:
         """Whether the network is prepared when the loop is built, not only once that pays."""
-        return self.optimize == "hoist" or self.compile or self.memory_format is not None
+        return self.optimize in ("hoist", "fuse") or self.compile or self.memory_format is not None
 
 
 DEFAULT = Execution()

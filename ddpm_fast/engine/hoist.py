@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ddpm_fast.engine.ambient import Ambient
 from ddpm_fast.engine.call import output_of as output_among
 from ddpm_fast.engine.device import Model
+from ddpm_fast.engine.fuse import Fuser, Fusion
 from ddpm_fast.engine.trace import (
     CONDITION,
     HoistError,
@@ -109,6 +110,7 @@ class Hoisted:
 
     Attributes:
         counts: Numbers of operations that left the loop.
+        fusion: What `fuse` did; None before.
 
     Raises:
         HoistError: The network cannot be hoisted; says why.
@@ -127,6 +129,7 @@ class Hoisted:
         ambient: Ambient | None = None,
     ) -> None:
         self.model = _checked(model)
+        self.fusion: Fusion | None = None
         self._training = self.model.training
         self._kwargs = dict(kwargs or {})
         self._leaves = pytree.tree_leaves(self._kwargs)
@@ -213,6 +216,26 @@ class Hoisted:
     def lay_out(self, memory_format: torch.memory_format) -> None:
         """Keep the weights of convolutions in this memory format; weights in another format are copied."""
         lay_out_weights(self._graph, classify(self._graph, len(self._leaves)), memory_format)
+        self._relay()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fuse(self, x: Tensor) -> Fusion:
+        """Fuse the rest of the network, for inputs in channels_last memory; return what was done.
+
+        Args:
+            x: An input like those of the calls.
+
+        Raises:
+            HoistError: The fused network gives other numbers. This object is of no use then.
+        """
+        self.fusion = Fuser(self._graph, len(self._leaves)).run()
+        self._relay()
+        self._verify(x)
+        return self.fusion
+
+    def _relay(self) -> None:
+        """Divide the graph again, which has changed, and evaluate what its rest reads."""
         self._split()
         self._constants = [_with_places(value) for value in self._constants_ahead(None, None, *self._leaves)]
         self._seen = self._fingerprints()

@@ -178,10 +178,16 @@ class Network:
         self.watch()
         if execution.optimize is not None:
             self._hoist(timesteps, logging.INFO if execution.optimize == "auto" else logging.WARNING)
+        if execution.optimize == "fuse" and self.hoisted is not None:
+            self._fuse(timesteps)
+        if self.fused and execution.memory_format is None:
+            self._set_format("channels_last")  # what fused layers read and write
         if execution.memory_format is not None:
             automatic = execution.memory_format == "auto"
             self._lay_out(self._faster_format(row) if automatic else execution.memory_format, row)
-        if execution.compile:
+        if execution.compile and self.fused:
+            logger.warning("the network is not compiled: it is fused")
+        elif execution.compile:
             self._compile(row)
 
     def refresh(self) -> bool:
@@ -283,6 +289,26 @@ class Network:
             logger.log(level, "the network is not hoisted: %s", reason)
         except Exception as error:  # of torch's tracer, or of the model in a call that it does not expect
             logger.log(level, "the network is not hoisted: %s: %s", type(error).__name__, line_of(error))
+
+    @property
+    def fused(self) -> bool:
+        """Whether the network's layers are fused."""
+        return self.hoisted is not None and self.hoisted.fusion is not None
+
+    def _fuse(self, timesteps: Sequence[int]) -> None:
+        """Fuse the hoisted network; where that fails, log the reason and leave it hoisted."""
+        assert self.hoisted is not None
+        try:
+            with self.ambient.precision():
+                fusion = self.hoisted.fuse(self.input)
+        except Exception as error:
+            logger.warning("the network is not fused: %s", line_of(error))
+        else:
+            if fusion.layers:
+                logger.info("fused: %s", fusion)
+                return
+            logger.warning("the network is not fused: no layer of it is of a kind that is fused")
+        self._hoist(timesteps, logging.WARNING)  # a fusion changes what was hoisted
 
     @torch.inference_mode(False)
     def _set_format(self, name: str) -> None:

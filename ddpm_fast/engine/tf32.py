@@ -46,6 +46,13 @@ def tf32(allowed: bool | None) -> Iterator[None]:
             before.restore()
 
 
+def in_force(operation: str) -> bool:
+    """Return whether float32 products of an operation, "conv" or "matmul", may be TensorFloat-32 on CUDA now."""
+    if _TREE:
+        return bool(torch._C._get_fp32_precision_getter("cuda", operation) == "tf32")
+    return bool({"conv": torch._C._get_cudnn_allow_tf32, "matmul": torch._C._get_cublas_allow_tf32}[operation]())
+
+
 class _Setting:
     """What the process is set to. Reading takes the tree apart: `overrule` or `restore` must follow.
 
