@@ -34,7 +34,7 @@ from ddpm_fast.kernels.conv_fused import (
 aten = torch.ops.aten
 
 _CASTS = (aten.to.dtype, aten._to_copy.default)
-_PRODUCTS = (aten.conv2d.default, aten.linear.default)
+_PRODUCTS = (aten.conv2d.default, aten.conv1d.default, aten.linear.default)
 
 
 @dataclass(eq=False)
@@ -127,6 +127,7 @@ class Fuser:
         self.graph, self.conditions = graph, conditions
         self._classes = classify(graph, conditions)
         self._reasons: dict[str, str] = {}
+        self._summed: set[fx.Node] = set()  # sums that are in a layer
 
     def run(self) -> Fusion:
         """Fuse; return what was done."""
@@ -156,8 +157,8 @@ class Fuser:
     def _operations(self) -> list[fx.Node]:
         """Return the operations on x that launch kernels: views of memory and the parts of results do not."""
         views = {*RESHAPES, *COPIES[2:], aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
-                 aten.squeeze.dim, aten.slice.Tensor, aten.chunk.default, aten.split.Tensor, aten.unbind.int,
-                 aten.select.int, aten.expand.default, aten.expand_as.default, operator.getitem,
+                 aten.squeeze.dim, aten.unflatten.int, aten.slice.Tensor, aten.chunk.default, aten.split.Tensor,
+                 aten.unbind.int, aten.select.int, aten.expand.default, aten.expand_as.default, operator.getitem,
                  as_image, shaped, side_vector, described_norm}  # fmt: skip
         calls = [node for node in self.graph.nodes if node.op == "call_function" and self._of_x(node)]
         return [node for node in calls if node.target not in views]
@@ -166,12 +167,11 @@ class Fuser:
         """Return the layer of a product with all that stands before it; None, with a reason, where there is none."""
         reason = self._unfit(node)
         if reason is None:
-            image = node.target is aten.conv2d.default
             window = Window()
-            if image:
+            if node.target is aten.conv2d.default:
                 stride, (rows, columns), *_ = _options_of(node)
                 window = Window(node.args[1].meta["val"].shape[-1], stride[0], rows, columns, rows, columns)
-            dim = 1 if image else -1
+            dim = -1 if node.target is aten.linear.default else 1
             layer = Layer(node, Place(node, dim), [Place(node.args[0], dim)], window)
             self._look_back(layer)
             if all(place.value.dtype == node.meta["val"].dtype for place in layer.sources):
@@ -190,18 +190,20 @@ class Fuser:
             return f"its output is {value.dtype} and its weight {dtype}"
         if node.target is aten.linear.default:
             return None if value.dim() >= 3 else "it is a linear layer of vectors"
-        if value.dim() != 4:
+        if value.dim() != len(shape):
             return "its input has no batch dimension"
         stride, padding, dilation, groups = _options_of(node)
         if groups != 1:
             return f"it has {groups} groups"
         if any(each != 1 for each in dilation):
             return "it is dilated"
-        if shape[2] != shape[3] or shape[2] not in (1, 3):
-            return f"its kernel is {shape[2]} x {shape[3]}"
-        if stride[0] != stride[1] or stride[0] not in (1, 2):
+        if len({*shape[2:]}) != 1 or shape[2] not in (1, 3):
+            return f"its kernel is {' x '.join(map(str, shape[2:]))}"
+        if len({*stride}) != 1 or stride[0] not in (1, 2):
             return f"its stride is {stride}"
-        return None if isinstance(padding, (list, tuple)) else f"its padding is {padding!r}"
+        if node.target is aten.conv1d.default and (shape[2], stride[0], padding[0]) != (1, 1, 0):
+            return "it is one-dimensional and more than a product"
+        return None
 
     def _look_back(self, layer: Layer) -> None:
         """Walk backwards from the product and take in what the kernel does on the way to it."""
@@ -227,10 +229,10 @@ class Fuser:
                 place = before
                 continue
             elif (parts := _parts(place)) is not None:
-                layer.sources = [part.root(keep_size=spatial) for part in parts]
-                if len({part.size for part in layer.sources}) == 1:
-                    return
-                break
+                roots = [part.root(keep_size=spatial) for part in parts]
+                alike = roots[0].size == roots[1].size
+                layer.sources = roots if alike else [part.root(keep_size=True) for part in parts]
+                return
             else:
                 break
             place = Place(place.args[0], place.dim)
@@ -295,7 +297,7 @@ class Fuser:
                     layer.scale = factor if user.target is aten.mul.Tensor else 1 / factor
                     layer.last = Place(user, place.dim)
                 return  # a later summand would not be scaled
-            if user.target is not aten.add.Tensor or value.shape != place.value.shape:
+            if user.target is not aten.add.Tensor or value.shape != place.value.shape or user in self._summed:
                 return
             other = user.args[1] if user.args[0] is place.node else user.args[0]
             if not isinstance(other, fx.Node) or other is place.node:
@@ -311,6 +313,7 @@ class Fuser:
                     layer.residual = Place(other, place.dim)
             else:
                 return
+            self._summed.add(user)
             place = layer.last = Place(user, place.dim)
 
     def _is_residual(self, node: fx.Node, place: Place) -> bool:
@@ -357,7 +360,7 @@ class _Writer:
         shortcut = layer.shortcut
         weight = self._once(side_by_side, *(each.weight for each in together), shortcut and shortcut.weight)
         biases = [*(each.bias for each in together), shortcut and shortcut.bias]
-        kind = "conv" if layer.product.target is aten.conv2d.default else "matmul"
+        kind = "matmul" if layer.product.target is aten.linear.default else "conv"
         options: dict[str, Any] = {"tf32": tf32.in_force(kind)}
         if layer.silu:
             options["silu"] = True
@@ -405,7 +408,7 @@ class _Writer:
         norm = self.graph.call_function(described_norm, (groups, eps, gamma, beta, layer.gain, layer.shift))
         first, *rest = layer.sources
         maker = self._maker(first)
-        if maker is not None and "then" not in maker.kwargs and all(self._is_before(place, maker) for place in rest):
+        if maker is not None and "then" not in maker.kwargs and all(self._is_known(place, maker) for place in rest):
             maker.prepend(norm)
             beside = [self._statistics_of(place) for place in rest]
             maker.kwargs = {**maker.kwargs, "then": norm, "beside": beside}
@@ -418,12 +421,14 @@ class _Writer:
 
     def _maker(self, place: Place) -> Any:
         """Return the operation of a layer if the place is all of its output; None otherwise."""
-        made = self._made.get(place.node)
-        image: Any = place.node.args[0] if made is not None else None
-        return made if made is not None and image.target is operator.getitem else None
+        root: Any = place.root().node
+        whole = root in self._made and root.args[0].target is operator.getitem
+        return self._made[root] if whole else None
 
-    def _is_before(self, place: Place, maker: fx.Node) -> bool:
-        return next(node for node in self.graph.nodes if node in (place.node, maker)) is place.node
+    def _is_known(self, place: Place, maker: fx.Node) -> bool:
+        """Return whether the statistics of a place can be there before the operation of a layer."""
+        known = self._maker(place) or place.node
+        return next(node for node in self.graph.nodes if node in (known, maker)) is known
 
     def _statistics_of(self, place: Place) -> fx.Node:
         """Return the statistics of a source's channels: those of its maker, or of an operation of their own."""
@@ -520,7 +525,8 @@ def _fits(layer: Layer, shortcut: Layer) -> bool:
 def _options_of(node: Any) -> tuple[Any, Any, Any, Any]:
     """Return stride, padding, dilation and groups of a convolution."""
     given = node.args[3:]
-    stride, padding, dilation, groups = (*given, *([1, 1], [0, 0], [1, 1], 1)[len(given) :])
+    dims = node.args[1].meta["val"].dim() - 2
+    stride, padding, dilation, groups = (*given, *([1] * dims, [0] * dims, [1] * dims, 1)[len(given) :])
     return stride, padding, dilation, groups
 
 

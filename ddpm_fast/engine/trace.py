@@ -41,6 +41,8 @@ _LIBRARIES = frozenset((*sys.stdlib_module_names, "torch", "sympy", "numpy", "tr
 _LOWERED = (*_CONVOLUTIONS, aten.linear.default, aten.matmul.default)
 
 
+_GRADIENT_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
+
 # Batch sizes to trace with: a prime that divides no other size is a factor of the sizes that belong to the batch.
 _PRIMES = (61, 59, 53, 47, 43, 41, 37, 31)
 _LARGEST = 2**40  # integers from there on are no sizes; an open end of a slice is 2^63 - 1
@@ -179,26 +181,56 @@ def trace(
     except Exception as error:
         raise ExportError(f"torch.export cannot trace it: {line_of(error)}") from None
     graph, root = fx.Graph(), nn.Module()
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in exported.graph.nodes:
-        if node.op == "call_module":
-            if node.users:
-                raise HoistError(f"its trace calls a module, {node.target}")
-            continue  # checks of the input's shape
-        if node.target is aten._assert_tensor_metadata.default:
-            continue
-        copied[node] = graph.node_copy(node, copied.__getitem__)
-        if node.op == "get_attr":
-            name = str(node.target).replace(".", "_")
-            while hasattr(root, name) and attribute_of(root, name) is not attribute_of(exported, node.target):
-                name += "_"
-            setattr(root, name, attribute_of(exported, node.target))
-            copied[node].target = name
+    graph.output(_copy(exported, graph, root, {}))
     expected = len(pytree.tree_leaves(((x, t), dict(kwargs))))
     found = [node for node in graph.nodes if node.op == "placeholder"]
     if len(found) != expected:
         raise HoistError(f"its trace has {len(found)} inputs instead of {expected}")
     return graph, root
+
+
+def _copy(module: Any, graph: fx.Graph, root: nn.Module, copied: dict[Any, Any]) -> Any:
+    """Append the operations of a traced module to the graph, and its tensors to the root; return its result.
+
+    Regions under no_grad or enable_grad are taken in: no gradient is recorded in a walk.
+
+    Args:
+        module: A GraphModule.
+        graph, root: What is appended to.
+        copied: What stands in the graph for nodes of the module: its inputs, if the graph has them.
+
+    Raises:
+        HoistError: The trace calls a module.
+    """
+    for node in module.graph.nodes:
+        if node in copied or node.target is aten._assert_tensor_metadata.default:
+            continue
+        if node.op == "output":
+            return fx.node.map_arg(node.args[0], copied.__getitem__)
+        if node.op == "call_module":
+            if node.users:
+                raise HoistError(f"its trace calls a module, {node.target}")
+            continue  # checks of the input's shape
+        if node.target is _GRADIENT_REGION:
+            _, region, *given = node.args
+            inside = attribute_of(module, region.target)
+            inputs = (each for each in inside.graph.nodes if each.op == "placeholder")
+            values = fx.node.map_arg(given, copied.__getitem__)
+            results = _copy(inside, graph, root, dict(zip(inputs, values, strict=True)))
+            for user in node.users:
+                copied[user] = results[user.args[1]]
+            continue
+        value = attribute_of(module, node.target) if node.op == "get_attr" else None
+        if isinstance(value, fx.GraphModule) and all(user.target is _GRADIENT_REGION for user in node.users):
+            continue
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node.op == "get_attr":
+            name = str(node.target).replace(".", "_")
+            while hasattr(root, name) and attribute_of(root, name) is not value:
+                name += "_"
+            setattr(root, name, value)
+            copied[node].target = name
+    raise AssertionError("a graph has an output")
 
 
 def _export(model: nn.Module, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], ambient: Ambient) -> nn.Module:
