@@ -10,6 +10,7 @@ from ddpm_fast.kernels.step import COLUMNS
 from ddpm_fast.kernels.threshold import threshold_bound
 from tests.kernels.judges import EPS
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 BACKENDS = ("torch", "triton")
 ROWS = np.array([[0.5, -1.0], [2.0, 0.25], [-0.75, 3.0], [1.0, 0.0]])  # a, b
 TABLE = torch.tensor(np.concatenate([ROWS, np.full((4, len(COLUMNS) - 2), 99.0)], axis=1), dtype=torch.float32)
@@ -57,6 +58,7 @@ def test_against_numpy(shape, guided, ratio, backend, kernel_device):
     np.testing.assert_allclose(bound.cpu(), expected, rtol=0, atol=16 * EPS * 40)
 
 
+@pytest.mark.skipif(TORCH >= (2, 14), reason="its quantile takes the rank in double precision")
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_the_kernel_is_torch_quantile(kernel_device, data):
@@ -101,10 +103,11 @@ class TestEither:
 
 
 def test_more_than_torch_quantile_takes():
-    """17 million elements: where torch.quantile gives up."""
+    """17 million elements: where torch.quantile gave up before 2.14."""
     values = torch.arange(17_000_000, dtype=torch.int32).view(1, -1).remainder(4_000_003).float().div_(1e6)
-    with pytest.raises(RuntimeError, match="too large"):
-        torch.quantile(values, 0.5)
+    if TORCH < (2, 14):
+        with pytest.raises(RuntimeError, match="too large"):
+            torch.quantile(values, 0.5)
     bound = bound_of(values, "torch", None, ratio=0.995, max_value=9.0)
     np.testing.assert_allclose(bound, np.quantile(values.numpy(), 0.995), rtol=1e-5)
 
