@@ -33,6 +33,7 @@ from ddpm_fast.kernels.conv_fused import (
 
 aten = torch.ops.aten
 
+TICKETS = 4096  # a batch of more samples needs more: the kernel makes them up
 _CASTS = (aten.to.dtype, aten._to_copy.default)
 _PRODUCTS = (aten.conv2d.default, aten.conv1d.default, aten.linear.default)
 
@@ -339,6 +340,7 @@ class _Writer:
         self._statistics: dict[fx.Node, fx.Node] = {}  # of a source: those of its channels
         self._affine: dict[Any, fx.Node] = {}  # of a norm with its modulation: the affine map
         self._prepared: dict[Any, fx.Node] = {}
+        self._first_weight: fx.Node | None = None
 
     def write(self) -> None:
         """Write all layers."""
@@ -361,7 +363,7 @@ class _Writer:
         weight = self._once(side_by_side, *(each.weight for each in together), shortcut and shortcut.weight)
         biases = [*(each.bias for each in together), shortcut and shortcut.bias]
         kind = "matmul" if layer.product.target is aten.linear.default else "conv"
-        options: dict[str, Any] = {"tf32": tf32.in_force(kind)}
+        options: dict[str, Any] = {"tf32": tf32.in_force(kind), "tickets": self._tickets(weight)}
         if layer.silu:
             options["silu"] = True
         if layer.norm is not None:
@@ -445,6 +447,11 @@ class _Writer:
                     self._statistics[place.node] = self.graph.call_function(channel_stats, (image,))
         return self._statistics[place.node]
 
+    def _tickets(self, weight: fx.Node) -> fx.Node:
+        """Return the memory for tickets, one for all layers: calls of a network never run at the same time."""
+        self._first_weight = self._first_weight or weight
+        return self._once(zeros_for_tickets, self._first_weight)
+
     def _image(self, place: Place, size: tuple[int, int]) -> fx.Node:
         return self.graph.call_function(as_image, (place.node, place.dim, *size))
 
@@ -478,6 +485,11 @@ def sum_of_biases(*biases: Tensor | None) -> Tensor:
     if shortcut is not None:
         given = [given[0] + shortcut.float()] if given else [shortcut.float()]
     return torch.cat(given)
+
+
+def zeros_for_tickets(weight: Tensor) -> Tensor:
+    """Return the memory for tickets of layers, on the device of a weight."""
+    return torch.zeros(TICKETS, dtype=torch.int32, device=weight.device)
 
 
 def side_vector(vectors: Sequence[Tensor], channels: int) -> Tensor:
@@ -524,9 +536,9 @@ def _fits(layer: Layer, shortcut: Layer) -> bool:
 
 def _options_of(node: Any) -> tuple[Any, Any, Any, Any]:
     """Return stride, padding, dilation and groups of a convolution."""
-    given = node.args[3:]
-    dims = node.args[1].meta["val"].dim() - 2
-    stride, padding, dilation, groups = (*given, *([1] * dims, [0] * dims, [1] * dims, 1)[len(given) :])
+    given, dims = list(node.args[3:]), node.args[1].meta["val"].dim() - 2
+    defaults: list[Any] = [[1] * dims, [0] * dims, [1] * dims, 1]
+    stride, padding, dilation, groups = given + defaults[len(given) :]
     return stride, padding, dilation, groups
 
 

@@ -219,6 +219,18 @@ def test_a_mistake_in_the_pass_is_found_before_a_walk(fault, monkeypatch):
         h.fuse(torch.randn(SHAPE))
 
 
+@pytest.mark.parametrize("name", ["block", "concat and shortcut", "attention", "modulated norm", "enlarged"])
+def test_a_network_through_the_kernels(name, monkeypatch, kernel_device):
+    body, layers, *_ = BODIES[name]
+    monkeypatch.setattr("ddpm_fast.kernels.conv_fused.choose_backend", lambda device, backend=None: backend or "triton")
+    net = Net(body, **layers).to(kernel_device).eval()
+    x, t = torch.randn(SHAPE, device=kernel_device), torch.tensor([9, 5], device=kernel_device)
+    h = Hoisted(net, torch.zeros_like(x), TIMES)
+    with torch.no_grad():
+        h.fuse(x)
+        torch.testing.assert_close(h(x, t), net(x, t), rtol=0, atol=2e-5 if kernel_device.type == "cpu" else 1e-2)
+
+
 def test_a_mistake_in_the_pass_leaves_the_network_hoisted(monkeypatch, caplog):
     name, function = FAULTS["weights in another order"]
     monkeypatch.setattr(fuse, name, function)
