@@ -23,8 +23,8 @@ class Specialisation:
 
     Attributes:
         name: A unique name.
-        op: The operation. Its kernel is `<op>_kernel` of `<op>_triton.py`, or of the file in `MODULES`; BLOCK is that
-            module's BLOCK.
+        op: The operation. Its kernel is `<op>_kernel` of `<op>_triton.py`, or of the file in `MODULES`. A parameter
+            BLOCK is that module's BLOCK.
         arguments: The arguments by the kernel's parameter names. A tensor is given as its Triton type, such as "*bf16",
             at an address divisible by 16; an absent tensor is None. Numbers and constexprs are given as their values. A
             name in `OPTIONS` is an option of the launch.
@@ -48,7 +48,8 @@ class Specialisation:
         """
         parameters = list(self.kernel().arg_names)
         given = {key: value for key, value in self.arguments.items() if key not in OPTIONS}
-        given["BLOCK"] = self._module().BLOCK
+        if "BLOCK" in parameters:
+            given["BLOCK"] = self._module().BLOCK
         if set(given) != set(parameters):
             missing, unknown = sorted(set(parameters) - set(given)), sorted(set(given) - set(parameters))
             raise ValueError(f"{self.name}: {self.op}_kernel also takes {missing} and does not take {unknown}")
