@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from ddpm_fast.kernels.checks import check_tensor
 from ddpm_fast.kernels.dispatch import choose_backend
+from ddpm_fast.kernels.tiles import Tiles
 
-PROGRAMS = 264  # two for each processor of an H100
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -79,52 +79,6 @@ class Window:
         rows = factor * height + self.top + self.bottom - self.size
         columns = factor * width + self.left + self.right - self.size
         return rows // self.stride + 1, columns // self.stride + 1
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The division of a layer among programs; each field but `split` is a power of 2.
-
-    Attributes:
-        pixels, channels: Pixels and output channels of a tile, at least 16.
-        depth: Input channels that are read at once, at least 16.
-        split: Programs that share the sum of a tile.
-        num_warps, num_stages: Triton's options.
-    """
-
-    pixels: int
-    channels: int
-    depth: int
-    split: int
-    num_warps: int = 4
-    num_stages: int = 3
-
-
-def tiles_for(
-    batch: int, pixels: int, channels: Sequence[int], outputs: int, size: int, shortcut: Sequence[int] = ()
-) -> Tiles:
-    """Return tiles that keep the processors of a large GPU busy, where nobody has measured better ones.
-
-    Args:
-        batch: Number of samples.
-        pixels: Pixels of the output.
-        channels: Channels of the sources.
-        outputs: Output channels.
-        size: Kernel size.
-        shortcut: Channels of the shortcut's sources.
-    """
-    everything = batch * pixels
-    tile = 16 if pixels <= 16 else 32 if everything <= 4096 else 64 if everything <= 16384 else 128
-    wide = min(32 if everything <= 4096 else 64 if everything <= 16384 else 128, max(16, _power_of_2(outputs)))
-    depth = min(64, max(16, _power_of_2(max(channels))))
-    units = sum(-(-each // depth) for each in channels) * size**2 + sum(-(-each // depth) for each in shortcut)
-    programs = batch * -(-pixels // tile) * -(-outputs // wide)
-    split = max(1, min(PROGRAMS // programs, units // 2, 16))
-    return Tiles(tile, wide, depth, split, 8 if tile * wide >= 128 * 128 else 4, 4 if tile * wide <= 2048 else 3)
-
-
-def _power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 def pack_weight(weight: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -192,10 +146,6 @@ def conv_fused(
     if choose_backend(sources[0].device, backend) == "triton":
         from ddpm_fast.kernels import conv_fused_triton
 
-        if tiles is None:
-            high, wide = window.output_size(*sources[0].shape[2:])
-            own, other = ([each.shape[1] for each in tensors] for tensors in (sources, shortcut))
-            tiles = tiles_for(len(sources[0]), high * wide, own, weight.shape[1], window.size, other)
         return conv_fused_triton.launch(
             sources, weight, window, affine, silu, shortcut, bias, vector, residual, scale, stats, then, beside, tf32,
             tiles, tickets,

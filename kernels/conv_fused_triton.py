@@ -5,6 +5,7 @@ program of a tile to finish adds the parts in a fixed order and stores the tile.
 merges the statistics of the tiles in a fixed order. Who is last is told by tickets, which are left as they were: zero.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,18 +14,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm_fast.kernels.conv_fused import Affine, GroupNorm, Tiles, Window
+from ddpm_fast.kernels.conv_fused import Affine, GroupNorm, Window
+from ddpm_fast.kernels.dispatch import ptx
 from ddpm_fast.kernels.launch_triton import launch as launch_kernel
+from ddpm_fast.kernels.tiles import GPU, H100, Tiles, tiles_for
 
 BLOCK = 64  # channels of a program of `channel_stats`
 PIXELS = 64  # that a program of `channel_stats` reads at once
 
 
 @triton.jit
+def _silu(x, PTX: tl.constexpr):
+    """Return x / (1 + exp(-x)); in PTX with approximations of 2 units in the last place."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 t;
+                 mul.f32 t, $1, 0fBFB8AA3B;  // -log2 e
+                 ex2.approx.ftz.f32 t, t;
+                 add.f32 t, t, 0f3F800000;
+                 rcp.approx.ftz.f32 t, t;
+                 mul.f32 $0, $1, t; }""",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return x * tl.sigmoid(x)
+
+
+@triton.jit
 def _add_source(
     acc, x, w, a, d, first, last, y, z, valid, n, keep, H, W, C, offset, total, N,
     SIZE: tl.constexpr, UP: tl.constexpr, AFFINE: tl.constexpr, SILU: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Add the product of one source: the units first … last - 1, which are taps of channel blocks."""
     for unit in tl.range(first, last):
@@ -48,7 +68,7 @@ def _add_source(
                 factor = tl.load(a + c, mask=own, other=0.0)[None, :]
                 mapped = mapped * factor + tl.load(d + c, mask=own, other=0.0)[None, :]
             if SILU:
-                mapped = mapped * tl.sigmoid(mapped)
+                mapped = _silu(mapped, PTX)
             values = tl.where(inside[:, None], mapped, 0.0).to(x.dtype.element_ty)
         weights = tl.load(
             w + (tap * total + offset + c)[:, None] * N + n[None, :], mask=own[:, None] & keep[None, :], other=0.0
@@ -106,6 +126,7 @@ def conv_fused_kernel(
     SIZE: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, SILU: tl.constexpr, STATS: tl.constexpr,
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
     MERGED: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     column = tl.program_id(1)
@@ -136,13 +157,13 @@ def conv_fused_kernel(
     d = d_ptr + b * total if AFFINE else d_ptr
     acc = _add_source(
         acc, x_ptr + sample * (H * W * C), w_ptr, a, d, low, tl.minimum(high, blocks), y, z, valid, n, keep, H, W, C,
-        0, total, N, SIZE, UP, AFFINE, SILU, BK, PRECISION,
+        0, total, N, SIZE, UP, AFFINE, SILU, BK, PRECISION, PTX,
     )  # fmt: skip
     if x2_ptr is not None:
         acc = _add_source(
             acc, x2_ptr + sample * (H * W * C2), w_ptr, a + C if AFFINE else a, d + C if AFFINE else d,
             tl.maximum(low - blocks, 0), tl.minimum(high - blocks, blocks2), y, z, valid, n, keep, H, W, C2,
-            C, total, N, SIZE, UP, AFFINE, SILU, BK, PRECISION,
+            C, total, N, SIZE, UP, AFFINE, SILU, BK, PRECISION, PTX,
         )  # fmt: skip
     w = w_ptr + SIZE * SIZE * total * N
     before = blocks + blocks2
@@ -150,14 +171,14 @@ def conv_fused_kernel(
         acc = _add_source(
             acc, s_ptr + sample * (P * S), w, a, d, tl.maximum(low - before, 0),
             tl.minimum(high - before, units_s), p * 0, p, valid, n, keep, 1, P, S, 0, S + S2, N,
-            1, False, False, False, BK, PRECISION,
+            1, False, False, False, BK, PRECISION, PTX,
         )  # fmt: skip
     if s2_ptr is not None:
         before += units_s
         acc = _add_source(
             acc, s2_ptr + sample * (P * S2), w, a, d, tl.maximum(low - before, 0),
             tl.minimum(high - before, units - before), p * 0, p, valid, n, keep, 1, P, S2, S, S + S2, N,
-            1, False, False, False, BK, PRECISION,
+            1, False, False, False, BK, PRECISION, PTX,
         )  # fmt: skip
 
     inner = p[:, None] * N + n[None, :]
@@ -171,10 +192,11 @@ def conv_fused_kernel(
         done = tl.atomic_add(ticket, 1, sem="acq_rel") == SPLIT - 1
         if done:
             acc = tl.zeros((BM, BN), tl.float32)
-            for other in range(SPLIT):
-                acc += tl.load(
-                    parts + tl.cast(other, tl.int64) * (P * N) + inner, mask=mask, other=0.0, cache_modifier=".cg"
-                )
+            for first in range(0, SPLIT, 4):
+                for other in tl.static_range(4):  # loads that wait together
+                    there = mask & (first + other < SPLIT)
+                    of_part = parts + tl.cast(first + other, tl.int64) * (P * N) + inner
+                    acc += tl.load(of_part, mask=there, other=0.0, cache_modifier=".cg")
             tl.store(ticket, 0)
     if done:
         if bias_ptr is not None:
@@ -268,7 +290,7 @@ def launch(
     then: GroupNorm | None,
     beside: Sequence[Tensor],
     tf32: bool,
-    tiles: Tiles,
+    tiles: Tiles | None,
     tickets: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Affine | None]:
     """Launch the layer; the arguments are those of `conv_fused`."""
@@ -276,6 +298,20 @@ def launch(
     (batch, _, height, width), device = first.shape, first.device
     rows, columns = window.output_size(height, width)
     outputs, pixels = weight.shape[1], rows * columns
+    if tiles is None:
+        own, other = (tuple(each.shape[1] for each in tensors) for tensors in (sources, shortcut))
+        mapped = affine is not None or silu
+        tiles = tiles_for(
+            batch,
+            pixels,
+            own,
+            outputs,
+            window.size,
+            other,
+            mapped=mapped,
+            element=first.element_size(),
+            gpu=_gpu(device),
+        )
     across, along = triton.cdiv(pixels, tiles.pixels), triton.cdiv(outputs, tiles.channels)
     out = torch.empty(
         (batch, outputs, rows, columns), dtype=first.dtype, device=device, memory_format=torch.channels_last
@@ -308,7 +344,7 @@ def launch(
         SIZE=window.size, STRIDE=window.stride, UP=window.upsample, SILU=silu, STATS=with_stats, SPLIT=tiles.split,
         BM=tiles.pixels, BN=tiles.channels, BK=tiles.depth, TILES=counted,
         MERGED=max(16, min(triton.next_power_of_2(outputs), 4096 // counted)), GROUPS=_power(groups), EACH=_power(each),
-        PRECISION="tf32" if tf32 else "ieee", num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        PRECISION="tf32" if tf32 else "ieee", PTX=ptx(), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, found, following
 
@@ -338,6 +374,15 @@ def launch_stats(x: Tensor) -> Tensor:
         channel_stats_kernel, grid, (x, found), (height * width, channels), PIXELS=PIXELS, BLOCK=BLOCK, num_warps=4
     )
     return found
+
+
+@functools.cache
+def _gpu(device: torch.device) -> GPU:
+    """Return what a GPU has; the interpreter plays an H100."""
+    if device.type != "cuda":
+        return H100
+    found = torch.cuda.get_device_properties(device)
+    return GPU(found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", H100.shared_bytes))
 
 
 def _described(norm: GroupNorm | None, channels: int) -> tuple[tuple[Tensor | None, ...], int, int]:

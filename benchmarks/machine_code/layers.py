@@ -17,8 +17,8 @@ from benchmarks.common.pages import fill, markdown_table
 from benchmarks.common.results import Row, write_result
 from benchmarks.machine_code.disassembly import Code, Instruction
 from benchmarks.machine_code.run import PAGE, TARGETS, code_of
-from ddpm_fast.kernels.conv_fused import Tiles
 from ddpm_fast.kernels.specialisations import Specialisation, compile_for
+from ddpm_fast.kernels.tiles import Tiles
 
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 DIVISIONS = ("I2F", "v_cvt_f32_u32", "v_rcp_iflag")  # that begin an integer division by a number not known ahead
@@ -49,7 +49,7 @@ def form(name: str, dtype: str, tiles: Tiles, image: int, channels: int, **chang
         "vector_stride": 0, "gain_stride": 0, "shift_stride": 0, "scale": 1.0, "eps": 1e-6,
         "SIZE": 3, "STRIDE": 1, "UP": False, "SILU": False, "STATS": True, "SPLIT": tiles.split, "BM": tiles.pixels,
         "BN": tiles.channels, "BK": tiles.depth, "TILES": 8, "MERGED": 256, "GROUPS": 32, "EACH": 1,
-        "PRECISION": "ieee", "num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **changes,
+        "PRECISION": "ieee", "PTX": True, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **changes,
     }  # fmt: skip
     for pointer, stride in (
         ("vector_ptr", "vector_stride"),

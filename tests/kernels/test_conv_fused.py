@@ -10,14 +10,13 @@ from torch.nn import functional as F
 from ddpm_fast.kernels.conv_fused import (
     Affine,
     GroupNorm,
-    Tiles,
     Window,
     channel_stats,
     conv_fused,
     norm_affine,
     pack_weight,
-    tiles_for,
 )
+from ddpm_fast.kernels.tiles import Tiles
 
 SAME = Window(3, 1, 1, 1, 1, 1)
 SMALL = Tiles(16, 16, 16, 3)
@@ -245,20 +244,6 @@ def test_affine_map_of_two_tensors(backend, gain, kernel_device):
         expected = expected * rows[0].double()[..., None, None] + rows[1].double()[..., None, None]
     got = both * found.a.double().cpu()[..., None, None] + found.d.double().cpu()[..., None, None]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("batch", [1, 16, 256])
-@pytest.mark.parametrize(
-    ("pixels", "channels", "outputs"), [(1024, 128, 128), (256, 512, 256), (16, 256, 256), (1, 3, 3)]
-)
-def test_tiles_fill_a_gpu_and_no_more(batch, pixels, channels, outputs):
-    tiles = tiles_for(batch, pixels, [channels], outputs, 3)
-    programs = batch * -(-pixels // tiles.pixels) * -(-outputs // tiles.channels)
-    assert tiles.split == 1 or programs * tiles.split <= 264
-    assert tiles.split * 2 <= max(2, 9 * -(-channels // tiles.depth))
-    for size in (tiles.pixels, tiles.channels, tiles.depth):
-        assert size >= 16
-        assert size & (size - 1) == 0
 
 
 CL = image(2, 4, 5, 5).float()
