@@ -39,6 +39,7 @@ check: $(READY)  ## style and types
 
 sass: $(READY)  ## what every kernel costs, from its machine code, for five GPUs; fails where a budget is exceeded
 	$(BIN)/python -m benchmarks.machine_code
+	$(BIN)/python -m benchmarks.machine_code.layers
 
 # Takes .venv where there is one, else the Python that is there: a machine with a GPU may have no network.
 gpu:  ## everything that waits for a GPU, in two calls of six minutes: make gpu, then make gpu AFTER=stage

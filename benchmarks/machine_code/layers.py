@@ -7,6 +7,7 @@ A form is a launch of the sampling loop for layers of a U-Net: a dtype, a divisi
 around the product. The inner loop takes one tap of one block of input channels in a turn.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import sys
@@ -21,7 +22,8 @@ from ddpm_fast.kernels.specialisations import Specialisation, compile_for
 from ddpm_fast.kernels.tiles import Tiles
 
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
-DIVISIONS = ("I2F", "v_cvt_f32_u32", "v_rcp_iflag")  # that begin an integer division by a number not known ahead
+# With what an integer division by a number not known ahead begins: a reciprocal, rounded up (.RP).
+DIVISIONS = ("I2F.RP", "I2F.U32.RP", "v_rcp_iflag")
 SHARED = {
     "sm_80": 166912,
     "sm_89": 101376,
@@ -60,7 +62,9 @@ def form(name: str, dtype: str, tiles: Tiles, image: int, channels: int, **chang
     return Specialisation(name, "conv_fused", arguments, 0)
 
 
-SMALL, MIDDLE, LARGE = Tiles(16, 32, 64, 16, 4, 4), Tiles(32, 32, 64, 4, 4, 4), Tiles(128, 128, 64, 1, 8, 3)
+# What `tiles_for` takes for such layers on an H100, and tiles for smaller shared memory.
+SMALL, MIDDLE, LARGE = Tiles(16, 32, 128, 6, 8, 4), Tiles(16, 128, 128, 4, 8, 4), Tiles(128, 128, 64, 1, 8, 3)
+FLAT = Tiles(32, 64, 32, 4, 4, 4)
 HALF = "*bf16"
 FORMS = {
     each.name: each
@@ -69,18 +73,27 @@ FORMS = {
         form("16 x 16, 256 channels", HALF, MIDDLE, 16, 256, **NORMED, **THEN, residual_ptr=HALF),
         form("batch 256", HALF, LARGE, 32, 128, **NORMED, **THEN),
         form("float16", "*fp16", MIDDLE, 16, 256, **NORMED, **THEN),
-        form("float32", "*fp32", MIDDLE, 16, 256, **NORMED, **THEN),
-        form("TF32", "*fp32", MIDDLE, 16, 256, **NORMED, **THEN, PRECISION="tf32"),
+        form("float32", "*fp32", FLAT, 16, 256, **NORMED, **THEN),
+        form("TF32", "*fp32", FLAT, 16, 256, **NORMED, **THEN, PRECISION="tf32"),
         form("concat and shortcut", HALF, MIDDLE, 16, 256, **NORMED, **THEN, x2_ptr=HALF, C2=128, s_ptr=HALF, S=256,
              s2_ptr=HALF, S2=128),
         form("modulated", HALF, MIDDLE, 16, 256, **NORMED, **THEN, gain_ptr=HALF, shift_ptr=HALF),
         form("enlarged", HALF, MIDDLE, 16, 256, UP=True, HO=32, WO=32, STATS=False, tile_stats_ptr=None,
              stats_ptr=None),
-        form("stride 2", HALF, MIDDLE, 16, 256, STRIDE=2, HO=8, WO=8),
+        form("stride 2", HALF, FLAT, 16, 256, STRIDE=2, HO=8, WO=8),
         form("attention's product", HALF, MIDDLE, 16, 256, a_ptr="*fp32", d_ptr="*fp32", SIZE=1, top=0, left=0),
         form("three channels", HALF, Tiles(32, 32, 16, 4, 4, 4), 32, 3, SILU=True),
     )
 }  # fmt: skip
+
+
+def fitted(form: Specialisation, target: str) -> Specialisation:
+    """Return the form with tiles that fit into a GPU's shared memory, as `tiles_for` takes them."""
+    given = form.arguments
+    bytes_of_turn = (given["BM"] + given["BN"]) * given["BK"] * (4 if given["x_ptr"] == "*fp32" else 2)
+    if given["num_stages"] * bytes_of_turn <= 0.9 * SHARED[target]:
+        return form
+    return dataclasses.replace(form, arguments={**given, "BK": 32, "num_stages": 3})
 
 
 def inner_loops(code: Code) -> list[list[Instruction]]:
@@ -90,7 +103,8 @@ def inner_loops(code: Code) -> list[list[Instruction]]:
         if instruction.opcode.startswith(("BRA", "s_cbranch", "s_branch")):
             targets = [start for label, start in code.labels.items() if label in instruction.operands]
             spans += [(start, place + 1) for start in targets if start <= place]
-    innermost = [span for span in spans if not any(span != o and span[0] <= o[0] and o[1] <= span[1] for o in spans)]
+    # A branch back from code that was moved out of line spans whole loops.
+    innermost = [span for span in spans if not any(span[0] < first < span[1] for first, _ in spans)]
     bodies = [code.instructions[first:last] for first, last in innermost]
     products = [body for body in bodies if any(each.opcode.startswith(TENSOR_CORES) for each in body)]
     return products or bodies
@@ -98,11 +112,11 @@ def inner_loops(code: Code) -> list[list[Instruction]]:
 
 def measure(name: str, target: str) -> Row:
     """Return a row: resources, and what the longest inner loop is made of."""
-    kernel = compile_for(FORMS[name], *TARGETS[target])
+    kernel = compile_for(fitted(FORMS[name], target), *TARGETS[target])
     code = code_of(kernel)
     loops = inner_loops(code)
     longest = max(loops, key=len)
-    given = FORMS[name].arguments
+    given = fitted(FORMS[name], target).arguments
     return {
         "form": name,
         "target": target,
