@@ -103,11 +103,14 @@ def inner_loops(code: Code) -> list[list[Instruction]]:
         if instruction.opcode.startswith(("BRA", "s_cbranch", "s_branch")):
             targets = [start for label, start in code.labels.items() if label in instruction.operands]
             spans += [(start, place + 1) for start in targets if start <= place]
+
+    def multiplies(span: tuple[int, int]) -> bool:
+        return any(each.opcode.startswith(TENSOR_CORES) for each in code.instructions[slice(*span)])
+
+    spans = [span for span in spans if multiplies(span)] or spans
     # A branch back from code that was moved out of line spans whole loops.
     innermost = [span for span in spans if not any(span[0] < first < span[1] for first, _ in spans)]
-    bodies = [code.instructions[first:last] for first, last in innermost]
-    products = [body for body in bodies if any(each.opcode.startswith(TENSOR_CORES) for each in body)]
-    return products or bodies
+    return [code.instructions[first:last] for first, last in innermost]
 
 
 def measure(name: str, target: str) -> Row:
