@@ -35,11 +35,11 @@ def whole_file(path: StrPath) -> Iterator[Path]:
     try:
         mode = _mode_of(target)
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the process's umask
+        fresh = stat.S_IMODE(part.stat().st_mode)
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        if mode is not None:
-            part.chmod(mode)
+        part.chmod(fresh if mode is None else mode)  # some writers replace the file by one of theirs
         os.replace(part, target)
         _sync_folder(target.parent)
     except OSError as error:

@@ -81,7 +81,7 @@ def test_the_package_is_imported_before_torch_is():
     code = (
         "import sys, ddpm_fast, ddpm_fast.cli; assert 'torch' not in sys.modules; "
         "ddpm_fast.sample.sample, ddpm_fast.edit.inpaint, ddpm_fast.Sampler; from ddpm_fast import *; accelerate; "
-        "assert not hasattr(ddpm_fast, 'nothing'); assert 'Sampler' in dir(ddpm_fast)"
+        "assert not hasattr(ddpm_fast, 'nothing') and not hasattr(ddpm_fast, '..config'); assert 'Sampler' in dir(ddpm_fast)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -120,6 +120,12 @@ def test_a_file_keeps_its_permissions(tmp_path):
     path.chmod(0o664)
     write_json(path, 2)
     assert stat.S_IMODE(path.stat().st_mode) == 0o664
+    made, replaced = tmp_path / "made.json", tmp_path / "replaced"
+    write_json(made, 1)
+    with whole_file(replaced) as part:  # as safetensors does
+        part.unlink()
+        part.touch(0o600)
+    assert replaced.stat().st_mode == made.stat().st_mode
 
 
 def test_only_regular_files_are_replaced(tmp_path):

@@ -1,6 +1,6 @@
 """Casts of weights that autocast would make anew in every call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,28 +18,37 @@ _CAST = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves double
 
 
 class Casts(TorchFunctionMode):
-    """A mode in which functions that autocast lowers read casts of the weights that are kept from call to call.
+    """A mode in which functions that autocast lowers read casts of the weights that are kept for a recorded call.
 
-    The mode does what autocast's own cache does, but the casts outlive the context, so that a recorded graph may read
-    them; they follow the weights. Calls that record gradients make casts of their own.
+    The mode does what autocast's own cache does, but the casts outlive the context: a graph that is recorded in the
+    mode reads them. `refresh` brings them up to date. Calls that record gradients make casts of their own.
 
     Args:
-        dtype: Dtype of the surrounding autocast.
+        device: Type of the device, "cpu" or "cuda".
+        dtype: Dtype of the surrounding autocast. Where the model sets another one, or none, nothing is replaced.
+        weights: The parameters that may be replaced.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, device: str, dtype: torch.dtype, weights: Iterable[nn.Parameter]) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.device, self.dtype = device, dtype
+        self._weights = frozenset(map(id, weights))
         self._kept: dict[int, tuple[nn.Parameter, tuple[int, int], Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LOWERED and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if func in _LOWERED and self._lowers():
             args = [self._lowered(each) for each in args]
             kwargs = {name: self._lowered(each) for name, each in kwargs.items()}
         return func(*args, **kwargs)
+
+    def _lowers(self) -> bool:
+        """Return whether autocast casts to the dtype here, and for no gradient."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not torch.is_autocast_enabled(self.device):
+            return False
+        return torch.get_autocast_dtype(self.device) == self.dtype
 
     def refresh(self) -> None:
         """Cast all weights again, into the same memory: a write through `.data` leaves no trace."""
@@ -49,7 +58,7 @@ class Casts(TorchFunctionMode):
 
     def _lowered(self, value: Any) -> Any:
         """Return the kept cast of a parameter; other values are returned as they are."""
-        if type(value) is not nn.Parameter or value.dtype not in _CAST or value.dtype == self.dtype:
+        if id(value) not in self._weights or value.dtype not in _CAST or value.dtype == self.dtype:
             return value
         known = self._kept.get(id(value))
         if known is not None and known[1] == _state(value):

@@ -94,21 +94,66 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The sizes of a fused layer, and what it computes.
+
+    Attributes:
+        batch, height, width: Number and size of the images that it reads.
+        channels: Channels of the sources.
+        outputs: Output channels.
+        window: The pixels of a tap.
+        shortcut: Channels of the shortcut's sources.
+        normed, silu, vector, residual: Whether that is part of the layer.
+        statistics: Whether the statistics of the output are computed.
+    """
+
+    batch: int
+    height: int
+    width: int
+    channels: tuple[int, ...]
+    outputs: int
+    window: Window
+    shortcut: tuple[int, ...]
+    normed: bool
+    silu: bool
+    vector: bool
+    residual: bool
+    statistics: bool
+
+    @property
+    def pixels(self) -> int:
+        """Number of output pixels."""
+        rows, columns = self.window.output_size(self.height, self.width)
+        return rows * columns
+
+    @property
+    def multiply_adds(self) -> int:
+        """Number of multiplications and additions, in pairs."""
+        depth = sum(self.channels) * self.window.size**2 + sum(self.shortcut)
+        return self.batch * self.pixels * self.outputs * depth
+
+
+@dataclass(frozen=True)
 class Fusion:
     """What a fusion did.
 
     Attributes:
         before, after: Operations on x, but for views of memory.
-        layers: Number of fused layers.
+        shapes: The fused layers, in their order.
         left: The other operations, by name, with their numbers.
         reasons: The products that were not fused, each with the reason.
     """
 
     before: int
     after: int
-    layers: int
+    shapes: tuple[Shape, ...]
     left: Mapping[str, int]
     reasons: Mapping[str, str]
+
+    @property
+    def layers(self) -> int:
+        """Number of fused layers."""
+        return len(self.shapes)
 
     def __str__(self) -> str:
         left = ", ".join(f"{count} {name}" for name, count in self.left.items()) or "nothing else"
@@ -145,12 +190,12 @@ class Fuser:
                 free = {each.product: each for each in layers if each not in taken and each is not layer}
                 self._extend(layer, free, taken)
         layers = _merged([layer for layer in layers if layer not in taken])
-        _Writer(graph, layers, self._classes).write()
+        shapes = _Writer(graph, layers, self._classes).write()
         graph.eliminate_dead_code()
         self._classes = classify(graph, self.conditions)
         left = self._operations()
         names = Counter(_name(node) for node in left if node.target is not run_layer)
-        return Fusion(before, len(left), len(layers), names, self._reasons)
+        return Fusion(before, len(left), shapes, names, self._reasons)
 
     def _of_x(self, node: Any) -> bool:
         return isinstance(node, fx.Node) and bool(self._classes.get(node, X) & X)
@@ -187,6 +232,8 @@ class Fuser:
         if self._of_x(weight):
             return "its weight depends on x"
         shape, dtype = weight.meta["val"].shape, weight.meta["val"].dtype
+        if len(shape) < 2:
+            return "its weight is a vector"
         if dtype not in DTYPES or value.dtype != dtype:
             return f"its output is {value.dtype} and its weight {dtype}"
         if node.target is aten.linear.default:
@@ -209,11 +256,12 @@ class Fuser:
     def _look_back(self, layer: Layer) -> None:
         """Walk backwards from the product and take in what the kernel does on the way to it."""
         stage, place = 0, layer.sources[0]
-        spatial = layer.window.size > 1 or layer.window.stride > 1
+        dtype = layer.last.value.dtype
+        spatial = layer.window != Window()
         while place.node.op == "call_function":
             target = place.node.target
             if stage < 1 and (window := _padded(layer.window, place)) is not None:
-                layer.window, stage = window, 1
+                layer.window, stage, spatial = window, 1, True
             elif stage < 2 and (window := _enlarged(layer.window, place)) is not None:
                 layer.window, stage, spatial = window, 2, True
             elif stage < 3 and target is aten.silu.default:
@@ -224,7 +272,7 @@ class Fuser:
                 continue
             elif stage < 5 and target is aten.group_norm.default and place.dim == 1:
                 layer.norm, stage = place.node, 5
-            elif target in _CASTS and place.value.is_floating_point():
+            elif target in _CASTS and place.args[0].meta["val"].dtype in (dtype, torch.float32, torch.float64):
                 pass  # norms in float32 between halves: the kernel computes there in float32, too
             elif (before := place.before(keep_size=spatial)) is not None:
                 place = before
@@ -253,6 +301,9 @@ class Fuser:
             normed, summand = node.args if self._of_x(node.args[0]) else node.args[::-1]
             if getattr(normed, "target", None) is aten.mul.Tensor:
                 normed, factor = normed.args if self._of_x(normed.args[0]) else normed.args[::-1]
+        elif node.target is aten.mul.Tensor:
+            normed, factor = node.args if self._of_x(node.args[0]) else node.args[::-1]
+            summand = None
         else:
             return None
         if getattr(normed, "target", None) is not aten.group_norm.default:
@@ -306,7 +357,7 @@ class Fuser:
             if self._is_vector(other, place):
                 layer.vectors.append(other)
             elif layer.residual is None and layer.shortcut is None and self._is_residual(other, place):
-                shortcut = others.get(Place(other, place.dim).root().node)
+                shortcut = _at_root(others, Place(other, place.dim))
                 if shortcut is not None and _fits(layer, shortcut):
                     layer.shortcut = shortcut
                     taken.add(shortcut)
@@ -327,7 +378,7 @@ class Fuser:
         if len(users) != 1 or users[0].target is not aten.add.Tensor:
             return False
         summands = [each for each in users[0].args if isinstance(each, fx.Node) and each is not layer.product]
-        found = [others.get(Place(each, layer.last.dim).root().node) for each in summands]
+        found = [_at_root(others, Place(each, layer.last.dim)) for each in summands]
         return any(other is not None and not other.plain for other in found)
 
 
@@ -336,26 +387,29 @@ class _Writer:
 
     def __init__(self, graph: fx.Graph, layers: Sequence[Layer], classes: dict[fx.Node, frozenset[str]]) -> None:
         self.graph, self.layers, self.classes = graph, layers, classes
-        self._made: dict[fx.Node, Any] = {}  # of what replaces a layer's last node: the layer's operation
-        self._statistics: dict[fx.Node, fx.Node] = {}  # of a source: those of its channels
+        self._made: dict[Place, Any] = {}  # of what replaces a layer's last place: the layer's operation
+        self._statistics: dict[Place, fx.Node] = {}  # of a source: those of its channels
         self._affine: dict[Any, fx.Node] = {}  # of a norm with its modulation: the affine map
         self._prepared: dict[Any, fx.Node] = {}
         self._first_weight: fx.Node | None = None
 
-    def write(self) -> None:
-        """Write all layers."""
+    def write(self) -> tuple[Shape, ...]:
+        """Write all layers; return their shapes."""
         nodes = [node for node in self.graph.nodes if node.op != "placeholder"]
         of_x = [node for node in nodes if self.classes[node] & X]
         for node in nodes:  # what does not depend on x is there before the first layer
             if not self.classes[node] & X:
                 of_x[0].prepend(node)
         order = {node: number for number, node in enumerate(self.graph.nodes)}
+        written: list[tuple[Layer, list[Layer], Any]] = []
         for layer in sorted(self.layers, key=lambda each: order[each.last.node]):
             together = [layer, *layer.merged]
             with self.graph.inserting_before(min((each.last.node for each in together), key=order.__getitem__)):
-                self._write(layer, together)
+                written.append((layer, together, self._write(layer, together)))
+        return tuple(_shape(layer, together, made) for layer, together, made in written)
 
-    def _write(self, layer: Layer, together: Sequence[Layer]) -> None:
+    def _write(self, layer: Layer, together: Sequence[Layer]) -> Any:
+        """Write a layer with those that are merged with it; return its operation."""
         call = self.graph.call_function
         size = layer.sources[0].size
         out_size = layer.window.output_size(*size)
@@ -389,9 +443,10 @@ class _Writer:
                 first += each.outputs
             new = call(shaped, (part, list(each.last.value.shape), each.last.dim))
             new.meta["val"] = each.last.value
-            self._made[new] = made
+            self._made[Place(new, each.last.dim)] = made
             each.last.node.replace_all_uses_with(new)
             self._rename(each.last.node, new)
+        return made
 
     def _rename(self, old: fx.Node, new: fx.Node) -> None:
         """Let layers that have not been written read `new` where they read `old`."""
@@ -407,7 +462,9 @@ class _Writer:
         if key in self._affine:
             return self._affine[key]
         _, groups, gamma, beta, eps = (*layer.norm.args, *(None, None, 1e-5)[len(layer.norm.args) - 2 :])[:5]
-        norm = self.graph.call_function(described_norm, (groups, eps, gamma, beta, layer.gain, layer.shift))
+        channels = sum(place.channels for place in layer.sources)
+        described = (channels, groups, eps, gamma, beta, layer.gain, layer.shift)
+        norm = self.graph.call_function(described_norm, described)
         first, *rest = layer.sources
         maker = self._maker(first)
         if maker is not None and "then" not in maker.kwargs and all(self._is_known(place, maker) for place in rest):
@@ -423,29 +480,29 @@ class _Writer:
 
     def _maker(self, place: Place) -> Any:
         """Return the operation of a layer if the place is all of its output; None otherwise."""
-        root: Any = place.root().node
+        root = place.root()
         whole = root in self._made and root.args[0].target is operator.getitem
         return self._made[root] if whole else None
 
     def _is_known(self, place: Place, maker: fx.Node) -> bool:
         """Return whether the statistics of a place can be there before the operation of a layer."""
         known = self._maker(place) or place.node
-        return next(node for node in self.graph.nodes if node in (known, maker)) is known
+        return known is not maker and next(node for node in self.graph.nodes if node in (known, maker)) is known
 
     def _statistics_of(self, place: Place) -> fx.Node:
         """Return the statistics of a source's channels: those of its maker, or of an operation of their own."""
-        if place.node not in self._statistics:
+        if place not in self._statistics:
             maker = self._maker(place)
             if maker is not None:
                 maker.kwargs = {**maker.kwargs, "stats": True}
                 with self.graph.inserting_after(maker):
-                    self._statistics[place.node] = self.graph.call_function(operator.getitem, (maker, 1))
+                    self._statistics[place] = self.graph.call_function(operator.getitem, (maker, 1))
             else:
                 with self.graph.inserting_after(place.node):
                     image = self._image(place, place.size)
                 with self.graph.inserting_after(image):
-                    self._statistics[place.node] = self.graph.call_function(channel_stats, (image,))
-        return self._statistics[place.node]
+                    self._statistics[place] = self.graph.call_function(channel_stats, (image,))
+        return self._statistics[place]
 
     def _tickets(self, weight: fx.Node) -> fx.Node:
         """Return the memory for tickets, one for all layers: calls of a network never run at the same time."""
@@ -501,11 +558,29 @@ def side_vector(vectors: Sequence[Tensor], channels: int) -> Tensor:
 
 
 def described_norm(
-    groups: int, eps: float, gamma: Tensor | None, beta: Tensor | None, gain: Tensor | None, shift: Tensor | None
+    channels: int,
+    groups: int,
+    eps: float,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
 ) -> GroupNorm:
     """Return the norm, with its modulation as rows [B or 1, C]."""
-    own, other = (each if each is None else each.flatten(1) if each.dim() > 1 else each[None] for each in (gain, shift))
-    return GroupNorm(groups, eps, gamma, beta, own, other)
+    given = (each if each is None else each.reshape(-1, channels).contiguous() for each in (gain, shift))
+    return GroupNorm(groups, eps, gamma, beta, *given)
+
+
+def _shape(layer: Layer, together: Sequence[Layer], made: Any) -> Shape:
+    """Return the sizes of a layer that was written."""
+    options = made.kwargs
+    return Shape(
+        len(layer.sources[0].value), *layer.sources[0].size, tuple(place.channels for place in layer.sources),
+        sum(each.outputs for each in together), layer.window,
+        tuple(place.channels for place in layer.shortcut.sources) if layer.shortcut else (),
+        "affine" in options, "silu" in options, "vector" in options, "residual" in options,
+        "then" in options or "stats" in options,
+    )  # fmt: skip
 
 
 def _merged(layers: Sequence[Layer]) -> list[Layer]:
@@ -521,6 +596,13 @@ def _merged(layers: Sequence[Layer]) -> list[Layer]:
         else:
             first.merged.append(layer)
     return kept
+
+
+def _at_root(layers: Mapping[Any, Layer], place: Place) -> Layer | None:
+    """Return the one of the layers whose output a place is, channel by channel; None where there is none."""
+    root = place.root()
+    found = layers.get(root.node)
+    return found if found is not None and found.last == root else None
 
 
 def _fits(layer: Layer, shortcut: Layer) -> bool:
@@ -555,7 +637,7 @@ def _parts(place: Place) -> list[Place] | None:
 
 def _padded(window: Window, place: Place) -> Window | None:
     """Return the window with the zeros of a pad around the image; None for other operations."""
-    if place.node.target is not aten.pad.default:
+    if place.node.target is not aten.pad.default or place.dim != 1 or place.value.dim() != 4:
         return None
     _, sizes, mode, value = (*place.args, *("constant", None)[len(place.args) - 2 :])[:4]
     if mode != "constant" or value not in (None, 0) or len(sizes) != 4 or min(sizes) < 0:
@@ -568,7 +650,7 @@ def _padded(window: Window, place: Place) -> Window | None:
 
 def _enlarged(window: Window, place: Place) -> Window | None:
     """Return the window on an image that is enlarged twice; None for other operations."""
-    if place.node.target is not aten.upsample_nearest2d.vec:
+    if place.node.target is not aten.upsample_nearest2d.vec or place.dim != 1:
         return None
     before, after = place.args[0].meta["val"].shape, place.value.shape
     return replace(window, upsample=True) if after[2:] == (2 * before[2], 2 * before[3]) else None

@@ -132,6 +132,8 @@ class Loop(SamplingLoop):
                 reached = min(first + chunk, total)
                 began = time.perf_counter()
                 with self._settings():
+                    if every_step and first:
+                        self.network.recast()  # a callback may have changed the weights
                     for number in range(first, reached, stride):
                         self._advance(number, graph, noise, form)
                         bar.advance(min(stride, reached - number))
@@ -342,7 +344,8 @@ class Loop(SamplingLoop):
 
         try:
             self.network.watch()
-            graph = StepGraph(body, self.device, self._pool)
+            with self.network.recording():
+                graph = StepGraph(body, self.device, self._pool)
         except CaptureError as error:
             return f"the network cannot be captured in a CUDA graph: {line_of(error)}", False
         except torch.OutOfMemoryError as error:

@@ -63,6 +63,7 @@ class Network:
         self._lowered = call.dtype if own_dtype not in (None, call.dtype) else None
         self.ambient = Ambient.now(self.device, self._lowered)
         self._casts: Casts | None = None
+        self._recording = False
         self._addresses = _addresses(call.module)
         self._volatile: frozenset[tuple[str, str]] = frozenset()  # attributes that calls change
         self._structure: Structure = {}
@@ -109,12 +110,30 @@ class Network:
         return output
 
     def _weights_cast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of a call of a model that is not hoisted: under autocast its weights are cast once."""
-        if self.ambient.autocast is None:
+        """Return the context of a call that is not hoisted: recorded under autocast, its weights are cast once.
+
+        Calls that are not recorded run the model's own code, which may change the weights from call to call.
+        """
+        if self.ambient.autocast is None or not self._recording:
             return contextlib.nullcontext()
         if self._casts is None:
-            self._casts = Casts(self.ambient.autocast)
+            weights = (weight for module in self._modules() for weight in module.parameters(recurse=False))
+            self._casts = Casts(self.device.type, self.ambient.autocast, weights)
         return self._casts
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Let the calls inside be recorded in a graph, which `recast` keeps up to date."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def recast(self) -> None:
+        """Bring up to date what recorded calls read instead of the weights: somebody may have changed the weights."""
+        if self._casts is not None:
+            self._casts.refresh()
 
     @property
     def prepared(self) -> bool:
@@ -208,8 +227,7 @@ class Network:
             self._addresses, self.ambient = addresses, ambient
             self.rebuild()
             return True
-        if self._casts is not None:
-            self._casts.refresh()
+        self.recast()
         if self.hoisted is None:
             return False
         try:

@@ -1,8 +1,10 @@
 """The structure of a network: all that decides what a call computes, besides the values of its tensors."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +21,8 @@ Structure = dict[tuple[str, str], Any]
 def structure_of(*models: Any) -> Structure:
     """Return what a call depends on, by the path of the submodule and the name of the attribute.
 
-    Plain values and small containers count by value, tensors by identity and version, all other objects by identity.
+    Plain values, small containers and records of them count by value, tensors by identity and version, all other
+    objects by identity.
     A model that is no module counts by the modules that it refers to.
     """
     return {
@@ -85,13 +88,18 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, _comparable(value)
 
 
-def _comparable(value: Any, depth: int = 2) -> Any:
+def _comparable(value: Any, depth: int = 3) -> Any:
     if isinstance(value, _PLAIN):
         return value if value == value else "nan"
     if isinstance(value, Tensor):
-        return id(value), value._version
+        return id(value), None if value.is_inference() else value._version
     if depth and isinstance(value, (list, tuple)) and len(value) <= _FEW:
         return type(value), tuple(_comparable(each, depth - 1) for each in value)
     if depth and isinstance(value, dict) and len(value) <= _FEW:
         return type(value), tuple((str(key), _comparable(each, depth - 1)) for key, each in value.items())
+    record = isinstance(value, types.SimpleNamespace) or (
+        dataclasses.is_dataclass(value) and hasattr(value, "__dict__")
+    )
+    if depth and record:
+        return id(value), tuple((name, _comparable(each, depth - 1)) for name, each in vars(value).items())
     return id(value)

@@ -293,7 +293,8 @@ class SpeculativeLoop(SamplingLoop):
         kept = [buffer.clone() for buffer in self._state]
         try:
             network.watch()
-            self._graphs[width] = StepGraph(lambda: self._round(network, width), self.device, self._pool)
+            with network.recording():
+                self._graphs[width] = StepGraph(lambda: self._round(network, width), self.device, self._pool)
         except (CaptureError, torch.OutOfMemoryError) as error:
             reason = f"the rounds cannot be recorded in a CUDA graph: {line_of(error)}"
             if self.mode == "graph":

@@ -41,6 +41,7 @@ class _Casts(TorchDispatchMode):
 
 def _network(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Network:
     network = Network(Call.of(model, SHAPE, dtype=dtype))
+    network._recording = True  # as while a graph is recorded
     network.input.copy_(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
     return network
 
@@ -77,15 +78,80 @@ def test_the_casts_follow_a_weight_that_changes_between_two_calls(model):
     assert torch.equal(network(), network.plain())
 
 
-@pytest.mark.parametrize("verify", [True, False])
-def test_a_write_that_leaves_no_trace_is_seen_by_the_next_walk(model, verify):
-    options = {"dtype": torch.bfloat16, "num_inference_steps": 4, "optimize": None, "verify": verify}
-    sampler = Sampler(model, SHAPE, **options)
-    before = sampler(seeds=0)
-    model.leave.weight.data.mul_(1.5)
-    after = sampler(seeds=0)
-    assert not torch.equal(before, after)
-    assert torch.equal(after, Sampler(model, SHAPE, **options)(seeds=0))
+@torch.no_grad()
+def test_a_write_that_leaves_no_trace_is_seen_by_the_next_walk_and_after_a_callback(model):
+    for refresh in (Network.refresh, Network.recast):
+        network = _network(model)
+        before = network()
+        model.leave.weight.data.mul_(1.5)
+        refresh(network)
+        assert torch.equal(network(), network.plain())
+        assert not torch.equal(network(), before)
+
+
+class Writes(nn.Module):
+    """A network that writes into its weight, unseen by torch, in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.base = self.layer.weight.detach().clone()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.layer.weight.data.copy_(self.base * (1 + t[0] / 1000))
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("optimize", ["auto", "hoist", None])
+def test_a_network_that_writes_into_its_weights(optimize):
+    net = Writes().eval()
+
+    def itself(x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return net(x, t)
+
+    options = {"num_inference_steps": 6}
+    expected = Sampler(itself, SHAPE, **options)(seeds=0)
+    assert torch.equal(Sampler(net, SHAPE, dtype=torch.bfloat16, optimize=optimize, **options)(seeds=0), expected)
+
+
+class Mixed(nn.Module):
+    """A network that computes in float32 or float16 inside, whatever the autocast around."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+        self.layer, self.dtype = nn.Linear(8, 8), dtype
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
+            both = torch.nn.functional.linear(x.float(), self.layer.weight, self.layer.bias) @ (self.a @ self.b)
+        return self.layer(both).float()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+@torch.no_grad()
+def test_another_autocast_inside(dtype):
+    network = _network(Mixed(dtype).eval())
+    assert torch.equal(network(), network.plain())
+    assert torch.equal(network(), network.plain())
+
+
+@torch.no_grad()
+def test_parameters_that_a_call_makes_are_not_kept(model):
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, nn.Parameter(self.layer.weight * 2), self.layer.bias)
+
+    network = _network(Made().eval())
+    for _ in range(3):
+        assert torch.equal(network(), network.plain())
+    assert len(network._casts._kept) == 1
 
 
 def test_gradients_reach_the_weights(model):

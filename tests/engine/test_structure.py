@@ -114,3 +114,37 @@ def test_nan_is_equal_to_itself():
     model = Adapted()
     model.scale = float("nan")
     assert structure_of(model) == structure_of(model)
+
+
+@pytest.mark.parametrize("made", [types.SimpleNamespace, dict], ids=["record", "nested dicts"])
+def test_a_number_deep_inside_an_attribute_is_looked_at(made):
+    model = Adapted().eval()
+    model.settings = made(inner={"gain": {"value": 1.0}}) if made is dict else made(gain=1.0)
+    before = structure_of(model)
+    if made is dict:
+        model.settings["inner"]["gain"]["value"] = 2.0
+    else:
+        model.settings.gain = 2.0
+    assert structure_of(model) != before
+
+
+class Caches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x, t):
+        if not hasattr(self, "cache"):
+            self.cache = torch.arange(4) / 4
+        return self.layer(x + 0 * self.cache)
+
+
+@pytest.mark.parametrize("optimize", ["auto", "hoist", None])
+def test_a_cache_that_was_made_in_inference_mode(optimize, monkeypatch):
+    monkeypatch.setattr("ddpm_fast.engine.network.Network.seconds_to_hoist", 0.0)
+    model = Caches().eval()
+    with torch.inference_mode():
+        first = sample(model, SHAPE, seeds=0, optimize=None, **STEPS)
+        sampler = Sampler(model, SHAPE, optimize=optimize, **STEPS)
+        for _ in range(3):
+            torch.testing.assert_close(sampler(seeds=0), first)
