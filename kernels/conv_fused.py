@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm_fast.kernels.checks import check_tensor
+from ddpm_fast.kernels.checks import check_contiguous, check_tensor
 from ddpm_fast.kernels.dispatch import choose_backend
 from ddpm_fast.kernels.tiles import Tiles
 
@@ -208,6 +208,7 @@ def norm_affine(stats: Sequence[Tensor], pixels: int, norm: GroupNorm, *, backen
         norm: The norm, over C = Σ C_i channels.
         backend: "triton" or "torch"; None chooses.
     """
+    _check_norm(norm, len(stats[0]), sum(each.shape[1] for each in stats))
     if choose_backend(stats[0].device, backend) == "triton":
         from ddpm_fast.kernels import conv_fused_triton
 
@@ -217,7 +218,7 @@ def norm_affine(stats: Sequence[Tensor], pixels: int, norm: GroupNorm, *, backen
     mean, squares = both.view(batch, norm.groups, -1, 2).unbind(3)
     center = mean.mean(2, keepdim=True)
     variance = (squares + pixels * (mean - center).square()).mean(2, keepdim=True) / pixels
-    a = (variance + norm.eps).rsqrt().expand_as(mean).reshape(batch, channels)
+    a = (variance + norm.eps).rsqrt().expand_as(mean).reshape(batch, channels).contiguous()
     if norm.gamma is not None:
         a = a * norm.gamma.float()
     d = -center.expand_as(mean).reshape(batch, channels) * a
@@ -272,11 +273,27 @@ def _check(
     if affine is not None:
         for name, tensor in (("affine.a", affine.a), ("affine.d", affine.d)):
             check_tensor(name, tensor, (batch, channels), (torch.float32,), device)
+            check_contiguous(name, tensor)
     if bias is not None:
         check_tensor("bias", bias, (outputs,), (torch.float32,), device)
+        check_contiguous("bias", bias)
     if vector is not None and (vector.dim() != 2 or vector.shape[0] not in (1, batch) or vector.shape[1] != outputs):
         raise ValueError(f"vector must have shape {(batch, outputs)} or {(1, outputs)}, got {tuple(vector.shape)}")
+    if vector is not None and vector.stride(1) != 1 and outputs > 1:
+        raise ValueError(f"vector must have its channels side by side, got strides {vector.stride()}")
     if then is not None:
         normed = outputs + sum(each.shape[1] for each in beside)
-        if normed % then.groups:
-            raise ValueError(f"{then.groups} groups do not divide {normed} channels")
+        _check_norm(then, batch, normed)
+
+
+def _check_norm(norm: GroupNorm, batch: int, channels: int) -> None:
+    """Raise ValueError unless a norm fits that many channels."""
+    if channels % norm.groups:
+        raise ValueError(f"{norm.groups} groups do not divide {channels} channels")
+    for name, tensor in (("gamma", norm.gamma), ("beta", norm.beta)):
+        if tensor is not None and (tuple(tensor.shape) != (channels,) or not tensor.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous with shape {(channels,)}, got {tuple(tensor.shape)}")
+    for name, tensor in (("gain", norm.gain), ("shift", norm.shift)):
+        fits = tensor is None or (tensor.dim() == 2 and tensor.shape[0] in (1, batch) and tensor.shape[1] == channels)
+        if tensor is not None and not (fits and (tensor.stride(1) == 1 or channels == 1)):
+            raise ValueError(f"{name} must have rows {(batch, channels)} or {(1, channels)}, got {tuple(tensor.shape)}")

@@ -21,6 +21,7 @@ from ddpm_fast.kernels.tiles import GPU, H100, Tiles, tiles_for
 
 BLOCK = 64  # channels of a program of `channel_stats`
 PIXELS = 64  # that a program of `channel_stats` reads at once
+MOST_TILES = 1024  # of a sample, whose statistics one program merges; those of more are computed afterwards
 
 
 @triton.jit
@@ -317,17 +318,18 @@ def launch(
         (batch, outputs, rows, columns), dtype=first.dtype, device=device, memory_format=torch.channels_last
     )
     numbers: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    with_stats = stats or then is not None
+    wanted = stats or then is not None
+    with_stats = wanted and across <= MOST_TILES
     found = torch.empty((batch, outputs, 2), **numbers) if with_stats else None
     tile_stats = torch.empty((batch, across, outputs, 2), **numbers) if with_stats else None
     part = torch.empty((batch, tiles.split, pixels, outputs), **numbers) if tiles.split > 1 else None
     following, normed = None, outputs + sum(each.shape[1] for each in beside)
-    if then is not None:
+    if with_stats and then is not None:
         following = Affine(torch.empty((batch, normed), **numbers), torch.empty((batch, normed), **numbers))
     of_tiles = batch * across * along if tiles.split > 1 else 0
     if tickets is None or tickets.numel() < of_tiles + batch:
         tickets = torch.zeros(of_tiles + batch, dtype=torch.int32, device=device)
-    norm, groups, each = _described(then, normed)
+    norm, groups, each = _described(then if with_stats else None, normed)
     counted = triton.next_power_of_2(across)
     launch_kernel(
         conv_fused_kernel,
@@ -346,6 +348,9 @@ def launch(
         MERGED=max(16, min(triton.next_power_of_2(outputs), 4096 // counted)), GROUPS=_power(groups), EACH=_power(each),
         PRECISION="tf32" if tf32 else "ieee", PTX=ptx(), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
+    if wanted and not with_stats:
+        found = launch_stats(out)
+        following = None if then is None else launch_affine([found, *beside], pixels, then)
     return out, found, following
 
 

@@ -129,6 +129,34 @@ BODIES = {
     "a map is no vector": (
         lambda m, x, e: m.a(x) + e[:, :12].expand(x.shape).cumsum(3), {"a": conv()}, 1, {"add": 1},
     ),
+    "a norm with a factor alone": (
+        lambda m, x, e: m.b(m.n(m.a(x)) * (1 + e[:, :12])), {"a": conv(), "b": conv(), "n": norm()}, 2, {},
+    ),
+    "a factor of the network's own": (
+        lambda m, x, e: m.b(m.n(m.a(x)) * m.g.weight[:, :, None] + m.g.bias[:, None, None]),
+        {"a": conv(), "b": conv(), "n": norm(), "g": nn.Linear(1, 12)}, 2, {},
+    ),
+    "twice the same": (
+        lambda m, x, e: m.b(m.n(torch.cat([h := m.a(x), h.clone()], 1))),
+        {"a": conv(), "b": conv(24), "n": norm(24)}, 2, {"norm_affine": 1},
+    ),
+    "a norm over the pixels of rows": (
+        lambda m, x, e: m.o(m.n(m.q(x.flatten(2).transpose(1, 2)))),
+        {"q": nn.Linear(12, 60), "n": norm(60), "o": nn.Conv1d(60, 8, 1)}, 2, {"channel_stats": 1, "norm_affine": 1},
+    ),
+    "a sum over channels and pixels exchanged": (
+        lambda m, x, e: m.o(F.silu(y := x.flatten(2)[:, :, :12])) + m.q(y),
+        {"o": nn.Conv1d(12, 12, 1), "q": nn.Linear(12, 12)}, 2, {},
+    ),
+    "1 x 1 with zeros around another shape": (
+        lambda m, x, e: m.a(x.reshape(-1, 12, 10, 6)), {"a": conv(size=1, padding=1)}, 1, {},
+    ),
+    "zeros behind the channels": (
+        lambda m, x, e: m.q(F.pad(x.permute(0, 2, 3, 1), (0, 4))), {"q": nn.Linear(16, 12)}, 1, {"pad": 1},
+    ),
+    "rounded on the way": (
+        lambda m, x, e: m.b(m.a(x).half().to(x)), {"a": conv(), "b": conv()}, 2, {"to": 2},
+    ),
     "no group norm": (lambda m, x, e: m.a(x * e[:, :12] + e[:, 12:]), {"a": conv()}, 1, {"mul": 1, "add": 1}),
 }  # fmt: skip
 
