@@ -62,6 +62,7 @@ class Stage:
 _WALKS = "-m benchmarks.walks --budget {budget} --out {out} --part"
 _SPECULATION = "-m benchmarks.speculation --budget {budget} --out {out} --batches 1"
 _STEP = "-m benchmarks.step --budget {budget} --out {out}"
+_LAYERS = "-m benchmarks.network.layers --measure --budget {budget} --out {out}"
 _REPLAY = "-m benchmarks.network.replay --out {out}"
 # Left out of the kernels' tests is what compiles ahead of time, for any GPU.
 _KERNELS = (
@@ -73,13 +74,14 @@ STAGES = {
         120, ("-m pytest -q -m gpu {few}", _KERNELS),
         ("-m pytest -q -m gpu --collect-only tests/engine/test_gpu.py", "-m pytest -q tests/kernels/test_layout.py"),
     ),
+    "layers": Stage(45, (_LAYERS,), (f"{_LAYERS} --device cpu --smoke",)),
     "walks-cifar": Stage(
         190, (f"{_WALKS} cifar-1-bfloat16 cifar-256-bfloat16",), (f"{_WALKS} dry --device cpu",)
     ),
     "step": Stage(50, (_STEP,), (f"{_STEP} --device cpu --smoke",)),
     "speculation": Stage(80, (_SPECULATION,), (f"{_SPECULATION} --device cpu --smoke --models digits",)),
     "walks-others": Stage(
-        230, (f"{_WALKS} cifar-1-float32 256-1-bfloat16 dit-1-bfloat16",), ()
+        190, (f"{_WALKS} cifar-1-float32 256-1-bfloat16 dit-1-bfloat16",), ()
     ),
     "replay": Stage(40, (_REPLAY,), (f"{_REPLAY} --device cpu --smoke",)),
 }  # fmt: skip

@@ -69,4 +69,20 @@ def precision() -> str:
     return markdown_table(header, lines)
 
 
-TABLES = {"check": check, "hoisting": hoisting, "building": building, "precision": precision}
+def fusion() -> str:
+    """Return what fusion leaves of each network, and the predicted time of a call."""
+    lines = []
+    for row in read_result("cpu__fusion")["rows"]:
+        left = ", ".join(f"{count} {name}" for name, count in row["left"].items()) or "nothing"
+        lines.append(
+            f"| {row['network']} | {row['before']} | {row['after']} | {row['layers']} | {left} "
+            f"| {'; '.join(row['reasons']) or '-'} | {row['call_us'] / 1e3:.2f} |"
+        )
+    header = (
+        "| network, batch size 1 | operations on x | fused | of them fused layers | the others "
+        "| products left, because | predicted for an H100, bfloat16, ms a call |"
+    )
+    return markdown_table(header, lines)
+
+
+TABLES = {"fusion": fusion, "check": check, "hoisting": hoisting, "building": building, "precision": precision}

@@ -389,6 +389,7 @@ ARMS: dict[str, Callable[[Problem], Arm]] = {
     f"{OURS}, channels_last": partial(Ours, optimize="hoist", memory_format="channels_last"),
     f"{OURS}, compiled": partial(Ours, optimize="hoist", compile=True),
     f"{OURS}, channels_last, compiled": partial(Ours, optimize="hoist", memory_format="channels_last", compile=True),
+    f"{OURS}, fused": partial(Ours, optimize="fuse"),
     f"{OURS}, network as it is": partial(Ours, optimize=None),
     ALONE: partial(NetworkAlone, optimize="hoist"),
     "CUDA graph by hand": GraphByHand,

@@ -6,12 +6,13 @@ from benchmarks.walks.arms import ALONE, COMPILED, OURS, SHIPPED
 
 _OURS = (OURS, f"{OURS}, channels_last", f"{OURS}, network as it is", ALONE)
 _OURS_COMPILED = (f"{OURS}, compiled", f"{OURS}, channels_last, compiled")
+_FUSED = f"{OURS}, fused"
 _RIVALS = ("CUDA graph by hand", "denoising-diffusion-pytorch")
 _REDUCED = (f"{COMPILED} reduce-overhead", f"{COMPILED} reduce-overhead, channels_last")
 _AUTOTUNED = (f"{COMPILED} max-autotune", f"{COMPILED} max-autotune, channels_last")
 _DEFAULT = (f"{COMPILED} default", f"{COMPILED} default, channels_last")
-_ALL = (SHIPPED, *_OURS_COMPILED, *_REDUCED, *_OURS, *_RIVALS)
-_FEW = (SHIPPED, *_OURS_COMPILED, *_REDUCED, OURS)
+_ALL = (SHIPPED, _FUSED, *_OURS_COMPILED, *_REDUCED, *_OURS, *_RIVALS)
+_FEW = (SHIPPED, _FUSED, *_OURS_COMPILED, *_REDUCED, OURS)
 _TUNED = (*_AUTOTUNED, *_OURS_COMPILED, *_OURS)
 
 

@@ -20,8 +20,8 @@ def test_a_dry_run_goes_through_every_stage(tmp_path, capsys):
     code = on_gpu.main(["--dry", "--out", str(out), "--commit", "abc1234"])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert [line.split(",")[0] for line in printed.splitlines()[-7:]] == [*(f"{name}: ok" for name in STAGES), "done"]
-    for name in ("walks-dry", "step", "speculation", "replay"):
+    assert [line.split(",")[0] for line in printed.splitlines()[-8:]] == [*(f"{name}: ok" for name in STAGES), "done"]
+    for name in ("layers", "walks-dry", "step", "speculation", "replay"):
         assert json.loads((out / f"cpu__{name}.json").read_text())["rows"], name
     log = (out / "on_gpu.log").read_text()
     assert all(f"== {name}: -m " in log for name, stage in STAGES.items() if stage.dry)
