@@ -67,7 +67,8 @@ _REPLAY = "-m benchmarks.network.replay --out {out}"
 # Left out of the kernels' tests is what compiles ahead of time, for any GPU.
 _KERNELS = (
     '-m pytest -q tests/kernels -m "not gpu and not slow" {many} '
-    "--ignore tests/kernels/test_compile.py --ignore tests/kernels/test_specialisations.py"
+    "--ignore tests/kernels/test_compile.py --ignore tests/kernels/test_compile_layers.py "
+    "--ignore tests/kernels/test_specialisations.py"
 )
 STAGES = {
     "tests": Stage(

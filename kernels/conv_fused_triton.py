@@ -7,7 +7,6 @@ merges the statistics of the tiles in a fixed order. Who is last is told by tick
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -317,15 +316,14 @@ def launch(
     out = torch.empty(
         (batch, outputs, rows, columns), dtype=first.dtype, device=device, memory_format=torch.channels_last
     )
-    numbers: dict[str, Any] = {"dtype": torch.float32, "device": device}
     wanted = stats or then is not None
     with_stats = wanted and across <= MOST_TILES
-    found = torch.empty((batch, outputs, 2), **numbers) if with_stats else None
-    tile_stats = torch.empty((batch, across, outputs, 2), **numbers) if with_stats else None
-    part = torch.empty((batch, tiles.split, pixels, outputs), **numbers) if tiles.split > 1 else None
+    found = _floats(device, batch, outputs, 2) if with_stats else None
+    tile_stats = _floats(device, batch, across, outputs, 2) if with_stats else None
+    part = _floats(device, batch, tiles.split, pixels, outputs) if tiles.split > 1 else None
     following, normed = None, outputs + sum(each.shape[1] for each in beside)
     if with_stats and then is not None:
-        following = Affine(torch.empty((batch, normed), **numbers), torch.empty((batch, normed), **numbers))
+        following = Affine(_floats(device, batch, normed), _floats(device, batch, normed))
     of_tiles = batch * across * along if tiles.split > 1 else 0
     if tickets is None or tickets.numel() < of_tiles + batch:
         tickets = torch.zeros(of_tiles + batch, dtype=torch.int32, device=device)
@@ -359,8 +357,7 @@ def launch_affine(stats: Sequence[Tensor], pixels: int, norm: GroupNorm) -> Affi
     first = stats[0]
     batch, own, _ = first.shape
     channels = own + _channels(stats, 1)
-    numbers: dict[str, Any] = {"dtype": torch.float32, "device": first.device}
-    found = Affine(torch.empty((batch, channels), **numbers), torch.empty((batch, channels), **numbers))
+    found = Affine(_floats(first.device, batch, channels), _floats(first.device, batch, channels))
     tensors, groups, each = _described(norm, channels)
     launch_kernel(
         norm_affine_kernel, (batch,), (first, _at(stats, 1), *tensors, found.a, found.d),
@@ -395,6 +392,10 @@ def _described(norm: GroupNorm | None, channels: int) -> tuple[tuple[Tensor | No
     if norm is None:
         return (None,) * 4, 1, 1
     return (norm.gamma, norm.beta, norm.gain, norm.shift), norm.groups, channels // norm.groups
+
+
+def _floats(device: torch.device, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def _both(affine: Affine | None) -> tuple[Tensor | None, Tensor | None]:

@@ -550,7 +550,8 @@ def function_of(
 def dismantle(graph: fx.Graph) -> None:
     """Take apart a graph that nobody needs: it is full of cycles, which would wait for Python's garbage collector."""
     for node in reversed(list(graph.nodes)):
-        graph.erase_node(node)
+        with contextlib.suppress(RuntimeError):  # of a graph whose change was broken off
+            graph.erase_node(node)
     vars(graph).clear()
 
 

@@ -294,6 +294,9 @@ IMAGES = (4, 3, 16, 16)
     "how",
     [
         {"optimize": "hoist"},
+        {"optimize": "fuse"},
+        {"optimize": "fuse", "steps_per_replay": 5},
+        {"optimize": "fuse", "dtype": torch.bfloat16},
         {"memory_format": "channels_last"},
         {"memory_format": "auto"},
         {"compile": True},

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.machine_code.layers import FORMS
 from ddpm_fast.kernels import specialisations
 from ddpm_fast.kernels.specialisations import MAIN, MODULES, SPECIALISATIONS, compile_for
 
@@ -232,7 +233,7 @@ def test_a_change_of_the_kernel_is_noticed(report):
 def test_names_are_unique_and_every_kernel_is_listed():
     assert len(set(NAMES)) == len(NAMES)
     kernels = {path.stem.removesuffix("_triton") for path in Path(specialisations.__file__).parent.glob("*_triton.py")}
-    listed = {MODULES.get(s.op, s.op) for s in SPECIALISATIONS}
+    listed = {MODULES.get(s.op, s.op) for s in (*SPECIALISATIONS, *FORMS.values())}
     assert listed == kernels - {"philox", "rows", "tile", "launch"}  # functions for the others, no kernel
 
 
