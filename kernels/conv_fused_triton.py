@@ -16,7 +16,7 @@ from torch import Tensor
 from ddpm_fast.kernels.conv_fused import Affine, GroupNorm, Window
 from ddpm_fast.kernels.dispatch import ptx
 from ddpm_fast.kernels.launch_triton import launch as launch_kernel
-from ddpm_fast.kernels.tiles import GPU, H100, Tiles, tiles_for
+from ddpm_fast.kernels.tiles import GPU, H100, Tiles, power_of_2, tiles_for
 
 BLOCK = 64  # channels of a program of `channel_stats`
 PIXELS = 64  # that a program of `channel_stats` reads at once
@@ -328,7 +328,7 @@ def launch(
     if tickets is None or tickets.numel() < of_tiles + batch:
         tickets = torch.zeros(of_tiles + batch, dtype=torch.int32, device=device)
     norm, groups, each = _described(then if with_stats else None, normed)
-    counted = triton.next_power_of_2(across)
+    counted = power_of_2(across)
     launch_kernel(
         conv_fused_kernel,
         (across, along, batch * tiles.split),
@@ -343,7 +343,7 @@ def launch(
         ),
         SIZE=window.size, STRIDE=window.stride, UP=window.upsample, SILU=silu, STATS=with_stats, SPLIT=tiles.split,
         BM=tiles.pixels, BN=tiles.channels, BK=tiles.depth, TILES=counted,
-        MERGED=max(16, min(triton.next_power_of_2(outputs), 4096 // counted)), GROUPS=_power(groups), EACH=_power(each),
+        MERGED=max(16, min(power_of_2(outputs), 4096 // counted)), GROUPS=power_of_2(groups), EACH=power_of_2(each),
         PRECISION="tf32" if tf32 else "ieee", PTX=ptx(), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     if wanted and not with_stats:
@@ -362,7 +362,7 @@ def launch_affine(stats: Sequence[Tensor], pixels: int, norm: GroupNorm) -> Affi
     launch_kernel(
         norm_affine_kernel, (batch,), (first, _at(stats, 1), *tensors, found.a, found.d),
         (own, channels - own, groups, each, float(pixels), _stride(tensors[2]), _stride(tensors[3]), norm.eps),
-        GROUPS=_power(groups), EACH=_power(each), num_warps=4,
+        GROUPS=power_of_2(groups), EACH=power_of_2(each), num_warps=4,
     )  # fmt: skip
     return found
 
@@ -370,7 +370,7 @@ def launch_affine(stats: Sequence[Tensor], pixels: int, norm: GroupNorm) -> Affi
 def launch_stats(x: Tensor) -> Tensor:
     """Launch `channel_stats`."""
     batch, channels, height, width = x.shape
-    found = torch.empty((batch, channels, 2), dtype=torch.float32, device=x.device)
+    found = _floats(x.device, batch, channels, 2)
     grid = (triton.cdiv(channels, BLOCK), batch)
     launch_kernel(
         channel_stats_kernel, grid, (x, found), (height * width, channels), PIXELS=PIXELS, BLOCK=BLOCK, num_warps=4
@@ -413,7 +413,3 @@ def _channels(tensors: Sequence[Tensor], place: int) -> int:
 def _stride(rows: Tensor | None) -> int:
     """Return the distance of the rows of two samples; 0 where there is one row for all."""
     return 0 if rows is None or rows.shape[0] == 1 else rows.stride(0)
-
-
-def _power(number: int) -> int:
-    return int(triton.next_power_of_2(number))

@@ -115,11 +115,12 @@ def inner_loops(code: Code) -> list[list[Instruction]]:
 
 def measure(name: str, target: str) -> Row:
     """Return a row: resources, and what the longest inner loop is made of."""
-    kernel = compile_for(fitted(FORMS[name], target), *TARGETS[target])
+    chosen = fitted(FORMS[name], target)
+    kernel = compile_for(chosen, *TARGETS[target])
     code = code_of(kernel)
     loops = inner_loops(code)
     longest = max(loops, key=len)
-    given = fitted(FORMS[name], target).arguments
+    given = chosen.arguments
     return {
         "form": name,
         "target": target,

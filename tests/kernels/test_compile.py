@@ -16,6 +16,7 @@ import pytest
 from benchmarks.machine_code.layers import FORMS
 from ddpm_fast.kernels import specialisations
 from ddpm_fast.kernels.specialisations import MAIN, MODULES, SPECIALISATIONS, compile_for
+from tests.kernels.compiling import ROOT, output_of
 
 NAMES = [s.name for s in SPECIALISATIONS]
 OTHERS = [
@@ -25,9 +26,6 @@ OTHERS = [
 ]
 
 
-ROOT = Path(specialisations.__file__).parents[2]  # of the package that these tests import, so that a program does too
-
-
 VERSION = tuple(int(part) for part in version("triton").split(".")[:2])
 BUDGETS_HOLD, COMPILER_LINKS_AMD = (3, 6) <= VERSION < (3, 8), VERSION >= (3, 5)
 budget = pytest.mark.skipif(not BUDGETS_HOLD, reason="budgets are those of a compiler")
@@ -35,21 +33,7 @@ budget = pytest.mark.skipif(not BUDGETS_HOLD, reason="budgets are those of a com
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": str(ROOT),
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-    }
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_all"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    if run.returncode != 0:
-        pytest.fail(run.stderr[-2000:], pytrace=False)
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = output_of("tests.kernels.compile_all", tmp_path_factory.mktemp("triton"))
     if not COMPILER_LINKS_AMD:
         found["gfx942"] = _Skipped()
     return found

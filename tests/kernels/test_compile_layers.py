@@ -1,32 +1,17 @@
 """The fused layer compiles for sm_90 to what the kernel was written for; `make sass` looks at other GPUs, too."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
 from benchmarks.machine_code.layers import FORMS, complaints
-from ddpm_fast.kernels import specialisations
-
-ROOT = Path(specialisations.__file__).parents[2]
+from tests.kernels.compiling import ROOT, output_of
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": str(ROOT),
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.machine_code.layers", "--json"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])["rows"]
+    return output_of("benchmarks.machine_code.layers", tmp_path_factory.mktemp("triton"), "--json")["rows"]
 
 
 def test_nothing_is_wrong_with_any_form(report):
